@@ -1,0 +1,5 @@
+"""`python -m tensormill`."""
+
+from tensormill.cli.app import main
+
+main()

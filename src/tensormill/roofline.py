@@ -1,0 +1,169 @@
+"""The roofline: what an operation costs, what this machine can do, and so the least time it can take.
+
+A machine's ceilings (memory bandwidth, arithmetic rate by type) are measured once per device and cached under
+the user's cache folder; nothing is typed in. The model is Williams, Waterman and Patterson's roofline (2009):
+the limit is the larger of bytes / bandwidth and operations / rate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from tensormill.measure import fastest_call
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an operation needs, from shapes alone.
+
+    Attributes:
+        operations: by unit ("fp64", "fp32", "bf16", "fp16", "int8", "fp8"); a multiply-add counts two.
+        bytes_read: each input once, in bytes.
+        bytes_written: each output once, in bytes.
+    """
+
+    operations: Mapping[str, float] = field(default_factory=dict)
+    bytes_read: float = 0.0
+    bytes_written: float = 0.0
+
+    @property
+    def bytes_moved(self) -> float:
+        return self.bytes_read + self.bytes_written
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine can do, as measured.
+
+    Attributes:
+        device: its name.
+        read_bandwidth, copy_bandwidth: bytes per second (a copy counts both directions).
+        rates: operations per second by unit, from large matrix products.
+    """
+
+    device: str
+    read_bandwidth: float
+    copy_bandwidth: float
+    rates: Mapping[str, float]
+
+    @property
+    def bandwidth(self) -> float:
+        return max(self.read_bandwidth, self.copy_bandwidth)
+
+    def limit_seconds(self, cost: Cost) -> float:
+        """The least time this machine needs for `cost`; units whose rate is unknown are left out."""
+        arithmetic = sum(n / self.rates[unit] for unit, n in cost.operations.items() if unit in self.rates)
+        return max(cost.bytes_moved / self.bandwidth, arithmetic)
+
+
+def device_name(device: torch.device | str) -> str:
+    """What the device is called in caches and records, e.g. "NVIDIA H200" or a CPU model with its threads."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cache_directory() -> Path:
+    """Where tensormill keeps what it measured (`TENSORMILL_CACHE`, else the user's cache folder)."""
+    if (given := os.environ.get("TENSORMILL_CACHE")) is not None:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "tensormill"
+
+
+def ceilings(device: torch.device | str, *, remeasure: bool = False) -> Ceilings:
+    """This device's ceilings: from the cache, else measured now (a few seconds) and cached."""
+    device = torch.device(device)
+    name = device_name(device)
+    file = cache_directory() / f"ceilings-{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    version = {"schema": SCHEMA_VERSION, "torch": torch.__version__}
+    if not remeasure and file.is_file():
+        try:
+            stored = json.loads(file.read_text())
+            if stored.pop("version") == version:
+                return Ceilings(**stored)
+        except (ValueError, TypeError, KeyError):
+            pass  # damaged or foreign: measured again
+    measured = measure_ceilings(device)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"version": version, **asdict(measured)}, indent=1))
+        temporary.replace(file)
+    except OSError:
+        pass  # a read-only home only means measuring again next time
+    return measured
+
+
+def measure_ceilings(device: torch.device | str) -> Ceilings:
+    """Measure bandwidth and rates of `device` now."""
+    device = torch.device(device)
+    large = device.type == "cuda"
+    read, copy = _bandwidths(device, (1 << 30) if large else (1 << 26))
+    side = 8192 if large else 2048
+    rates: dict[str, float] = {}
+    for unit, product in _products(device, side).items():
+        try:
+            rates[unit] = 2 * side**3 / fastest_call(product(), device)
+        except (RuntimeError, NotImplementedError, AttributeError):
+            continue  # this build or chip has no such product
+    return Ceilings(device_name(device), read, copy, rates)
+
+
+def _bandwidths(device: torch.device, count: int) -> tuple[float, float]:
+    """(read, copy) in bytes per second over `count` float32 elements, which no cache should hold."""
+    source = torch.ones(count, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * 4 * count / fastest_call(lambda: target.copy_(source), device)
+    read = 4 * count / fastest_call(lambda: source.sum(), device)
+    return read, copy
+
+
+def _products(device: torch.device, side: int) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Matrix products by unit, on random data (zeros run faster than real data does)."""
+
+    def floating(dtype: torch.dtype) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+            return lambda: a @ b
+
+        return make
+
+    def int8() -> Callable[[], object]:
+        a, b = (torch.randint(-127, 127, (side, side), device=device, dtype=torch.int8) for _ in range(2))
+        return lambda: torch._int_mm(a, b.t())
+
+    def fp8() -> Callable[[], object]:
+        a, b = (torch.randn(side, side, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones((), device=device)
+        return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+
+    products = {
+        "fp32": floating(torch.float32),
+        "bf16": floating(torch.bfloat16),
+        "fp16": floating(torch.float16),
+        "int8": int8,
+    }
+    if device.type == "cuda":
+        products["fp64"] = floating(torch.float64)
+        products["fp8"] = fp8
+    return products

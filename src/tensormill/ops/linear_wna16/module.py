@@ -1,0 +1,187 @@
+"""`LinearWNA16`: the layer that compression puts in place of `nn.Linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tensormill.errors import InvalidArgument
+from tensormill.ops.bit_packing import pack_bits, packed_width, unpack_bits
+from tensormill.ops.dequantize_wna16 import check_weight, dequantize_wna16, num_groups
+from tensormill.ops.linear_wna16 import linear_wna16
+
+
+class LinearWNA16(nn.Module):
+    """A linear layer with weights of 1 to 8 bits; see `tensormill.ops.linear_wna16`.
+
+    The weights are buffers, not parameters: they have no gradient. `.to(dtype)` converts scales and bias and
+    leaves the integers as they are.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bits: width of a code, 1 to 8.
+        group_size: columns that share a scale, -1 for the whole row; the last group may be shorter.
+        symmetric: without zero points (`2 ** (bits - 1)` everywhere).
+        bias: whether there is a bias.
+        dtype: of scales and bias; None takes torch's default.
+        device: where the buffers lie; "meta" allocates nothing.
+
+    Attributes:
+        weight_packed: (N, ceil(K * bits / 32)) int32.
+        weight_scale: (N, G) float.
+        weight_zero_point: (N, G) uint8, or None.
+        bias: (N,) float parameter, or None.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        symmetric: bool = False,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        self.group_size = group_size
+        self.symmetric = symmetric
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        words = packed_width(in_features, bits)
+        groups = num_groups(in_features, group_size)
+        packed = torch.zeros(out_features, words, dtype=torch.int32, device=device)
+        self.register_buffer("weight_packed", packed)
+        self.register_buffer("weight_scale", torch.ones(out_features, groups, dtype=dtype, device=device))
+        zero = None if symmetric else torch.zeros(out_features, groups, dtype=torch.uint8, device=device)
+        self.register_buffer("weight_zero_point", zero)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self._check()
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        *,
+        bits: int,
+        group_size: int,
+        bias: Tensor | None = None,
+    ) -> LinearWNA16:
+        """The layer of a quantized weight.
+
+        Args:
+            codes: (N, K) uint8, each below `2 ** bits`.
+            scale: (N, G) float.
+            zero_point: (N, G) uint8, or None for a symmetric quantizer.
+            bits, group_size: as above.
+            bias: (N,) float, or None; a parameter stays the same parameter.
+
+        Raises:
+            InvalidArgument: shapes, dtypes or devices do not fit together.
+        """
+        if codes.dim() != 2:
+            raise InvalidArgument(f"given codes of shape {tuple(codes.shape)}, expected (N, K)")
+        if zero_point is not None and zero_point.numel() and not zero_point.is_meta:
+            largest = int(zero_point.max())
+            if largest >= 1 << bits:
+                raise InvalidArgument(
+                    f"given the zero point {largest}, expected one below {1 << bits} for {bits} bits"
+                )
+        return cls.from_packed(
+            pack_bits(codes, bits),
+            scale,
+            zero_point,
+            in_features=codes.shape[1],
+            bits=bits,
+            group_size=group_size,
+            bias=bias,
+        )
+
+    @classmethod
+    def from_packed(
+        cls,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        *,
+        in_features: int,
+        bits: int,
+        group_size: int,
+        bias: Tensor | None = None,
+    ) -> LinearWNA16:
+        """The layer of a packed weight, (N, ceil(K * bits / 32)) int32; the rest as for `from_codes`."""
+        check_weight(weight, scale, zero_point, in_features, bits, group_size, "packed")
+        layer = cls(
+            in_features,
+            weight.shape[0],
+            bits=bits,
+            group_size=group_size,
+            symmetric=zero_point is None,
+            bias=False,
+            device="meta",
+        )
+        layer.weight_packed = weight
+        layer.weight_scale = scale
+        layer.weight_zero_point = zero_point
+        if bias is not None:
+            if tuple(bias.shape) != (weight.shape[0],):
+                expected = (weight.shape[0],)
+                raise InvalidArgument(f"given bias of shape {tuple(bias.shape)}, expected {expected}")
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach())
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) in x's dtype."""
+        return linear_wna16(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+    def codes(self) -> Tensor:
+        """The codes, (N, K) uint8."""
+        return unpack_bits(self.weight_packed, self.bits, self.in_features)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights (N, K), computed in float32, in `dtype` (None: the scale's)."""
+        return dequantize_wna16(
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            in_features=self.in_features,
+            bits=self.bits,
+            group_size=self.group_size,
+            dtype=self.weight_scale.dtype if dtype is None else dtype,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, symmetric={self.symmetric}, bias={self.bias is not None}"
+        )
+
+    def _check(self) -> None:
+        check_weight(
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.in_features,
+            self.bits,
+            self.group_size,
+            "packed",
+        )

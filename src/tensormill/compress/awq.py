@@ -1,0 +1,405 @@
+"""AWQ: before rounding, moves scales between layers so that the input channels that matter most lose least.
+
+A few input channels carry large activations; an error in their weights costs most. Multiplying a channel's
+weights by s > 1 and dividing its activation by s changes nothing, but shrinks the channel's relative rounding
+error as long as its group's step doesn't grow. One exponent of the mean activation gives s for all channels,
+and is found by search; a second search shrinks each group's range where that costs less than the finer step
+gains. The scales disappear in the norm or linear layer before. Needs calibration. Composes with methods that
+touch other layers.
+
+Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan, Han: AWQ: Activation-aware Weight Quantization for
+On-Device LLM Compression and Acceleration, arXiv 2306.00978. Beyond the paper, the error of a linear layer is
+computed exactly from its inputs' Gram matrix over all tokens, not from a sample of them; linears that share
+scales count by their normalized errors; and the identity is always among the candidates.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tensormill.compress.calibration import (
+    Calibration,
+    CalibrationBlock,
+    InputStatistics,
+    Progress,
+    stream_blocks,
+)
+from tensormill.compress.clipping import gram_blocks, keep_helpful_rows, search_clip
+from tensormill.compress.fold import fold
+from tensormill.compress.formats.quantization import (
+    QuantSpec,
+    fake_quantize,
+    join_groups,
+    quantize_weight,
+    split_groups,
+)
+from tensormill.compress.methods import (
+    LayerReport,
+    MethodReport,
+    WeightConfig,
+    check_layers,
+    check_number,
+    finish_report,
+    replace_linear,
+    round_outside,
+)
+from tensormill.compress.output_error import ScaleLoss, gram_loss, module_loss, output_error, sample_loss
+from tensormill.compress.structure import (
+    HOW_TO_PASS_MAPPINGS,
+    BlockCall,
+    ModelStructure,
+    ScaleMapping,
+    discover,
+    linear_in,
+)
+from tensormill.errors import InvalidArgument, ModelError
+
+
+@dataclass(frozen=True)
+class AWQConfig(WeightConfig):
+    """Settings of AWQ.
+
+    Attributes:
+        n_grid: exponents tried, evenly from 0 to below 1.
+        duo_scaling: whether scales also fall with the channel's mean weight magnitude; "both" tries a grid
+            with and one without.
+        refine: steps of golden-section search around the best exponent of the grid; 0 for none. Lowers the
+            loss a little, but not, as far as measured, perplexity.
+        objective: the error that scales minimize where a norm feeds several linears: "gram", the sum of their
+            normalized output errors from the Gram matrix over all tokens; "linear", the same from a sample of
+            tokens; "module", the output error of the attention or MLP that holds them, on a sample of tokens:
+            the paper's, many times slower.
+        objective_samples: token windows in that sample.
+        clip: search a smaller range for each group.
+        clip_grid: steps between the full range and none, of which those above `1 - clip_max_shrink` are
+            tried (20 in the paper's code).
+        clip_max_shrink: how much of a group's range may be cut away, from 0 to below 1 (0.5 there).
+        clip_scores: clip query and key projections too. The paper's code doesn't, since their errors meet in
+            a product; here clipping is kept only in rows whose whole error it lowers, and then it helps.
+        mappings: "auto", or a list of `{"producer": name, "consumers": [names]}`, names as inside a block.
+    """
+
+    n_grid: int = 20
+    duo_scaling: bool | str = "both"
+    refine: int = 0
+    objective: str = "gram"
+    objective_samples: int = 8
+    clip: bool = True
+    clip_grid: int = 40
+    clip_max_shrink: float = 0.7
+    clip_scores: bool = True
+    mappings: Literal["auto"] | Sequence[Mapping[str, Any]] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low in (("n_grid", 1), ("refine", 0), ("objective_samples", 1), ("clip_grid", 1)):
+            check_number(self, name, low)
+        check_number(self, "clip_max_shrink", 0.0, 0.99)
+        if self.refine == 1:
+            raise InvalidArgument("given refine=1, expected 0, or at least 2 steps to narrow an interval")
+        if self.duo_scaling not in (True, False, "both"):
+            raise InvalidArgument(f"given duo_scaling={self.duo_scaling!r}, expected True, False or 'both'")
+        if self.objective not in ("gram", "linear", "module"):
+            raise InvalidArgument(
+                f"given objective={self.objective!r}, expected 'gram', 'linear' or 'module'"
+            )
+        if self.mappings != "auto" and (isinstance(self.mappings, str) or not self.mappings):
+            raise InvalidArgument(
+                f"given mappings={self.mappings!r}, expected 'auto'; or {HOW_TO_PASS_MAPPINGS}"
+            )
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """The outcome of a scale search.
+
+    Attributes:
+        scale: (channels,) the best scales found.
+        exponent: of the mean activation.
+        duo: whether the weight term took part.
+        loss: of `scale`.
+        loss_identity: of no scaling, which is plain rounding.
+        curve: all that was tried, as (exponent, duo, loss).
+    """
+
+    scale: Tensor
+    exponent: float
+    duo: bool
+    loss: float
+    loss_identity: float
+    curve: list[tuple[float, bool, float]] = field(repr=False)
+
+
+def weight_magnitude(weights: Sequence[Tensor], spec: QuantSpec) -> Tensor:
+    """(K,) the mean over rows of |w| over the largest |w| of its group, for weights [(N, K), ...]."""
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    for weight in weights:
+        groups = split_groups(weight.abs().float(), spec)
+        groups = groups / groups.amax(dim=-1, keepdim=True).clamp(min=1e-30)
+        total += join_groups(groups, weight.shape[1]).sum(dim=0)
+    return total / sum(weight.shape[0] for weight in weights)
+
+
+def candidate_scales(x_mean: Tensor, w_mean: Tensor, exponents: Tensor, duo: bool) -> Tensor:
+    """Scales for each exponent r: x_mean^r, with `duo` over w_mean^(1-r), normalized to sqrt(max * min) = 1.
+
+    Args:
+        x_mean: (channels,) mean |activation|.
+        w_mean: (channels,) mean relative |weight|.
+        exponents: (candidates,).
+        duo: whether the weights take part.
+
+    Returns:
+        (candidates, channels) positive and finite.
+
+    >>> candidate_scales(torch.tensor([1.0, 4.0, 16.0]), torch.ones(3), torch.tensor([0.5]), duo=False)
+    tensor([[0.5000, 1.0000, 2.0000]])
+    """
+    r = exponents.unsqueeze(1)
+    scale = x_mean**r
+    if duo:
+        scale = scale / (w_mean ** (1 - r) + 1e-4)
+    scale = scale.clamp(min=1e-4)
+    scale = scale / (scale.amax(dim=1, keepdim=True) * scale.amin(dim=1, keepdim=True)).sqrt()
+    return torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
+
+
+def search_scales(
+    x_mean: Tensor,
+    w_mean: Tensor,
+    loss: ScaleLoss,
+    *,
+    n_grid: int = 20,
+    duo_scaling: bool | str = "both",
+    refine: int = 0,
+) -> ScaleSearch:
+    """Find the exponent whose scales lose least; no scaling is always among the candidates.
+
+    Args:
+        x_mean: (channels,) mean |activation| of each channel that gets a scale.
+        w_mean: (channels,) as `weight_magnitude`.
+        loss: the losses of candidate scales.
+        n_grid: exponents of the grid.
+        duo_scaling: whether the weights take part, or "both".
+        refine: evaluations of the golden-section search around the grid's best.
+    """
+    grid = torch.arange(n_grid, device=x_mean.device) / n_grid
+    kinds = {True: [True], False: [False], "both": [False, True]}[duo_scaling]
+    tried = [(0.0, False)] + [(r, duo) for duo in kinds for r in grid.tolist() if r > 0 or duo]
+    scales = torch.cat(
+        [torch.ones_like(x_mean)[None]]
+        + [candidate_scales(x_mean, w_mean, grid if duo else grid[1:], duo) for duo in kinds]
+    )
+    losses = loss(scales).tolist()
+    curve = [(r, duo, value) for (r, duo), value in zip(tried, losses, strict=True)]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    exponent, duo = tried[best]
+    result = ScaleSearch(scales[best], exponent, duo, losses[best], losses[0], curve)
+    if refine == 0 or (best == 0 and duo_scaling is True):
+        return result
+
+    def evaluate(r: float) -> float:
+        nonlocal result
+        scale = candidate_scales(x_mean, w_mean, torch.tensor([r], device=x_mean.device), duo)
+        value = loss(scale).item()
+        curve.append((r, duo, value))
+        if value < result.loss:
+            result = ScaleSearch(scale[0], r, duo, value, losses[0], curve)
+        return value
+
+    golden_section(evaluate, max(0.0, exponent - 1 / n_grid), min(1.0, exponent + 1 / n_grid), refine)
+    return result
+
+
+def golden_section(function: Callable[[float], float], low: float, high: float, evaluations: int) -> None:
+    """Narrow [low, high] around a minimum of `function` with so many evaluations, at least two."""
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = function(left), function(right)
+    for _ in range(evaluations - 2):
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = function(right)
+
+
+@torch.no_grad()
+def apply(
+    model: nn.Module,
+    config: AWQConfig,
+    calibration: Calibration,
+    progress: Progress | None = None,
+    *,
+    device: torch.device | str | None = None,
+    structure: ModelStructure | None = None,
+) -> MethodReport:
+    """Compress a model's linear layers with AWQ, in place.
+
+    Args:
+        model: a causal language model.
+        config: the settings.
+        calibration: tokens to observe.
+        progress: called as `progress(message, fraction)`.
+        device: where blocks are calibrated and compressed; None stays where the model is.
+        structure: of the model, if known already; its mappings then count.
+
+    Raises:
+        InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
+        ModelError: the model has no blocks of linear layers, or no edge along which scales can move.
+    """
+    structure = structure or discover(model, config.mappings)
+    if not any(block.mappings for block in structure.blocks):
+        raise ModelError(
+            f"given a {type(model).__name__} without an edge along which scales can be moved, "
+            f"expected norms that feed linear layers (found {structure}); {HOW_TO_PASS_MAPPINGS}"
+        )
+    check_layers(model, structure, config)
+    layers = list(round_outside(model, structure, config))
+    for block in stream_blocks(model, structure, calibration, device=device, progress=progress):
+        layers += _compress_block(block, config)
+    return finish_report("awq", config, layers)
+
+
+def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerReport]:
+    module = block.module
+    linears = {
+        name: linear_in(module, name)
+        for name in block.structure.linears
+        if type(module.get_submodule(name)) is nn.Linear
+    }
+    targets = {name: linear for name, linear in linears.items() if config.touches(block.full_name(name))}
+    mappings = [
+        mapping
+        for mapping in block.structure.mappings
+        if any(name in targets for name in mapping.consumers)
+        and linears.keys()
+        >= set(mapping.consumers) | ({mapping.producer} if mapping.kind == "linear" else set())
+    ]
+    sampled = {} if config.objective == "gram" else {mapping.inspected: None for mapping in mappings}
+    statistics = block.observe(capture=list(sampled), capture_samples=config.objective_samples)
+
+    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float()
+    specs = {name: config.spec(dtypes[f"{name}.weight"]) for name in targets}
+    before = {
+        name: output_error(linear.weight, fake_quantize(linear.weight, specs[name]), statistics[name].gram)
+        for name, linear in targets.items()
+    }
+    seconds = dict.fromkeys(targets, 0.0)
+    details: dict[str, dict[str, Any]] = {name: {} for name in targets}
+    searches = []
+    for mapping in mappings:
+        start = time.perf_counter()
+        found = _search_mapping(block, mapping, targets, specs, statistics, config)
+        searches.append((mapping, found.scale))
+        names = [name for name in mapping.consumers if name in targets]
+        for name in names:
+            details[name] = _describe(mapping, found) if name == names[0] else {"scaled_with": names[0]}
+            seconds[name] += (time.perf_counter() - start) / len(names)
+    for mapping, scale in searches:
+        columns = fold(module, mapping, scale, stored_dtype=dtypes.get(f"{mapping.producer}.weight"))
+        divided = statistics[mapping.consumers[0]].divided(columns)
+        statistics.update(dict.fromkeys(mapping.consumers, divided))
+
+    layers = []
+    for name, linear in targets.items():
+        start = time.perf_counter()
+        weight, gram, spec = linear.weight.data, statistics[name].gram, specs[name]
+        clip = None
+        if config.clip and (config.clip_scores or name not in block.structure.scores):
+            clip = search_clip(
+                weight,
+                gram_blocks(gram, spec),
+                spec,
+                clip_grid=config.clip_grid,
+                clip_max_shrink=config.clip_max_shrink,
+            )
+            clip = keep_helpful_rows(weight, clip, gram, spec)
+            largest = split_groups(weight, spec).abs().amax(dim=-1)
+            details[name]["clipped_groups"] = (clip < largest).float().mean().item()
+        quantized = quantize_weight(weight, spec, clip)
+        error = output_error(weight, quantized.dequantize(torch.float32), gram)
+        replace_linear(module, name, quantized, dtypes[f"{name}.weight"])
+        seconds[name] += time.perf_counter() - start
+        layers.append(
+            LayerReport(
+                block.full_name(name),
+                config.bits,
+                config.group_size,
+                error,
+                before[name],
+                seconds[name],
+                details[name],
+            )
+        )
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    return layers
+
+
+def _search_mapping(
+    block: CalibrationBlock,
+    mapping: ScaleMapping,
+    targets: Mapping[str, nn.Linear],
+    specs: Mapping[str, QuantSpec],
+    statistics: Mapping[str, InputStatistics],
+    config: AWQConfig,
+) -> ScaleSearch:
+    """Search the scales of one edge in the unchanged block, with the objective of the settings."""
+    names = [name for name in mapping.consumers if name in targets]
+    linears, spec = [targets[name] for name in names], specs[names[0]]
+    weights = [linear.weight.data for linear in linears]
+    seen = statistics[names[0]]
+    if config.objective == "gram" or (config.objective == "module" and mapping.inspected in names):
+        per_column = gram_loss(weights, seen.gram, spec)
+    else:
+        calls = [call.to(torch.float32) for call in block.captured[mapping.inspected]]
+        module = block.module.get_submodule(mapping.inspected)
+        if config.objective == "module":
+            per_column = module_loss(module, linears, calls, spec)
+        else:
+            per_column = sample_loss(weights, _inputs_of(linears[0], module, calls), spec)
+    return search_scales(
+        mapping.reduce(seen.mean_abs),
+        mapping.reduce(weight_magnitude(weights, spec)),
+        lambda scales: per_column(torch.stack([mapping.expand(scale) for scale in scales])),
+        n_grid=config.n_grid,
+        duo_scaling=config.duo_scaling,
+        refine=config.refine,
+    )
+
+
+def _inputs_of(linear: nn.Linear, module: nn.Module, calls: Sequence[BlockCall]) -> Tensor:
+    """(tokens, K) what a linear layer reads when `module`, which holds it, is called."""
+    inputs: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].flatten(0, -2)))
+    try:
+        for call in calls:
+            module(*call.args, **call.kwargs)
+    finally:
+        hook.remove()
+    return torch.cat(inputs)
+
+
+def _describe(mapping: ScaleMapping, search: ScaleSearch) -> dict[str, Any]:
+    scale = max(search.loss_identity, 1e-30)
+    return {
+        "producer": mapping.producer,
+        "exponent": search.exponent,
+        "duo_scaling": search.duo,
+        "largest_scale": search.scale.max().item(),
+        "loss_over_rtn": search.loss / scale,
+        "curve": [[exponent, duo, loss / scale] for exponent, duo, loss in sorted(search.curve)],
+    }

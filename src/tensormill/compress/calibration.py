@@ -1,0 +1,464 @@
+"""Calibration: text to tokens, tokens through a model block by block, and statistics of what linear layers
+read.
+
+Blocks run one after the other on all calibration tokens, so that one block and the hidden states between two
+blocks are all that computing needs; a model on the CPU can be compressed with a GPU that holds one block at a
+time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormill.compress.fold import fold
+from tensormill.compress.structure import (
+    BlockCall,
+    BlockStructure,
+    ModelStructure,
+    ScaleMapping,
+    Stop,
+    discover,
+    linear_in,
+    record_calls,
+)
+from tensormill.errors import DataError, InvalidArgument, ModelError
+
+Progress = Callable[[str, float], None]
+"""Called as `progress(message, fraction)`, fraction from 0 to 1."""
+
+# Tokens that run through a block at once: enough to fill the device, few enough that an MLP's intermediate
+# activations stay small beside its weights.
+_CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows on which a method observes the model.
+
+    Attributes:
+        tokens: (samples, length) int64.
+
+    Raises:
+        DataError: no tokens.
+
+    >>> Calibration(torch.arange(1024).view(2, 512)).tokens.shape
+    torch.Size([2, 512])
+    """
+
+    tokens: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2 or self.tokens.dtype != torch.int64 or self.tokens.numel() == 0:
+            raise DataError(
+                f"given calibration tokens of shape {tuple(self.tokens.shape)} and {self.tokens.dtype}, "
+                "expected a non-empty int64 tensor [samples, length]"
+            )
+
+    @classmethod
+    def from_text(
+        cls, text: str | Sequence[str], tokenizer: Any, *, samples: int = 128, length: int = 512
+    ) -> Calibration:
+        """Cut text in `samples` windows of `length` tokens, spread evenly over all of it.
+
+        Args:
+            text: one text or several, which are joined by an empty line.
+            tokenizer: a transformers tokenizer; no special tokens are added, since windows begin anywhere.
+            samples: number of windows.
+            length: tokens of a window.
+
+        Raises:
+            DataError: the text is empty or too short.
+        """
+        if samples < 1 or length < 1:
+            raise InvalidArgument(f"given {samples} samples of {length} tokens, expected at least 1 of each")
+        text = text if isinstance(text, str) else "\n\n".join(text)
+        if not text.strip():
+            raise DataError("given an empty calibration text, expected running text; pass another file")
+        pieces = _spread(text, samples, length, tokenizer)
+        ids = [number for piece in pieces for number in _tokenize(tokenizer, piece)]
+        if len(ids) < samples * length and len(pieces) > 1:
+            ids = _tokenize(tokenizer, text)
+        windows = len(ids) // length
+        if windows < samples:
+            raise DataError(
+                f"given a calibration text of {len(ids)} tokens, expected at least {samples * length} "
+                f"({samples} samples x {length} tokens); pass more text, or at most {windows} samples"
+            )
+        chosen = torch.arange(samples) * windows // samples
+        return cls(torch.tensor(ids[: windows * length]).view(windows, length)[chosen])
+
+
+def _spread(text: str, samples: int, length: int, tokenizer: Any) -> list[str]:
+    """Evenly spread slices of about the wanted number of tokens: long texts aren't tokenized whole."""
+    probe = text[: 1 << 16]
+    tokens = max(1, len(_tokenize(tokenizer, probe)))
+    wanted = int(1.25 * samples * length * len(probe) / tokens)
+    if wanted * 2 > len(text):
+        return [text]
+    stride, size = len(text) // samples, wanted // samples
+    starts = (text.find("\n", index * stride, index * stride + stride // 4) + 1 for index in range(samples))
+    begins = (start or index * stride for index, start in enumerate(starts))
+    return [text[begin : begin + size] for begin in begins]
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+@dataclass
+class InputStatistics:
+    """What is known of the input x (tokens, K) of some linear layers.
+
+    Attributes:
+        gram: (K, K) float32, the mean over tokens of x x^T.
+        mean_abs: (K,) float32, the mean over tokens of |x|.
+        tokens: how many tokens were seen.
+    """
+
+    gram: Tensor
+    mean_abs: Tensor
+    tokens: int
+
+    @property
+    def second_moment(self) -> Tensor:
+        """(K,) float32, the mean over tokens of x^2."""
+        return self.gram.diagonal()
+
+    def divided(self, scale: Tensor) -> InputStatistics:
+        """The statistics of x / scale, for scale (K,)."""
+        return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
+
+
+class GramAccumulator:
+    """Adds up x^T x and |x| over chunks of x (tokens, K) in float32.
+
+    Only panels on and above the diagonal are computed. Activations of 16 bits take the matrix units' 16-bit
+    paths where those lose nothing: products of bfloat16 numbers (float16 too, with TF32) are exact in the
+    float32 sum.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.gram = torch.zeros(features, features, device=device)
+        self.abs_sum = torch.zeros(features, dtype=torch.float64, device=device)
+        self.tokens = 0
+        self.panel = 384 if device.type == "cpu" else 2048
+
+    def add(self, x: Tensor) -> None:
+        """Take in x (..., K)."""
+        x = x.detach().flatten(0, -2)
+        self.tokens += x.shape[0]
+        with matmul_precision(x):
+            x = x.float()
+            self.abs_sum += x.abs().sum(dim=0)
+            for start in range(0, x.shape[1], self.panel):
+                rows = slice(start, start + self.panel)
+                self.gram[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+
+    def finish(self) -> InputStatistics:
+        """The means over all tokens."""
+        upper = self.gram.triu_().div_(self.tokens)
+        gram = upper + upper.triu(1).T
+        return InputStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens)
+
+
+@contextmanager
+def matmul_precision(x: Tensor) -> Iterator[None]:
+    """Inside, float32 matrix products take the fastest path that is exact for numbers of x's dtype."""
+    before = torch.get_float32_matmul_precision()
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        torch.set_float32_matmul_precision("medium")
+    elif x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass
+class CalibrationBlock:
+    """One block with the hidden states that reach it.
+
+    Attributes:
+        structure: the block's names and edges.
+        module: the block, on the computing device.
+        hidden: the inputs, a list of (batch, length, hidden).
+        calls: what the model passes to the block besides, per chunk.
+        outputs: the block's outputs as last computed with all chunks, or None.
+    """
+
+    structure: BlockStructure
+    module: nn.Module
+    hidden: list[Tensor]
+    calls: list[BlockCall]
+    outputs: list[Tensor] | None = None
+    captured: dict[str, list[BlockCall]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The block's name in the model."""
+        return self.structure.name
+
+    def full_name(self, name: str) -> str:
+        """The name in the model of a module of this block."""
+        return f"{self.name}.{name}"
+
+    @torch.no_grad()
+    def run(self) -> list[Tensor]:
+        """The block's outputs for all chunks, with its weights as they are now."""
+        return [call.run(self.module, x) for call, x in zip(self.calls, self.hidden, strict=True)]
+
+    @torch.no_grad()
+    def observe(
+        self, linears: Sequence[str] | None = None, *, capture: Sequence[str] = (), capture_samples: int = 0
+    ) -> dict[str, InputStatistics]:
+        """Run the block on all chunks, and gather statistics of what linear layers read.
+
+        Args:
+            linears: names of `nn.Linear`s; None takes all, and keeps the block's outputs in `outputs`. With
+                fewer the run ends at the last of them.
+            capture: modules whose inputs are kept in `captured` as calls, one per chunk.
+            capture_samples: over how many samples at least, in whole chunks.
+
+        Returns:
+            Statistics by linear; those that read the same tensor share one object.
+
+        Raises:
+            InvalidArgument: an input holds NaN or infinity; names the layer.
+        """
+        wanted = self.structure.linears if linears is None else tuple(linears)
+        groups = [[name for name in group if name in wanted] for group in self.structure.input_groups]
+        groups = [group for group in groups if group]
+        accumulators: dict[str, GramAccumulator] = {}
+        self.captured = {name: [] for name in capture}
+        outputs: list[Tensor] = []
+        chunk = 0
+
+        def gather(name: str, last: bool) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0]
+                if name not in accumulators:
+                    accumulators[name] = GramAccumulator(x.shape[-1], x.device)
+                accumulators[name].add(x)
+                if last:
+                    raise Stop
+
+            return hook
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if chunk * self.hidden[0].shape[0] < capture_samples:
+                    self.captured[name].append(BlockCall(args, kwargs))
+
+            return hook
+
+        with ExitStack() as stack:
+            for group in groups:
+                last = linears is not None and group is groups[-1]
+                part = self.module.get_submodule(group[0])
+                stack.callback(part.register_forward_pre_hook(gather(group[0], last)).remove)
+            for name in capture:
+                part = self.module.get_submodule(name)
+                stack.callback(part.register_forward_pre_hook(keep(name), with_kwargs=True).remove)
+            for call, x in zip(self.calls, self.hidden, strict=True):
+                with suppress(Stop):
+                    outputs.append(call.run(self.module, x))
+                chunk += 1
+        if linears is None:
+            self.outputs = outputs
+        return {
+            name: statistics for group in groups for name, statistics in self._finish(group, accumulators)
+        }
+
+    def _finish(
+        self, group: list[str], accumulators: dict[str, GramAccumulator]
+    ) -> Iterator[tuple[str, InputStatistics]]:
+        names = " and ".join(self.full_name(name) for name in group)
+        if group[0] not in accumulators:
+            raise InvalidArgument(f"given calibration tokens that never reach {names}, expected other text")
+        statistics = accumulators[group[0]].finish()
+        if not torch.isfinite(statistics.gram).all():
+            raise InvalidArgument(
+                f"given NaN or infinity in the input of {names}, expected finite activations; check the "
+                "checkpoint, or run the model in float32 or bfloat16"
+            )
+        for name in group:
+            yield name, statistics
+
+
+@torch.no_grad()
+def stream_blocks(
+    model: nn.Module,
+    structure: ModelStructure,
+    calibration: Calibration,
+    *,
+    device: torch.device | str | None = None,
+    inputs: str = "original",
+    progress: Progress | None = None,
+) -> Iterator[CalibrationBlock]:
+    """Yield the blocks in order, each on `device` with the hidden states that reach it.
+
+    The caller may change the block; it goes back to where it was afterwards.
+
+    Args:
+        model: a causal language model, called as `model(tokens)`.
+        structure: of the model.
+        calibration: the tokens.
+        device: where blocks run; None stays where the model is.
+        inputs: "original" feeds the next block what the unchanged block gave (AWQ), "compressed" what the
+            changed block gives (GPTQ).
+        progress: told after each block.
+    """
+    if inputs not in ("original", "compressed"):
+        raise InvalidArgument(f"given inputs={inputs!r}, expected 'original' or 'compressed'")
+    _check_tokens(model, calibration.tokens)
+    names = [block.name for block in structure.blocks]
+    home = next(model.parameters()).device
+    device = home if device is None else torch.device(device)
+    batch = max(1, _CHUNK_TOKENS.get(device.type, 4096) // calibration.tokens.shape[1])
+    hidden: list[Tensor] = []
+    calls: list[list[BlockCall]] = []
+    returns_tuple = [block.returns_tuple for block in structure.blocks]
+    for tokens in torch.split(calibration.tokens, batch):
+        first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple)
+        hidden.append(first.to(device))
+        calls.append(chunk_calls)
+    training = model.training
+    model.eval()
+    try:
+        for index, block_structure in enumerate(structure.blocks):
+            if progress is not None:
+                progress(f"block {index + 1} of {len(names)}", index / len(names))
+            module = model.get_submodule(block_structure.name).to(device)
+            block_calls = [chunk[index].to(device) for chunk in calls]
+            block = CalibrationBlock(block_structure, module, hidden, block_calls)
+            if inputs == "original":
+                yield block
+                if block.outputs is None:
+                    raise InvalidArgument(
+                        "given a block that was not observed, expected observe() before it changes"
+                    )
+                hidden = block.outputs
+            else:
+                yield block
+                if index + 1 < len(names):
+                    hidden = block.run()
+            module.to(home)
+        if progress is not None:
+            progress("done", 1.0)
+    finally:
+        model.train(training)
+
+
+def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
+    config = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and tokens.shape[1] > longest:
+        raise DataError(
+            f"given calibration windows of {tokens.shape[1]} tokens, expected at most the model's {longest}; "
+            "use a smaller calibration length"
+        )
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise DataError(
+            f"given calibration tokens from {int(tokens.min())} to {int(tokens.max())}, expected 0 to "
+            f"{vocabulary - 1}; use the model's own tokenizer"
+        )
+
+
+@torch.no_grad()
+def inject_outliers(
+    model: nn.Module,
+    fraction: float = 0.01,
+    factor: float | tuple[float, float] = 32.0,
+    seed: int = 0,
+    *,
+    mixture: bool = False,
+) -> list[str]:
+    """Give a model the activation outliers of large language models without changing what it computes, in
+    place.
+
+    A random `fraction` of the channels of each norm is multiplied by `factor`, and the columns of the linear
+    layers that read them are divided by it. This is the transformation that scale-folding methods can undo,
+    so results on such a model belong beside those on the untouched one, and beside the adversarial `mixture`:
+    there the channels of each value head are mixed by `I + (factor - 1) u u^T` with a random direction u
+    spread over all of them, and the output projection by the inverse. One direction dominates the covariance,
+    while no channel stands out.
+
+    Args:
+        model: a causal language model.
+        fraction: of each norm's channels; at least one channel is taken.
+        factor: how much larger, or a range from which each channel's factor is drawn log-uniformly.
+        seed: of the random choice.
+        mixture: mix value heads instead of scaling norm channels.
+
+    Returns:
+        The edges changed, as text.
+
+    Raises:
+        InvalidArgument: fraction outside (0, 1], or a factor below 1.
+        ModelError: the model has no edge that can take outliers.
+    """
+    low, high = factor if isinstance(factor, tuple) else (factor, factor)
+    if not (0 < fraction <= 1 and 1 <= low <= high < math.inf):
+        raise InvalidArgument(
+            f"given fraction={fraction} and factor={factor}, expected a fraction in (0, 1] "
+            "and factors of at least 1"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    changed = []
+    for block_structure in discover(model).blocks:
+        block = model.get_submodule(block_structure.name)
+        for mapping in block_structure.mappings:
+            columns = linear_in(block, mapping.consumers[0]).in_features // mapping.repeats
+            if mapping.kind == "norm" and not mixture:
+                count = max(1, round(fraction * columns))
+                chosen = torch.randperm(columns, generator=generator)[:count]
+                exponents = torch.rand(count, generator=generator, dtype=torch.float64)
+                scale = torch.ones(columns, dtype=torch.float64)
+                scale[chosen] = low ** (exponents - 1) * high**-exponents
+                fold(block, mapping, scale.to(linear_in(block, mapping.consumers[0]).weight.device))
+            elif mapping.kind == "linear" and mapping.head_dim and mixture:
+                _mix_heads(block, mapping, math.sqrt(low * high), generator)
+            else:
+                continue
+            changed.append(f"{block_structure.name}: {mapping}")
+    if not changed:
+        wanted = "value heads that can be mixed" if mixture else "norms that feed linear layers"
+        raise ModelError(
+            f"given a {type(model).__name__} in which no {wanted} were found, expected a transformer"
+        )
+    return changed
+
+
+def _mix_heads(block: nn.Module, mapping: ScaleMapping, factor: float, generator: torch.Generator) -> None:
+    """Multiply each head's channels by I + (factor - 1) u u^T, and their readers' columns by the inverse."""
+    producer = linear_in(block, mapping.producer)
+    size = mapping.head_dim
+    channels = linear_in(block, mapping.consumers[0]).in_features // mapping.repeats
+    heads = channels // size
+    signs = torch.randint(0, 2, (heads, size), generator=generator).double() * 2 - 1
+    directions = (signs / math.sqrt(size)).to(producer.weight.device)
+
+    def mixed(vectors: Tensor, strength: float) -> Tensor:
+        along = (vectors * directions.unsqueeze(-1)).sum(dim=1, keepdim=True)
+        return vectors + (strength - 1) * along * directions.unsqueeze(-1)
+
+    start = producer.out_features - channels
+    for values in (producer.weight, producer.bias):
+        if values is not None:
+            rows = values.data[start:]
+            rows.copy_(mixed(rows.double().reshape(heads, size, -1), factor).reshape(rows.shape))
+    for name in mapping.consumers:
+        weight = linear_in(block, name).weight
+        by_head = weight.data.double().T.reshape(heads, mapping.repeats, size, -1).transpose(0, 1)
+        inverse = torch.stack([mixed(group, 1 / factor) for group in by_head]).transpose(0, 1)
+        weight.data.copy_(inverse.flatten(0, 2).T)

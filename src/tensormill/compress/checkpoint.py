@@ -1,0 +1,631 @@
+"""Opens a model, writes a compressed one, loads it again; every damaged input ends in one `CheckpointError`.
+
+A checkpoint is a directory as Hugging Face writes it: `config.json`, `model.safetensors` or shards with an
+index, and a tokenizer. It is checked before any tensor is read: safetensors headers are parsed here (never a
+pickle, never remote code), the index is compared with the shards, sizes with the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormill.compress.formats import compressed_tensors
+from tensormill.compress.output import check_output, whole_directory
+from tensormill.errors import CheckpointError, InvalidArgument, ModelError, TensormillError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN_PREFIX = "builtin:"
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+#: What travels from the source to the output as it is, beside the tokenizer.
+_TRAVELLING = (
+    *_TOKENIZER_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "README*",
+    "LICEN[SC]E*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+
+_DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+_PACKED_PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
+_SCANNED_DTYPES = ("F16", "BF16", "F32", "F64")
+_MAX_HEADER_BYTES = 100_000_000
+# Elements whose finiteness is tested at a time: bounds the temporary to 16 MiB.
+_SCAN_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: its place, dtype as the file names it, and shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint directory holds, read from `config.json` and the headers alone."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """`quantization_config`, or None for a model in floating point."""
+        found = self.config.get("quantization_config") or self.config.get("compression_config")
+        text = self.config.get("text_config")
+        if not found and isinstance(text, dict):
+            found = text.get("quantization_config")
+        return found or None
+
+
+def open_model(
+    path_or_builtin: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    check_finite: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Opens a floating-point causal language model and its tokenizer, after checking the whole checkpoint.
+
+    Args:
+        path_or_builtin: a checkpoint directory, or "builtin:python-lm".
+        device: where the model goes.
+        dtype: of the weights; None keeps the checkpoint's.
+        check_finite: read every weight once to refuse NaN and infinity.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer or None if the directory has none.
+
+    Raises:
+        CheckpointError: not a model, incomplete, damaged, already quantized, pickled, or needs remote code.
+        InvalidArgument: the device doesn't exist.
+    """
+    info = inspect_checkpoint(path_or_builtin)
+    if info.quantization is not None:
+        raise CheckpointError(_already_quantized(info))
+    if check_finite:
+        check_finite_tensors(info)
+    model = _from_pretrained(info, _device(device), dtype)
+    return model, open_tokenizer(info.path)
+
+
+def load(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Loads a compressed checkpoint as a model whose linears compute with the packed weights.
+
+    Args:
+        path: a `pack-quantized` directory, as `save_compressed` and llm-compressor write it.
+        device: where the model goes.
+        dtype: of everything that isn't packed; None keeps the checkpoint's.
+
+    Raises:
+        CheckpointError: not compressed, in another format, incomplete or damaged.
+        InvalidArgument: the device doesn't exist.
+    """
+    from tensormill.compress import transformers_hook
+
+    info = inspect_checkpoint(path)
+    if info.quantization is None:
+        raise CheckpointError(
+            f"{info.path} is not compressed, expected a quantization_config in config.json; "
+            "compress it first, or open it with open_model"
+        )
+    config = compressed_tensors.parse_config(info.quantization)
+    _check_packed_layers(info, config)
+    check_finite_tensors(info)
+    transformers_hook.install()
+    return _from_pretrained(info, _device(device), dtype)
+
+
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory's `config.json` has a `quantization_config`; False if it can't be read."""
+    try:
+        config = _read_config(resolve_path(path))
+    except CheckpointError:
+        return False
+    return CheckpointInfo(Path(path), config, {}).quantization is not None
+
+
+def resolve_path(path_or_builtin: str | os.PathLike[str]) -> Path:
+    """The directory that a path or a built-in model's name means.
+
+    Raises:
+        CheckpointError: there is no such built-in model.
+    """
+    text = os.fspath(path_or_builtin)
+    if not text.startswith(BUILTIN_PREFIX):
+        return Path(text).expanduser()
+    if text != "builtin:python-lm":
+        raise CheckpointError(f"there is no built-in model {text!r}, expected builtin:python-lm")
+    from tensormill.models import python_lm
+
+    return Path(python_lm.path())
+
+
+def inspect_checkpoint(path_or_builtin: str | os.PathLike[str]) -> CheckpointInfo:
+    """Checks a checkpoint without reading a tensor: configuration, index, shards, headers, sizes.
+
+    Raises:
+        CheckpointError: the first thing that is wrong, and what to do about it.
+    """
+    path = resolve_path(path_or_builtin)
+    config = _read_config(path)
+    single, index = path / _WEIGHTS, path / _INDEX
+    if single.is_file():
+        tensors = read_header(single)
+    elif index.is_file():
+        tensors = _read_shards(index)
+    else:
+        raise CheckpointError(_no_weights(path))
+    if not tensors:
+        raise CheckpointError(f"{path} has no tensors; download it again")
+    return CheckpointInfo(path, config, tensors)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Reads and checks the header of a safetensors file.
+
+    Raises:
+        CheckpointError: not a safetensors file, truncated, or a header that contradicts the file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start == b"version ":
+                raise CheckpointError(f"{file} is a Git LFS pointer, expected weights; run 'git lfs pull'")
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= _MAX_HEADER_BYTES or 8 + length > size:
+                raise CheckpointError(
+                    f"{file} is truncated or not a safetensors file ({size} bytes); download it again"
+                )
+            header = json.loads(stream.read(length), object_pairs_hook=_unique_keys)
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} has a damaged header; download it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a damaged header; download it again")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        tensors[name], span = _read_entry(file, name, entry)
+        spans.append(span)
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise CheckpointError(f"{file} has overlapping or missing bytes at {first}; download it again")
+        end = last
+    if size != 8 + length + end:
+        what = "truncated" if size < 8 + length + end else "damaged"
+        raise CheckpointError(
+            f"{file} is {what}: {size} bytes, expected {8 + length + end}; download it again"
+        )
+    return tensors
+
+
+def check_finite_tensors(info: CheckpointInfo) -> None:
+    """Reads every floating-point tensor once.
+
+    Raises:
+        CheckpointError: a tensor, which is named, has NaN or infinity.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    by_file: dict[Path, list[str]] = {}
+    for name, tensor in info.tensors.items():
+        if tensor.dtype in _SCANNED_DTYPES:
+            by_file.setdefault(tensor.file, []).append(name)
+    for file, names in by_file.items():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in names:
+                    if not _is_finite(opened.get_tensor(name)):
+                        raise CheckpointError(
+                            f"{name} in {file} has NaN or infinity, expected finite weights; get a sound copy"
+                        )
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} can't be read: {_one_line(error)}") from error
+
+
+def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a checkpoint directory, or None if it has no tokenizer files.
+
+    Raises:
+        CheckpointError: its files are damaged or need remote code.
+    """
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {path} can't be read: {_one_line(error)}") from error
+
+
+def save_compressed(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source_path: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    extra_files: Callable[[Path], Mapping[str, str]] | None = None,
+) -> Path:
+    """Writes a compressed model as compressed-tensors `pack-quantized`, whole or not at all.
+
+    `config.json` is the source's with a `quantization_config` added. Its dtype is kept: what isn't quantized
+    is stored in it, scales in the dtype they were made in. Tokenizer files, `generation_config.json`, chat
+    template, model card and licence are copied from the source.
+
+    Args:
+        model: a transformers model with `LinearWNA16` linears.
+        tokenizer: written if the source has no tokenizer files.
+        source_path: the checkpoint that the model came from ("builtin:..." too), or None if there is none.
+        output: the directory to write; must not exist, or be empty, unless `overwrite`.
+        overwrite: replace a checkpoint that lies at `output`.
+        max_shard_size: bytes, or a string such as "5GB".
+        extra_files: called with the directory as written so far, gives more text files for it, by name.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        OutputError: the destination is refused, or can't be written (nothing is left behind).
+        ModelError: nothing is compressed, a layer can't be expressed, or a weight isn't finite.
+    """
+    source = None if source_path is None else resolve_path(source_path)
+    quantization = compressed_tensors.quantization_config(model)
+    config = _read_config(source) if source is not None else None
+    dtype = _config_dtype(config) if config is not None else None
+    tensors = _tensors_to_write(model, dtype)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    check_output(output, source=source, overwrite=overwrite, needed_bytes=needed)
+    with whole_directory(output, overwrite=overwrite) as partial:
+        _save_pretrained(model, tensors, partial, max_shard_size, keep_generation_config=source is None)
+        written = _read_config(partial)
+        config = {**(config or written), "quantization_config": quantization}
+        tied = getattr(model.config, "tie_word_embeddings", None)
+        if tied is not None and tied != config.get("tie_word_embeddings", tied):
+            config["tie_word_embeddings"] = tied
+        _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        travelled = _copy_travelling(source, partial) if source is not None else []
+        if tokenizer is not None and not set(travelled) & set(_TOKENIZER_FILES):
+            tokenizer.save_pretrained(partial)
+        if extra_files is not None:
+            for name, text in extra_files(partial).items():
+                _write_text(partial / name, text)
+    return Path(output)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path} doesn't exist, expected a model directory; download the model first")
+    if not path.is_dir():
+        hint = "GGUF files can't be read" if path.suffix == ".gguf" else "give the directory that holds it"
+        raise CheckpointError(f"{path} is a file, expected a model directory with config.json; {hint}")
+    file = path / "config.json"
+    if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{path} is an adapter, expected a whole model; merge it into its base model first"
+            )
+        raise CheckpointError(f"{path} is not a model: it has no config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON; download it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{file} names no model_type, expected a transformers configuration")
+    return config
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = list(weight_map.items())
+        valid = all(isinstance(shard, str) and Path(shard).name == shard for _, shard in entries)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{index} is damaged; download it again") from error
+    if not valid:
+        raise CheckpointError(f"{index} names a shard outside the directory; download it again")
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index} names the shard {shard}, which is missing; download it")
+        headers[shard] = read_header(index.parent / shard)
+    for name, shard in entries:
+        if name not in headers[shard]:
+            raise CheckpointError(f"{name} is missing from {index.parent / shard}, where the index puts it")
+    return {name: headers[shard][name] for name, shard in entries}
+
+
+def _no_weights(path: Path) -> str:
+    pickled = sorted(path.glob("*.bin")) + sorted(path.glob("*.pt")) + sorted(path.glob("*.pth"))
+    if pickled:
+        return (
+            f"{path} has pickled weights ({pickled[0].name}), which can run code and are not read; convert "
+            "them once: transformers.AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
+        )
+    if any(path.glob("model-*-of-*.safetensors")):
+        return f"{path} has shards but no {_INDEX}; download it"
+    return f"{path} has no weights, expected {_WEIGHTS} or {_INDEX}; download them"
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("duplicate keys")
+    return dict(pairs)
+
+
+def _read_entry(file: Path, name: str, entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
+    try:
+        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, first, last)
+        valid = all(isinstance(number, int) and number >= 0 for number in numbers) and first <= last
+        valid = valid and isinstance(dtype, str)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} has a damaged entry for {name}; download it again") from error
+    if not valid:
+        raise CheckpointError(f"{file} has a damaged entry for {name}; download it again")
+    if dtype not in _DTYPE_BITS:
+        raise CheckpointError(f"{name} in {file} has the dtype {dtype!r}, which is unknown")
+    if math.prod(shape) * _DTYPE_BITS[dtype] != 8 * (last - first):
+        raise CheckpointError(
+            f"{name} in {file} has {last - first} bytes, which don't fit {dtype} of shape {list(shape)}; "
+            "download it again"
+        )
+    return StoredTensor(file, dtype, shape, last - first), (first, last)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    flat = tensor.reshape(-1)
+    return all(bool(torch.isfinite(part).all()) for part in flat.split(_SCAN_ELEMENTS))
+
+
+def _already_quantized(info: CheckpointInfo) -> str:
+    quantization = info.quantization
+    assert quantization is not None
+    method = quantization.get("quant_method", "an unnamed method")
+    try:
+        compressed_tensors.parse_config(quantization)
+    except CheckpointError:
+        return f"{info.path} is already quantized ({method}); start from the original floating-point model"
+    return (
+        f"{info.path} is already quantized ({method}); load it with tensormill.load(path), or start from the "
+        "original floating-point model"
+    )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgument(f"given device {device!r}, expected for example 'cpu' or 'cuda'") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgument(f"given device {device!r}, but torch sees no GPU here; use 'cpu'")
+    return resolved
+
+
+def _from_pretrained(
+    info: CheckpointInfo, device: torch.device, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    loaded: Any
+    model_type = info.config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in info.config:
+            raise CheckpointError(f"{info.path} needs code from its own repository, which is not run")
+        raise CheckpointError(
+            f"{info.path} has the model type {model_type!r}, which this transformers doesn't know; upgrade it"
+        )
+    if CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
+        raise CheckpointError(
+            f"{info.path} has the model type {model_type!r}, expected a causal language model"
+        )
+    try:
+        with _quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                info.path,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except TensormillError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{info.path} can't be opened: {_one_line(error)}") from error
+    model, found = loaded
+    for name in sorted(found.get("missing_keys") or ()):
+        raise CheckpointError(f"{info.path} has no tensor {name}, which the model needs; download it again")
+    for name, stored, expected in sorted(found.get("mismatched_keys") or ()):
+        raise CheckpointError(
+            f"{name} in {info.path} has shape {tuple(stored)}, expected {tuple(expected)} from config.json; "
+            "they belong to different models"
+        )
+    unexpected = sorted(found.get("unexpected_keys") or ())
+    for name in unexpected:
+        if name.endswith(_PACKED_PARTS):
+            raise CheckpointError(
+                f"{info.path} has the tensor {name}, which the quantization_config in config.json doesn't "
+                "account for; it belongs to another checkpoint"
+            )
+    if unexpected:
+        warnings.warn(
+            f"{info.path} has {len(unexpected)} tensors that the model doesn't use, such as {unexpected[0]}",
+            stacklevel=3,
+        )
+    return model.to(device).eval()
+
+
+def _check_packed_layers(info: CheckpointInfo, config: compressed_tensors.PackedConfig) -> None:
+    """Finds a missing or misshapen tensor of a packed layer from the headers alone."""
+    for key, packed in info.tensors.items():
+        if not key.endswith(".weight_packed"):
+            continue
+        name = key.removesuffix(".weight_packed")
+        for part in ("weight_scale", "weight_shape"):
+            if f"{name}.{part}" not in info.tensors:
+                raise CheckpointError(
+                    f"{info.path} has no tensor {name}.{part}, which {key} needs; download it again"
+                )
+        if len(packed.shape) != 2 or packed.dtype != "I32":
+            raise CheckpointError(
+                f"{key} is {packed.dtype} of shape {packed.shape}, expected a matrix of I32"
+            )
+        if f"{name}.weight_zero_point" not in info.tensors and not any(s.symmetric for s in config.schemes):
+            raise CheckpointError(f"{info.path} has no tensor {name}.weight_zero_point; download it again")
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and reports from transformers: what matters in them is raised as an error here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    name = config.get("dtype") or config.get("torch_dtype")
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _tensors_to_write(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    compressed = compressed_tensors.compressed_linears(model)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for key in tied:
+        if key.removesuffix(".weight") in compressed:
+            raise ModelError(f"{key} is tied to another weight and can't be compressed alone; leave it out")
+    tensors = compressed_tensors.state_dict(model)
+    # Keyed by storage, not by name: tied weights are tested once, and stay one storage when they are cast.
+    seen: dict[tuple[Any, ...], Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} is not in memory (offloaded), expected the whole model there; load it without"
+            )
+        if not tensor.is_floating_point():
+            continue
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in seen:
+            if not _is_finite(tensor):
+                raise ModelError(f"{name} has NaN or infinity after compression; nothing was written")
+            seen[key] = tensor if dtype is None or name.endswith(".weight_scale") else tensor.to(dtype)
+        tensors[name] = seen[key]
+    return tensors
+
+
+def _save_pretrained(
+    model: Any,
+    tensors: dict[str, Tensor],
+    directory: Path,
+    max_shard_size: int | str,
+    keep_generation_config: bool,
+) -> None:
+    """Lets transformers name, untie and shard the tensors as the architecture asks."""
+    dtype, architectures = getattr(model.config, "dtype", None), getattr(model.config, "architectures", None)
+    generation_config = getattr(model, "generation_config", None)
+    quantization = getattr(model.config, "quantization_config", None)
+    if generation_config is not None and not keep_generation_config:
+        # The source's own file is copied afterwards; transformers refuses to write some of those it reads.
+        model.generation_config = type(generation_config)()
+    try:
+        with _quiet_transformers():
+            model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
+    finally:
+        model.generation_config = generation_config
+        model.config.dtype, model.config.architectures = dtype, architectures
+        if quantization is not None:
+            model.config.quantization_config = quantization
+    if not keep_generation_config:
+        (directory / "generation_config.json").unlink(missing_ok=True)
+
+
+def _copy_travelling(source: Path, directory: Path) -> list[str]:
+    copied = []
+    for pattern in _TRAVELLING:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                name = file.relative_to(source)
+                (directory / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, directory / name)
+                copied.append(str(name))
+    return copied
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,90 @@
+"""Finds the range of each group of weights that is worth representing: a smaller one has a finer step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tensormill.compress.formats.quantization import (
+    QuantSpec,
+    fake_quantize,
+    fake_quantize_groups,
+    split_groups,
+)
+from tensormill.compress.output_error import search_numbers, search_precision
+
+
+def gram_blocks(gram: Tensor, spec: QuantSpec) -> Tensor:
+    """(G, group, group) diagonal blocks of a Gram matrix (K, K), one per group, a short last one padded."""
+    size, groups = spec.columns_per_group(len(gram)), spec.num_groups(len(gram))
+    missing = size * groups - len(gram)
+    padded = functional.pad(gram, (0, missing, 0, missing)) if missing else gram
+    return padded.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def search_clip(
+    weight: Tensor, gram: Tensor, spec: QuantSpec, *, clip_grid: int = 40, clip_max_shrink: float = 0.7
+) -> Tensor:
+    """For each row and group, the largest magnitude to keep so that the group's output error is least.
+
+    Args:
+        weight: (N, K) float32.
+        gram: (G, group, group) float32, as `gram_blocks`.
+        spec: the quantizer.
+        clip_grid: steps between the full range and none.
+        clip_max_shrink: share of the range that may go; candidates are 1 - i / clip_grid for i below
+            `clip_max_shrink * clip_grid`.
+
+    Returns:
+        (N, G) magnitudes; the group's own maximum where nothing is better.
+
+    With 2 bits, a finer step for three weights is worth more than the range of the fourth:
+
+    >>> weight = torch.tensor([[0.0, 0.8, 1.6, 3.0]])
+    >>> search_clip(weight, torch.eye(4)[None], QuantSpec(bits=2, group_size=4))
+    tensor([[2.7750]])
+    """
+    limit = search_numbers(gram.device)
+    best = []
+    for rows in torch.split(weight, max(1, limit // weight.shape[1])):
+        groups = split_groups(rows, spec)  # [rows, G, group]
+        largest = groups.abs().amax(dim=-1, keepdim=True)
+        clip, least = largest.clone(), None
+        for step in range(max(1, math.ceil(clip_grid * clip_max_shrink))):
+            candidate = largest * (1 - step / clip_grid)
+            d = fake_quantize_groups(groups.clamp(-candidate, candidate), spec).sub_(groups).transpose(0, 1)
+            error = (torch.bmm(d, gram) * d).sum(dim=-1).T.unsqueeze(-1)  # [rows, G, 1]
+            if least is None:
+                least = error
+            else:
+                clip = torch.where(error < least, candidate, clip)
+                least = torch.minimum(error, least)
+        best.append(clip.squeeze(-1))
+    return torch.cat(best)
+
+
+def keep_helpful_rows(weight: Tensor, clip: Tensor, gram: Tensor, spec: QuantSpec) -> Tensor:
+    """Undo the clipping of rows whose whole output error it doesn't lower.
+
+    Groups are clipped one by one, blind to the correlations between them; here they are counted.
+
+    Args:
+        weight: (N, K) float32.
+        clip: (N, G) magnitudes.
+        gram: (K, K) float32.
+        spec: the quantizer.
+
+    Returns:
+        (N, G) magnitudes, with the groups' own maxima in rows that are better off so.
+    """
+    largest = split_groups(weight, spec).abs().amax(dim=-1)
+
+    def error(limit: Tensor) -> Tensor:
+        d = fake_quantize(weight, spec, limit) - weight
+        with search_precision(gram.device):
+            return ((d @ gram) * d).sum(dim=1, keepdim=True)
+
+    return torch.where(error(clip) < error(largest), clip, largest)

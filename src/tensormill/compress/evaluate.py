@@ -1,0 +1,1100 @@
+"""What a causal language model is worth and what it costs: perplexity, divergence, bytes, memory and speed.
+
+Definitions, the same wherever the package reports one of these figures:
+
+* **Windows.** The text is tokenized once with the model's tokenizer and its default handling of special
+  tokens, and cut into ``floor(T / window)`` disjoint windows; what is left over is dropped. A text shorter
+  than one window is one shorter window. Several texts are first joined with an empty line.
+* **Scored tokens.** The first token of a window is context only, so ``n`` tokens score ``n - 1``.
+* **Perplexity** is ``exp`` of the mean over windows of the window's mean negative log-likelihood, from logits
+  converted to float32.
+* **Bits per byte** is the negative log-likelihood of all scored tokens in bits, over the UTF-8 bytes of the
+  text that those tokens stand for. The bytes of a window's first token are not counted, because its bits are
+  not either. A special token that the tokenizer adds stands for no bytes.
+* **KL** is the mean over scored positions of KL(original || other) in nats, over the whole vocabulary.
+* **Top-1 agreement** is the share of scored positions where both models rank the same token first.
+
+Memory stays bounded: windows are streamed, and logits exist for a few positions at a time. To that end the
+model's own forward is run in two halves (everything below the output head once, then head and whatever
+follows it, slice by slice); a model that does not split this way is found out by a check on a few tokens, and
+run whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensormill.errors import CheckpointError, DataError, InvalidArgument, ModelError
+from tensormill.measure import synchronize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "Interval",
+    "PeakMemory",
+    "Speed",
+    "TokenizedText",
+    "checkpoint_bytes",
+    "compare",
+    "evaluate",
+    "evaluate_models",
+    "join_texts",
+    "measure_speed",
+    "model_bytes",
+    "paired_bootstrap",
+    "peak_memory",
+    "read_texts",
+    "reset_peak_memory",
+    "split_windows",
+    "text_sha256",
+    "tokenize_text",
+    "tokens_per_second",
+]
+
+Progress = Callable[[str, float | None], None]
+"""Called as ``progress(message, fraction)``, fraction from 0 to 1."""
+
+Text = str | Sequence[str] | Mapping[str, str]
+
+_DOCUMENT_SEPARATOR = "\n\n"
+_LOGITS_BUDGET_BYTES = 256 << 20
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+def read_texts(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+    """Read UTF-8 text files.
+
+    Args:
+        paths: Files, in the order in which they are evaluated.
+
+    Returns:
+        The text of each file under its path as given; line ends are kept as they are.
+
+    Raises:
+        DataError: No path, a file that is missing, unreadable, not UTF-8, or without any visible character.
+    """
+    texts: dict[str, str] = {}
+    for path in paths:
+        try:
+            raw = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"text file {path} does not exist; give the path of a UTF-8 text file") from None
+        except IsADirectoryError:
+            raise DataError(f"{path} is a directory, expected a UTF-8 text file; name its files") from None
+        except OSError as error:
+            raise DataError(f"text file {path} can't be read: {error.strerror or error}") from error
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"text file {path} is not UTF-8 at byte {error.start} ({raw[error.start]:#x}); convert it"
+            ) from None
+        if not text.strip():
+            raise DataError(f"text file {path} is empty; give a file with text")
+        texts[str(path)] = text
+    if not texts:
+        raise DataError("no text file was given; give at least one path")
+    return texts
+
+
+def join_texts(text: Text) -> str:
+    """The one string that is evaluated: several texts are joined with an empty line between them.
+
+    Args:
+        text: A text, a sequence of texts, or a mapping from names to texts.
+
+    Raises:
+        DataError: There is no text, or nothing visible in it.
+    """
+    if isinstance(text, str):
+        joined = text
+    else:
+        parts = list(text.values()) if isinstance(text, Mapping) else list(text)
+        joined = _DOCUMENT_SEPARATOR.join(parts)
+    if not joined.strip():
+        raise DataError("the evaluation text is empty; give a text of at least a few words")
+    return joined
+
+
+def text_sha256(text: Text) -> str:
+    """SHA-256 (hexadecimal) of the joined text's UTF-8 bytes: tells two evaluation texts apart."""
+    return hashlib.sha256(_encode(join_texts(text))).hexdigest()
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text has a lone surrogate at character {error.start}, expected Unicode; decode it as UTF-8"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text as token ids, with the number of bytes that each token stands for.
+
+    Attributes:
+        ids: (tokens,) int64.
+        byte_counts: (tokens,) int64, UTF-8 bytes of the text that each token stands for; 0 for a token that
+            the tokenizer added.
+        byte_rule: How the bytes were found. "pieces": the tokens' own bytes, checked to spell the text, so
+            that the count is exact even where a character is cut in two; "offsets": from the tokenizer's
+            character offsets, characters it drops counted with the token after them, tokens that share a
+            character sharing its bytes; "estimated": the text's bytes spread over the tokens by the length
+            each decodes to.
+    """
+
+    ids: Tensor
+    byte_counts: Tensor
+    byte_rule: Literal["pieces", "offsets", "estimated"]
+
+
+def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> TokenizedText:
+    """Tokenize a text once, whole, with the tokenizer's default special tokens.
+
+    Args:
+        tokenizer: Any tokenizer of transformers.
+        text: The text, or several to be joined.
+
+    Raises:
+        DataError: The text is empty.
+    """
+    joined = join_texts(text)
+    raw = _encode(joined)
+    # verbose=False: a text longer than the model's context is expected here.
+    encoded = tokenizer(joined, return_special_tokens_mask=True, truncation=False, verbose=False)
+    ids: list[int] = list(encoded["input_ids"])
+    added = [bool(flag) for flag in encoded["special_tokens_mask"]]
+    rule: Literal["pieces", "offsets", "estimated"] = "pieces"
+    counts = _bytes_by_pieces(tokenizer, ids, added, raw)
+    if counts is None and tokenizer.is_fast:
+        offsets = tokenizer(joined, return_offsets_mapping=True, truncation=False, verbose=False)[
+            "offset_mapping"
+        ]
+        counts, rule = _bytes_by_offsets(joined, offsets), "offsets"
+    if counts is None:
+        counts, rule = _bytes_by_decoding(tokenizer, ids, added, len(raw)), "estimated"
+    return TokenizedText(torch.tensor(ids, dtype=torch.long), torch.tensor(counts, dtype=torch.long), rule)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Characters with which byte-level BPE writes bytes: visible Latin-1 as itself, the others from U+0100
+    on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = (byte for byte in range(256) if byte not in visible)
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _byte_level_piece(piece: str, alphabet: Mapping[str, int]) -> bytes | None:
+    try:
+        return bytes(alphabet[character] for character in piece)
+    except KeyError:
+        return None
+
+
+def _sentencepiece_piece(piece: str) -> bytes | None:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        try:
+            return bytes.fromhex(piece[3:5])
+        except ValueError:
+            return None
+    return piece.replace("\u2581", " ").encode("utf-8")
+
+
+def _bytes_by_pieces(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], added: Sequence[bool], raw: bytes
+) -> list[int] | None:
+    """Bytes of each token from the vocabulary, or None unless the tokens spell ``raw`` byte by byte."""
+    unique = sorted(set(ids))
+    pieces = dict(zip(unique, tokenizer.convert_ids_to_tokens(unique), strict=True))
+    literal = set(tokenizer.get_added_vocab().values())
+    alphabet = _byte_alphabet()
+    readings: tuple[Callable[[str], bytes | None], ...] = (
+        lambda piece: _byte_level_piece(piece, alphabet),
+        _sentencepiece_piece,
+    )
+    for read in readings:
+        table: dict[int, bytes | None] = {}
+        for token, piece in pieces.items():
+            if isinstance(piece, bytes):
+                table[token] = piece
+            elif piece is None:
+                table[token] = None
+            else:
+                table[token] = piece.encode("utf-8") if token in literal else read(piece)
+        spelled = [b"" if special else table[token] for token, special in zip(ids, added, strict=True)]
+        if any(piece is None for piece in spelled):
+            continue
+        lengths = [len(piece) for piece in spelled if piece is not None]
+        whole = b"".join(piece for piece in spelled if piece is not None)
+        if whole == raw:
+            return lengths
+        if whole == b" " + raw:  # the tokenizer puts a space before the text
+            first = next(i for i, length in enumerate(lengths) if length)
+            lengths[first] -= 1
+            return lengths
+    return None
+
+
+def _bytes_by_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    ends = [0]
+    for character in text:
+        ends.append(ends[-1] + len(character.encode("utf-8")))
+    counts: list[int] = []
+    covered, run_start = 0, 0
+    for i, (start, end) in enumerate(offsets):
+        shares = counts and start < end and start < covered
+        fresh = ends[end] - ends[covered] if end > covered else 0
+        counts.append(fresh)
+        covered = max(covered, end)
+        if not shares:
+            run_start = i
+            continue
+        total, length = sum(counts[run_start:]), i + 1 - run_start
+        counts[run_start:] = [total * (k + 1) // length - total * k // length for k in range(length)]
+    return counts
+
+
+def _bytes_by_decoding(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], added: Sequence[bool], total: int
+) -> list[int]:
+    lengths = {
+        token: max(1, len(str(tokenizer.decode([token])).encode("utf-8", "replace"))) for token in set(ids)
+    }
+    weights = [0 if special else lengths[token] for token, special in zip(ids, added, strict=True)]
+    whole = sum(weights)
+    counts, so_far = [], 0
+    for weight in weights:
+        before = total * so_far // whole if whole else 0
+        so_far += weight
+        counts.append((total * so_far // whole if whole else 0) - before)
+    return counts
+
+
+def split_windows(tokens: Tensor, window: int) -> Tensor:
+    """Cut tokens into disjoint windows.
+
+    Args:
+        tokens: (T,) of any dtype.
+        window: Tokens per window, at least 2.
+
+    Returns:
+        (floor(T / window), window); one shorter window (1, T) if T < window.
+
+    Raises:
+        DataError: Fewer than two tokens: nothing can be scored.
+        InvalidArgument: ``window`` is below 2, or ``tokens`` is not one-dimensional.
+
+    Example:
+        >>> split_windows(torch.arange(7), 3)
+        tensor([[0, 1, 2],
+                [3, 4, 5]])
+    """
+    if window < 2:
+        raise InvalidArgument(
+            f"given window {window}, expected at least 2 tokens (one of context, one scored)"
+        )
+    if tokens.ndim != 1:
+        raise InvalidArgument(
+            f"given tokens of shape {tuple(tokens.shape)}, expected one dimension (tokens,)"
+        )
+    if tokens.numel() < 2:
+        raise DataError(f"the text gives {tokens.numel()} token(s), expected at least 2; give a longer text")
+    length = min(window, tokens.numel())
+    count = tokens.numel() // length
+    return tokens[: count * length].view(count, length)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text (definitions in the module's docstring).
+
+    Attributes:
+        perplexity: exp of the mean window loss.
+        bits_per_byte: Bits of all scored tokens over the bytes that they stand for.
+        tokens: Scored tokens.
+        bytes: UTF-8 bytes of the scored tokens' text.
+        window_nll: (windows,) float64 on the CPU, mean negative log-likelihood of each window in nats.
+        window: Tokens per window.
+        byte_rule: How the bytes were counted, see `TokenizedText`.
+        text_sha256: Which text this was.
+        comparison: Against the reference model, where there is one.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    window_nll: Tensor
+    window: int = 0
+    byte_rule: str = "pieces"
+    text_sha256: str = ""
+    comparison: Comparison | None = None
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return self.window_nll.numel()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a model's predictions are from the original's.
+
+    Attributes:
+        kl: Mean KL(original || other) in nats per scored position.
+        top1_agreement: Share of scored positions with the same most likely token, 0 to 1.
+        tokens: Scored positions.
+        window_kl: (windows,) float64 on the CPU, mean KL of each window.
+    """
+
+    kl: float
+    top1_agreement: float
+    tokens: int = 0
+    window_kl: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval of a difference.
+
+    Attributes:
+        low: Lower end; NaN where there are too few windows for any interval.
+        high: Upper end.
+        estimate: The difference itself.
+        confidence: 0 to 1.
+        windows: Windows that were resampled. With fewer than about ten the percentile interval is too narrow.
+    """
+
+    low: float
+    high: float
+    estimate: float
+    confidence: float
+    windows: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True if the difference is significant at this confidence."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_bootstrap(
+    nll_a: Tensor,
+    nll_b: Tensor,
+    *,
+    statistic: Literal["perplexity", "nll"] = "perplexity",
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of the difference a - b of two models on the same windows.
+
+    Windows are drawn with replacement, the same ones for both models, so that what makes a window hard for
+    both cancels (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+
+    Args:
+        nll_a: (windows,) mean negative log-likelihood of each window under model a, in nats.
+        nll_b: (windows,) the same windows under model b.
+        statistic: "perplexity" for exp(mean a) - exp(mean b), "nll" for mean a - mean b.
+        confidence: Coverage aimed at, between 0 and 1.
+        resamples: Number of bootstrap samples.
+        seed: The interval is a function of its arguments and this.
+
+    Returns:
+        The interval; NaN ends with fewer than two windows or with values that aren't finite.
+
+    Raises:
+        InvalidArgument: Different or wrong shapes, or a setting out of range.
+    """
+    if nll_a.ndim != 1 or nll_a.shape != nll_b.shape or nll_a.numel() == 0:
+        raise InvalidArgument(
+            f"given window losses of shapes {tuple(nll_a.shape)} and {tuple(nll_b.shape)}, "
+            "expected the same number of windows, at least 1, in one dimension"
+        )
+    if statistic not in ("perplexity", "nll"):
+        raise InvalidArgument(f"given statistic {statistic!r}, expected 'perplexity' or 'nll'")
+    if not 0 < confidence < 1:
+        raise InvalidArgument(f"given confidence {confidence}, expected a number between 0 and 1")
+    if resamples < 1:
+        raise InvalidArgument(f"given {resamples} resamples, expected at least 1")
+    pair = torch.stack([nll_a.detach().double().cpu(), nll_b.detach().double().cpu()])  # [2, windows]
+    transform = torch.exp if statistic == "perplexity" else torch.clone
+    means = transform(pair.mean(1))
+    estimate = float(means[0] - means[1])
+    windows = pair.shape[1]
+    if windows < 2 or not bool(pair.isfinite().all()):
+        return Interval(math.nan, math.nan, estimate, confidence, windows)
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, (1 << 21) // windows)
+    differences = []
+    for first in range(0, resamples, rows):
+        count = min(rows, resamples - first)
+        drawn = torch.randint(windows, (count, windows), generator=generator)
+        a, b = transform(pair[:, drawn].mean(2))
+        differences.append(a - b)
+    tail = (1 - confidence) / 2
+    ends = torch.quantile(torch.cat(differences), torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return Interval(float(ends[0]), float(ends[1]), estimate, confidence, windows)
+
+
+class _SplitModel:
+    """Runs a causal language model's forward as body and head, so that logits exist for a few positions only.
+
+    Both halves are the model's own forward with its inner model's forward replaced for the call, so that
+    whatever a family does after its head (soft caps, logit scales) is done here too.
+    """
+
+    def __init__(self, model: nn.Module, sample: Tensor) -> None:
+        self.model = model
+        self.body: nn.Module | None = None
+        self.output: Any = None
+        if hasattr(model, "_orig_mod"):  # compiled: replacing a forward inside would not be seen
+            return
+        for body in self._candidates():
+            self.body = body
+            if self._splits_cleanly(sample):
+                return
+        self.body = None
+
+    def _candidates(self) -> list[nn.Module]:
+        """Inner models whose output may be what the head reads; some families call the decoder in them
+        directly.
+        """
+        base = getattr(self.model, "base_model", None)
+        found = [base, getattr(base, "decoder", None)]
+        return [body for body in found if isinstance(body, nn.Module) and body is not self.model]
+
+    def _splits_cleanly(self, sample: Tensor) -> bool:
+        whole = self.model(input_ids=sample, use_cache=False).logits
+        half = max(1, sample.shape[1] // 2)
+        try:
+            hidden = self.hidden(sample)
+            pieces = [self.logits(sample[:, s], hidden[:, s]) for s in (slice(0, half), slice(half, None))]
+        except (AttributeError, TypeError, RuntimeError, IndexError, KeyError):
+            return False
+        split = torch.cat([piece for piece in pieces if piece.shape[1]], dim=1).float()
+        whole = whole.float()
+        if split.shape != whole.shape or not torch.equal(whole.isfinite(), split.isfinite()):
+            return False
+        finite = whole.isfinite()
+        # The same sums in another blocking: a few units of the working precision, as a share of the logits'
+        # size.
+        tolerance = (
+            1e-4 if next(iter(self.model.parameters())).dtype in (torch.float32, torch.float64) else 3e-2
+        )
+        error = (whole - split)[finite].square().mean().sqrt()
+        return bool(error <= tolerance * whole[finite].square().mean().sqrt())
+
+    @contextmanager
+    def _replaced(self, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+        assert self.body is not None
+        own = self.body.__dict__.get("forward")
+        self.body.forward = make(self.body.forward)
+        try:
+            yield
+        finally:
+            if own is None:
+                del self.body.forward
+            else:
+                self.body.forward = own
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(batch, length) int64 to (batch, length, hidden); where the model does not split, to its logits."""
+        if self.body is None:
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return logits
+        caught: list[Any] = []
+
+        def catch(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                output = forward(*args, **kwargs)
+                caught.append(output)
+                return _with_hidden(output, output[0][:, -1:])  # one position: the head costs next to nothing
+
+            return run
+
+        with self._replaced(catch):
+            self.model(input_ids=ids, use_cache=False)
+        hidden: Tensor = caught[0][0]
+        self.output = _with_hidden(
+            caught[0], hidden.new_empty(0)
+        )  # the container is needed again, its content not
+        return hidden
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Float32 logits (batch, slice, vocabulary) of a slice of what `hidden` returned for the slice's
+        ids.
+        """
+        if self.body is None:
+            return hidden.float()
+        with self._replaced(lambda _: lambda *args, **kwargs: _with_hidden(self.output, hidden)):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits.float()
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": hidden})
+
+
+@contextmanager
+def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode without gradients; each model's mode is restored.
+
+    Not inference mode: an operator may cache repacked weights on first use, and those must stay usable in
+    training.
+    """
+    training = [(module, module.training) for model in models for module in model.modules()]
+    for module, _ in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _embedding(model: nn.Module) -> Any:
+    find = getattr(model, "get_input_embeddings", None)
+    return find() if find is not None else None
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    for source in (_embedding(model), model):
+        if isinstance(source, nn.Module):
+            for tensor in (*source.parameters(), *source.buffers()):
+                return tensor.device
+    return torch.device("cpu")
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _max_positions(model: nn.Module) -> int | None:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        value = getattr(_text_config(model), name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+    rows = getattr(_embedding(model), "num_embeddings", None)
+    if rows is not None and ids.numel() and int(ids.max()) >= rows:
+        raise DataError(
+            f"the tokenizer gives token id {int(ids.max())}, the model has {rows} embeddings; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    *,
+    window: int = 2048,
+    max_tokens: int | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity and bits per byte of a model on a text.
+
+    Args:
+        model: A causal language model of transformers in any floating dtype.
+        tokenizer: Its tokenizer.
+        text: A text, several, or a mapping from names to texts; several are joined with an empty line.
+        window: Tokens per window; the model's own longest context where that is shorter.
+        max_tokens: Use only the first so many tokens.
+        device: Where to run; the model is moved there and stays there. None leaves it where it is.
+        batch_size: Windows per forward; None chooses by the window's length.
+        progress: Called with a message and the share done.
+
+    Raises:
+        DataError: The text is empty or too short, or the tokenizer does not belong to the model.
+        InvalidArgument: A setting is out of range.
+    """
+    return evaluate_models(
+        {"model": model},
+        tokenizer,
+        text,
+        window=window,
+        max_tokens=max_tokens,
+        device=device,
+        batch_size=batch_size,
+        progress=progress,
+    )["model"]
+
+
+def evaluate_models(
+    models: Mapping[str, nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    *,
+    reference: str | None = None,
+    window: int = 2048,
+    max_tokens: int | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Evaluation]:
+    """Evaluate several models on the same windows, and compare each with one of them.
+
+    The models go through the text together, a few windows at a time, so that the reference runs once and none
+    of its logits is stored.
+
+    Args:
+        models: The models by name; all share the tokenizer.
+        tokenizer: Their tokenizer.
+        text: As in `evaluate`.
+        reference: Name of the model that the others are compared with (KL and top-1 agreement); None compares
+            none.
+        window: As in `evaluate`; the shortest of the models' contexts bounds it.
+        max_tokens: As in `evaluate`.
+        device: As in `evaluate`, for all models.
+        batch_size: As in `evaluate`.
+        progress: As in `evaluate`.
+
+    Returns:
+        An evaluation per name; `Evaluation.comparison` is set for all but the reference.
+
+    Raises:
+        DataError: As in `evaluate`.
+        InvalidArgument: No model, an unknown reference, or a setting out of range.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise InvalidArgument(f"given max_tokens {max_tokens}, expected at least 2")
+    if not models:
+        raise InvalidArgument("given no model, expected at least one")
+    text = join_texts(text)
+    tokenized = tokenize_text(tokenizer, text)
+    limits = [limit for limit in map(_max_positions, models.values()) if limit is not None]
+    length = min([window, *limits])
+    ids = split_windows(tokenized.ids[:max_tokens], length)
+    byte_counts = split_windows(tokenized.byte_counts[:max_tokens], length)
+    scores = _score(models, ids, reference=reference, device=device, batch_size=batch_size, progress=progress)
+    scored_tokens = ids.shape[0] * (ids.shape[1] - 1)
+    scored_bytes = int(byte_counts[:, 1:].sum())
+    digest = text_sha256(text)
+    results = {}
+    for name, score in scores.items():
+        nats = float(score.nll.mean()) * scored_tokens  # windows have one length, so this is the total
+        results[name] = Evaluation(
+            perplexity=float(score.nll.mean().exp()),
+            bits_per_byte=nats / math.log(2) / scored_bytes if scored_bytes else math.nan,
+            tokens=scored_tokens,
+            bytes=scored_bytes,
+            window_nll=score.nll,
+            window=ids.shape[1],
+            byte_rule=tokenized.byte_rule,
+            text_sha256=digest,
+            comparison=score.comparison(scored_tokens),
+        )
+    return results
+
+
+def compare(
+    original: nn.Module,
+    other: nn.Module,
+    tokens: Tensor,
+    *,
+    window: int = 2048,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Mean KL(original || other) of the next-token distributions, and top-1 agreement.
+
+    Args:
+        original: The model that counts as the truth.
+        other: The model to judge.
+        tokens: (T,) int64, cut into windows as in `evaluate`; or (windows, length), taken as they are.
+        window: Tokens per window for (T,) tokens; bounded by both models' contexts.
+        batch_size: Windows per forward; None chooses.
+        progress: Called with a message and the share done.
+
+    Raises:
+        DataError: Fewer than two tokens, or ids that a model doesn't have.
+        InvalidArgument: A tensor of other shape or dtype.
+    """
+    if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim not in (1, 2):
+        raise InvalidArgument(
+            f"given {tokens.dtype} tokens {tuple(tokens.shape)}, expected int64 (tokens,) or (windows, n)"
+        )
+    tokens = tokens.long()
+    if tokens.ndim == 1:
+        limits = [limit for limit in map(_max_positions, (original, other)) if limit is not None]
+        tokens = split_windows(tokens, min([window, *limits]))
+    elif tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise DataError(
+            f"given windows of shape {tuple(tokens.shape)}, expected at least one window of 2 tokens"
+        )
+    models = {"original": original, "other": other}
+    scores = _score(
+        models, tokens, reference="original", batch_size=batch_size, progress=progress, what="comparing"
+    )
+    comparison = scores["other"].comparison(tokens.shape[0] * (tokens.shape[1] - 1))
+    assert comparison is not None
+    return comparison
+
+
+@dataclass
+class _Score:
+    """Sums per window of one model: losses, and against the reference divergences and agreements."""
+
+    nll: Tensor
+    kl: Tensor | None = None
+    agree: Tensor | None = None
+
+    def comparison(self, tokens: int) -> Comparison | None:
+        if self.kl is None or self.agree is None:
+            return None
+        return Comparison(float(self.kl.mean()), float(self.agree.mean()), tokens, self.kl)
+
+
+def _score(
+    models: Mapping[str, nn.Module],
+    ids: Tensor,
+    *,
+    reference: str | None,
+    device: str | torch.device | None = None,
+    batch_size: int | None,
+    progress: Progress | None,
+    what: str = "evaluating",
+) -> dict[str, _Score]:
+    """Mean loss per window of each model on ids (windows, length), and its divergence from the reference."""
+    if reference is not None and reference not in models:
+        raise InvalidArgument(f"given reference {reference!r}, expected one of {', '.join(models)}")
+    if batch_size is not None and batch_size < 1:
+        raise InvalidArgument(f"given batch_size {batch_size}, expected at least 1")
+    windows, length = ids.shape
+    for model in models.values():
+        _check_vocabulary(model, ids)
+        if device is not None and _input_device(model) != torch.device(device):
+            model.to(device)
+    # The reference first, so that its logits are there when the others need them.
+    order = sorted(models, key=lambda name: name != reference)
+    scores = {}
+    for name in order:
+        others = reference is not None and name != reference
+        blank = [torch.zeros(windows, dtype=torch.float64) for _ in range(3)]
+        scores[name] = _Score(blank[0], *(blank[1:] if others else ()))
+    kind = _input_device(models[order[0]]).type
+    batch = batch_size or max(1, _BATCH_TOKENS.get(kind, _BATCH_TOKENS["cuda"]) // length)
+    with _evaluating(models.values()):
+        split = {
+            name: _SplitModel(models[name], ids[:1, : min(8, length)].to(_input_device(models[name])))
+            for name in order
+        }
+        if progress is not None:
+            progress(what, 0.0)
+        for first in range(0, windows, batch):
+            _score_batch(split, scores, ids[first : first + batch], slice(first, first + batch), reference)
+            if progress is not None:
+                progress(
+                    f"{what} {min(first + batch, windows)} of {windows} windows",
+                    min(1.0, (first + batch) / windows),
+                )
+    for score in scores.values():
+        for sums in (score.nll, score.kl, score.agree):
+            if sums is not None:
+                sums /= length - 1
+    return {name: scores[name] for name in models}
+
+
+def _score_batch(
+    split: Mapping[str, _SplitModel],
+    scores: Mapping[str, _Score],
+    ids: Tensor,
+    rows: slice,
+    reference: str | None,
+) -> None:
+    batch, length = ids.shape
+    places = {name: ids.to(_input_device(part.model)) for name, part in split.items()}
+    hidden = {name: part.hidden(places[name]) for name, part in split.items()}
+    vocabulary = _vocabulary(split)
+    live = 3 if reference is None else 6  # float32 copies of the logits that exist at once
+    step = max(1, _LOGITS_BUDGET_BYTES // (4 * live * batch * vocabulary))
+    for first in range(0, length - 1, step):
+        part = slice(first, min(first + step, length - 1))
+        targets = ids[:, first + 1 : part.stop + 1]
+        reference_logp: Tensor | None = None
+        for name, model in split.items():
+            logp = F.log_softmax(model.logits(places[name][:, part], hidden[name][:, part]), dim=-1)
+            loss = -logp.gather(-1, targets.to(logp.device)[..., None])[..., 0]
+            scores[name].nll[rows] += loss.double().sum(1).cpu()
+            if name == reference:
+                reference_logp = logp
+            elif reference_logp is not None:
+                _add_divergence(scores[name], rows, reference_logp, logp.to(reference_logp.device))
+
+
+def _add_divergence(score: _Score, rows: slice, original: Tensor, other: Tensor) -> None:
+    """Add the KL sums and agreements of two (batch, slice, vocabulary) tensors of log-probabilities."""
+    assert score.kl is not None and score.agree is not None
+    if original.shape != other.shape:
+        raise InvalidArgument(
+            f"given models with vocabularies of {original.shape[-1]} and {other.shape[-1]}, expected the same"
+        )
+    score.agree[rows] += (original.argmax(-1) == other.argmax(-1)).double().sum(1).cpu()
+    terms = original.exp() * (original - other)
+    # A token that the original rules out adds nothing, whatever the other makes of it (0 * log 0 = 0).
+    terms.masked_fill_(original == -math.inf, 0)
+    # Rounding can leave a sum just below zero, which no divergence is.
+    score.kl[rows] += terms.sum(-1, dtype=torch.float64).clamp_min(0).sum(1).cpu()
+
+
+def _vocabulary(split: Mapping[str, _SplitModel]) -> int:
+    sizes = (getattr(_text_config(part.model), "vocab_size", None) for part in split.values())
+    return max(int(size or 1) for size in sizes)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers in memory; tensors that share memory count once.
+
+    Example:
+        >>> model_bytes(nn.Linear(8, 4, bias=False))
+        128
+    """
+    seen: dict[tuple[Any, ...], dict[tuple[Any, int], int]] = {}
+    limits: dict[tuple[Any, ...], int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "meta":
+            key: tuple[Any, ...] = ("meta", id(tensor))
+            limits[key] = tensor.numel() * tensor.element_size()
+        else:
+            storage = tensor.untyped_storage()
+            key = (str(tensor.device), storage.data_ptr())
+            limits[key] = storage.nbytes()
+        size = tensor.numel() * tensor.element_size()
+        seen.setdefault(key, {})[(tensor.storage_offset(), size)] = size
+    return sum(min(sum(views.values()), limits[key]) for key, views in seen.items())
+
+
+def checkpoint_bytes(path: str | Path) -> int:
+    """Bytes of a checkpoint's weight files on disk (tokenizer and configuration not counted).
+
+    Args:
+        path: A directory with safetensors files (or, failing those, other weight files), or one weight file.
+
+    Raises:
+        CheckpointError: There is no weight file.
+    """
+    place = Path(path)
+    if place.is_file():
+        return place.stat().st_size
+    for pattern in ("*.safetensors", "*.gguf", "*.bin", "*.pt"):
+        files = [file for file in place.glob(pattern) if file.name != "training_args.bin"]
+        if files:
+            return sum(file.stat().st_size for file in files)
+    raise CheckpointError(f"{path} holds no weight file, expected *.safetensors; give a model's directory")
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """High-water marks of memory.
+
+    Attributes:
+        host_bytes: Resident memory of the process; since its start where the system can't reset the mark.
+        device_bytes: Memory allocated by torch on the GPU since `reset_peak_memory`; 0 on the CPU.
+    """
+
+    host_bytes: int
+    device_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """The mark that limits: the device's where one is used, else the host's."""
+        return self.device_bytes or self.host_bytes
+
+
+def reset_peak_memory(device: str | torch.device | None = None) -> None:
+    """Start measuring peak memory anew, as far as the system allows.
+
+    Args:
+        device: A CUDA device whose mark is reset too; None or a CPU resets the host's only.
+    """
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: str | torch.device | None = None) -> PeakMemory:
+    """High-water marks since `reset_peak_memory` (of the host since process start, where it can't be
+    reset).
+    """
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    return PeakMemory(_peak_resident_bytes(), torch.cuda.max_memory_allocated(device) if on_gpu else 0)
+
+
+def _peak_resident_bytes() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second at batch 1.
+
+    Attributes:
+        decode: New tokens per second, one greedy step after another with a key-value cache.
+        prefill: Prompt tokens per second in one forward that fills the cache.
+        new_tokens: Decoding steps per repeat.
+        prompt_tokens: Length of the prompt.
+        repeats: Repeats; the figures are their medians.
+        decode_spread: Slowest and fastest repeat of `decode`.
+    """
+
+    decode: float
+    prefill: float
+    new_tokens: int
+    prompt_tokens: int
+    repeats: int
+    decode_spread: tuple[float, float]
+
+
+def tokens_per_second(
+    model: nn.Module,
+    *,
+    prompt: Tensor | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    seed: int = 0,
+) -> Speed:
+    """Decoding and prefill speed of one model at batch 1; see `measure_speed`."""
+    return measure_speed(
+        {"model": model},
+        prompt=prompt,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        seed=seed,
+    )["model"]
+
+
+def measure_speed(
+    models: Mapping[str, nn.Module],
+    *,
+    prompt: Tensor | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Speed]:
+    """Decoding and prefill speed of models at batch 1, their repeats interleaved.
+
+    Interleaving makes a change in the machine's load hit all models alike. One repeat per model is warm-up.
+    The generated tokens are fed back, none ends the sequence, and every step waits for the device.
+
+    Args:
+        models: The models by name, each on the device where it is to be measured.
+        prompt: (tokens,) int64; None draws one at random.
+        prompt_tokens: Length of a drawn prompt; shortened where the context demands it.
+        new_tokens: Decoding steps per repeat.
+        repeats: Timed repeats; medians are reported.
+        seed: Of the drawn prompt.
+        progress: Called with a message and the share done.
+
+    Raises:
+        InvalidArgument: A count below 1, or prompt and new tokens exceed a model's context.
+        ModelError: A model without a key-value cache.
+    """
+    for what, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise InvalidArgument(f"given {what} {value}, expected at least 1")
+    if prompt is not None and (prompt.ndim != 1 or prompt.numel() < 1):
+        raise InvalidArgument(
+            f"given a prompt of shape {tuple(prompt.shape)}, expected (tokens,), at least one"
+        )
+    limit = min((limit for limit in map(_max_positions, models.values()) if limit is not None), default=None)
+    length = prompt_tokens if prompt is None else prompt.numel()
+    if prompt is None and limit is not None:
+        length = max(1, min(length, limit - new_tokens))
+    if limit is not None and length + new_tokens > limit:
+        raise InvalidArgument(
+            f"given {length} prompt and {new_tokens} new tokens, expected at most {limit} together "
+            "(the context); use fewer"
+        )
+    if prompt is None:
+        generator = torch.Generator().manual_seed(seed)
+        rows = min(int(getattr(_embedding(model), "num_embeddings", 256)) for model in models.values())
+        prompt = torch.randint(rows, (length,), generator=generator)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    with _evaluating(models.values()):
+        for repeat in range(repeats + 1):
+            for name, model in models.items():
+                pair = _time_generation(model, prompt, new_tokens)
+                if repeat:
+                    times[name].append(pair)
+            if progress is not None and repeat:
+                progress("measuring speed", repeat / repeats)
+    speeds = {}
+    for name, pairs in times.items():
+        rates = sorted(new_tokens / decode for _, decode in pairs)
+        speeds[name] = Speed(
+            decode=statistics.median(rates),
+            prefill=statistics.median(length / prefill for prefill, _ in pairs),
+            new_tokens=new_tokens,
+            prompt_tokens=length,
+            repeats=repeats,
+            decode_spread=(rates[0], rates[-1]),
+        )
+    return speeds
+
+
+def _time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of ``new_tokens`` decoding steps."""
+    device = _input_device(model)
+    ids = prompt.to(device)[None]
+    # As in generation, only the last position's logits are needed where the model can leave out the others.
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    synchronize(device)
+    start = time.perf_counter()
+    output = model(input_ids=ids, use_cache=True, **options)
+    token = output.logits[:, -1:].argmax(-1)
+    if getattr(output, "past_key_values", None) is None:
+        raise ModelError(
+            f"{type(model).__name__} returns no key-value cache, expected one; can't measure decoding"
+        )
+    synchronize(device)
+    prefill = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+    synchronize(device)
+    return prefill, time.perf_counter() - start

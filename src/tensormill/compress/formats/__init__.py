@@ -1,0 +1,10 @@
+"""Number formats of compressed weights: the quantizer, and converters to the layouts other tools read."""
+
+from tensormill.compress.formats.quantization import (
+    QuantizedWeight,
+    QuantSpec,
+    fake_quantize,
+    quantize_weight,
+)
+
+__all__ = ["QuantSpec", "QuantizedWeight", "fake_quantize", "quantize_weight"]

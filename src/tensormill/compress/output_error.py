@@ -1,0 +1,164 @@
+"""How far the output of linear layers moves when their weights are rounded: what searches minimize and
+reports show.
+
+For inputs x the mean over tokens of |d x|^2 is the sum over d's rows of d S d^T, with d the change of the
+weight and S the mean of x x^T. With S computed once over all tokens, an error costs N K^2 whatever the number
+of tokens, and no activations are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tensormill.compress.formats.quantization import (
+    QuantSpec,
+    fake_quantize_groups,
+    join_groups,
+    split_groups,
+)
+from tensormill.compress.structure import BlockCall
+
+ScaleLoss = Callable[[Tensor], Tensor]
+"""Losses (candidates,) of column scales (candidates, K)."""
+
+# Numbers in one temporary of a search: large enough to keep the device busy, small enough for a CPU's caches
+# and a small part of a GPU's memory.
+_SEARCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def search_numbers(device: torch.device) -> int:
+    """How many numbers a temporary of a search may hold on a device."""
+    return _SEARCH_NUMBERS.get(device.type, 1 << 20)
+
+
+def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    """Normalized mean squared output error of a linear layer.
+
+    Args:
+        weight: (N, K) float32.
+        approximation: (N, K) float32.
+        gram: (K, K), the mean over tokens of x x^T.
+
+    Returns:
+        The mean over tokens of |(approximation - weight) x|^2 over that of |weight x|^2.
+
+    >>> output_error(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.eye(1))
+    0.25
+    """
+    difference = approximation - weight
+    error = ((difference @ gram) * difference).sum()
+    return (error / ((weight @ gram) * weight).sum().clamp(min=1e-30)).clamp(min=0).item()
+
+
+def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:
+    """What rounding changes in a weight whose columns are scaled: fake_quantize(weight * s) / s - weight.
+
+    Args:
+        weight: (N, K) float32.
+        scales: (candidates, K).
+        spec: the quantizer.
+
+    Returns:
+        (candidates, N, K).
+    """
+    factors = scales.unsqueeze(1)
+    rounded = fake_quantize_groups(split_groups(weight * factors, spec), spec)
+    return join_groups(rounded, weight.shape[1]).div(factors).sub_(weight)
+
+
+@contextmanager
+def search_precision(device: torch.device) -> Iterator[None]:
+    """Inside, GPUs may multiply float32 matrices with 10 bits of mantissa: a search needs no more."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec) -> ScaleLoss:
+    """The sum of linears' normalized squared output errors, exact for all tokens of a Gram matrix.
+
+    Normalized, since a query's output can be far larger than a value's without mattering more. On the
+    built-in model at 4 bits this closes 0.44 instead of 0.35 of the perplexity gap between rounding and the
+    original.
+
+    Args:
+        weights: of the linears that read the same input, (N, K) float32 each.
+        gram: (K, K) float32, the mean over tokens of x x^T.
+        spec: the quantizer.
+    """
+    limit = search_numbers(gram.device)
+    energies = [((weight @ gram) * weight).sum().clamp(min=1e-30) for weight in weights]
+
+    def loss(scales: Tensor) -> Tensor:
+        total = torch.zeros(len(scales), device=gram.device)
+        for weight, energy in zip(weights, energies, strict=True):
+            for rows in torch.split(weight, max(1, limit // weight.shape[1])):
+                step = max(1, limit // rows.numel())
+                for start in range(0, len(scales), step):
+                    # d S d^T, summed over rows: the mean over tokens of |d x|^2.
+                    d = scaled_difference(rows, scales[start : start + step], spec)
+                    with search_precision(gram.device):
+                        errors = ((d @ gram) * d).sum(dim=(1, 2))
+                    total[start : start + step] += errors / energy
+        return total
+
+    return loss
+
+
+def sample_loss(weights: Sequence[Tensor], x: Tensor, spec: QuantSpec) -> ScaleLoss:
+    """As `gram_loss`, on tokens x (tokens, K)."""
+    energies = [(x @ weight.T).square().sum().clamp(min=1e-30) for weight in weights]
+
+    def loss(scales: Tensor) -> Tensor:
+        total = torch.zeros(len(scales), device=x.device)
+        for index, scale in enumerate(scales):
+            for weight, energy in zip(weights, energies, strict=True):
+                difference = scaled_difference(weight, scale[None], spec)[0]
+                total[index] += (x @ difference.T).square().sum() / energy
+        return total
+
+    return loss
+
+
+def module_loss(
+    module: nn.Module, linears: Sequence[nn.Linear], calls: Sequence[BlockCall], spec: QuantSpec
+) -> ScaleLoss:
+    """The mean squared output error of the module that holds the linears (section 3.2 of the paper).
+
+    Args:
+        module: attention or MLP, in float32.
+        linears: those of its layers whose input gets scales.
+        calls: arguments with which the model called the module.
+        spec: the quantizer.
+    """
+
+    def outputs() -> list[Tensor]:
+        results = [module(*call.args, **call.kwargs) for call in calls]
+        return [result[0] if isinstance(result, tuple) else result for result in results]
+
+    expected = outputs()
+    count = sum(output.numel() // output.shape[-1] for output in expected)
+
+    def loss(scales: Tensor) -> Tensor:
+        originals = [linear.weight.data for linear in linears]
+        total = torch.zeros(len(scales), device=scales.device)
+        try:
+            for index, scale in enumerate(scales):
+                for linear, weight in zip(linears, originals, strict=True):
+                    linear.weight.data = weight + scaled_difference(weight, scale[None], spec)[0]
+                for output, wanted in zip(outputs(), expected, strict=True):
+                    total[index] += (output - wanted).square().sum()
+        finally:
+            for linear, weight in zip(linears, originals, strict=True):
+                linear.weight.data = weight
+        return total / count
+
+    return loss

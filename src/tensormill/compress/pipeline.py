@@ -1,0 +1,308 @@
+"""The main job, from a model on disk to a smaller checkpoint and an honest report.
+
+open -> calibrate -> change the model in place -> evaluate it beside the original and round-to-nearest -> write the
+checkpoint and its report.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tensormill.compress import checkpoint
+from tensormill.compress.calibration import Calibration
+from tensormill.compress.evaluate import (
+    checkpoint_bytes,
+    evaluate_models,
+    measure_speed,
+    peak_memory,
+    read_texts,
+    reset_peak_memory,
+)
+from tensormill.compress.methods import METHODS, WeightConfig
+from tensormill.compress.recipe import Step, read_recipe
+from tensormill.compress.report import CompressionReport, CurvePoint, environment
+from tensormill.data import python_source
+from tensormill.errors import InvalidArgument, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[str, "float | None"], None]
+
+CURVE_BITS = (2, 3, 4)
+CURVE_METHODS = ("rtn", "gptq", "awq")
+
+
+def compress(
+    model: str | os.PathLike[str],
+    method: str = "awq",
+    *,
+    output: str | os.PathLike[str] | None = None,
+    recipe: str | os.PathLike[str] | None = None,
+    calibration_text: Sequence[str | os.PathLike[str]] | None = None,
+    text: Sequence[str | os.PathLike[str]] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    evaluate: bool = True,
+    max_tokens: int | None = 65536,
+    curve: Sequence[int] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> CompressionReport:
+    """Compress a model: write a smaller checkpoint, and report what it cost and what it bought.
+
+    Args:
+        model: a checkpoint directory of transformers, or "builtin:python-lm".
+        method: "rtn", "gptq" or "awq"; ignored if a recipe is given.
+        output: directory of the checkpoint; None names it after model and method, in the current directory.
+        recipe: a YAML file with a list of steps.
+        calibration_text: files to calibrate on; None takes sources of Python's standard library.
+        text: files to evaluate on; None takes held-out sources of the standard library.
+        device: where to compute.
+        dtype: of the weights while computing; None keeps the checkpoint's.
+        overwrite: replace a checkpoint that lies at `output`.
+        evaluate: measure quality and speed beside the original and round-to-nearest; holds three copies of the model.
+        max_tokens: evaluate on at most so many tokens of the text; None takes all.
+        curve: bit widths at which to measure perplexity of every method, for the report's plot; slow.
+        seed: of the bootstrap intervals and prompts.
+        progress: called with a message and the share done (0 to 1).
+        **settings: fields of the method's configuration, e.g. `bits=3, group_size=64`.
+
+    Returns:
+        The report; it also lies in `output` as report.json and report.html.
+
+    Raises:
+        TensormillError: bad arguments, a damaged or unsuitable model, too little text, an unwritable output; nothing
+            is left half-written.
+
+    Example:
+        >>> report = compress("builtin:python-lm", "rtn", bits=4, evaluate=False)  # doctest: +SKIP
+        >>> report.bits_per_weight  # doctest: +SKIP
+        4.1875
+    """
+    steps = _steps(method, recipe, settings)
+    name = "+".join(step.method for step in steps)
+    target = Path(output) if output is not None else Path(f"{_short_name(model)}-{_suffix(steps)}")
+    source = checkpoint.resolve_path(model)
+    checkpoint.check_output(target, source=source, overwrite=overwrite)
+    stages = _Stages(
+        progress, calibrate=4, compress=60, evaluate=30 if evaluate else 0, curve=60 * bool(curve), write=4
+    )
+
+    reset_peak_memory(device)
+    stages.enter("calibrate", f"opening {os.fspath(model)}")
+    original, tokenizer = checkpoint.open_model(model, device=device, dtype=dtype)
+    if tokenizer is None:
+        raise InvalidArgument(
+            f"given {os.fspath(model)}, which has no tokenizer; put its tokenizer files beside config.json"
+        )
+    heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
+    bytes_before = checkpoint_bytes(source)
+
+    began = time.perf_counter()
+    compressed = copy.deepcopy(original) if evaluate or curve else original
+    reports = []
+    for i, step in enumerate(steps):
+        stages.enter("calibrate", f"calibrating {step.method}")
+        calibration = _calibration(step, calibration_text, tokenizer)
+        stages.enter("compress", step.method, i, len(steps))
+        reports.append(METHODS[step.method][1](compressed, step.config, calibration, stages))
+    seconds = time.perf_counter() - began
+    memory = peak_memory(device).bytes
+
+    fields: dict[str, Any] = {
+        "model": os.fspath(model),
+        "method": name,
+        "output": str(target),
+        "bytes_before": bytes_before,
+        "bits_per_weight": bits_per_weight(compressed),
+        "seconds": seconds,
+        "peak_memory_bytes": memory,
+        "recipe": [{"method": made.method, **made.config} for made in reports],
+        "environment": environment(device, seed=seed),
+    }
+    evaluations, speeds = {}, {}
+    if evaluate:
+        stages.enter("evaluate", "evaluating")
+        models = {"original": original, "compressed": compressed}
+        if name != "rtn":
+            models["rtn"] = round_to_nearest(original, steps[-1].config)
+        evaluations = evaluate_models(
+            models, tokenizer, heldout, reference="original", max_tokens=max_tokens, progress=stages
+        )
+        models.pop("rtn", None)
+        speeds = measure_speed(models, seed=seed)
+    if curve:
+        stages.enter("curve", "curve")
+        fields["curve"] = measure_curve(
+            original, tokenizer, heldout, steps[-1].config, curve,
+            calibration_text=calibration_text, max_tokens=min(max_tokens or 16384, 16384), progress=stages,
+        )  # fmt: skip
+    stages.enter("write", f"writing {target}")
+    layers = [layer for made in reports for layer in made.layers]
+    report: CompressionReport | None = None
+
+    def report_files(written: Path) -> dict[str, str]:
+        nonlocal report
+        fields["bytes_after"] = checkpoint_bytes(written)
+        if evaluate:
+            report = CompressionReport.from_evaluations(
+                evaluations, speeds=speeds, layers=layers, text=heldout_name, seed=seed, **fields
+            )
+        else:
+            report = CompressionReport.without_evaluation(layers=layers, **fields)
+        return {"report.json": report.to_json() + "\n", "report.html": report.to_html()}
+
+    checkpoint.save_compressed(
+        compressed, tokenizer, source, target, overwrite=overwrite, extra_files=report_files
+    )
+    assert report is not None
+    stages.done()
+    return report
+
+
+def round_to_nearest(model: PreTrainedModel, config: WeightConfig) -> PreTrainedModel:
+    """A copy of a model, rounded to nearest with the bits and groups of `config`: every method's baseline."""
+    config_class, apply = METHODS["rtn"]
+    shared = {
+        name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "tail", "skip", "only")
+    }
+    rounded = copy.deepcopy(model)
+    apply(rounded, config_class(**shared), None, None)
+    return rounded
+
+
+def measure_curve(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Mapping[str, str],
+    config: WeightConfig,
+    bits: Sequence[int],
+    *,
+    methods: Sequence[str] = CURVE_METHODS,
+    calibration_text: Sequence[str | os.PathLike[str]] | None = None,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> list[CurvePoint]:
+    """Perplexity against bits per weight for several methods at their default settings, the original included.
+
+    Args:
+        model: the original; left unchanged.
+        tokenizer: its tokenizer.
+        text: what to evaluate on.
+        config: group size, symmetry and skipped layers come from here.
+        bits: the widths.
+        methods: the methods.
+        calibration_text: files to calibrate on.
+        max_tokens: of the evaluation.
+        progress: called with a message and the share done.
+    """
+    points = []
+    runs = [(method, width) for width in sorted(bits) for method in methods]
+    calibrations: dict[tuple[int, int], Calibration | None] = {}
+    for i, (method, width) in enumerate(runs):
+        if progress is not None:
+            progress(f"{method} at {width} bits", i / len(runs))
+        config_class, apply = METHODS[method]
+        shared = {n: getattr(config, n) for n in ("group_size", "symmetric", "tail", "skip", "only")}
+        step = Step(method, config_class(bits=width, **shared))
+        key = (step.config.calibration_samples, step.config.calibration_length)
+        if method != "rtn" and key not in calibrations:
+            calibrations[key] = _calibration(step, calibration_text, tokenizer)
+        candidate = copy.deepcopy(model)
+        apply(candidate, step.config, None if method == "rtn" else calibrations[key], None)
+        score = evaluate_models({method: candidate}, tokenizer, text, max_tokens=max_tokens)[method]
+        points.append(CurvePoint(method, bits_per_weight(candidate), score.perplexity))
+    score = evaluate_models({"original": model}, tokenizer, text, max_tokens=max_tokens)["original"]
+    return [CurvePoint("original", 8.0 * model.dtype.itemsize, score.perplexity), *points]
+
+
+def bits_per_weight(model: torch.nn.Module) -> float:
+    """Average bits of a compressed weight as stored, scales and zero points included; 0 if nothing is compressed."""
+    from tensormill.ops.linear_wna16.module import LinearWNA16
+
+    bits, weights = 0.0, 0
+    for layer in model.modules():
+        if isinstance(layer, LinearWNA16):
+            bits += 8 * sum(t.numel() * t.element_size() for t in (layer.weight_packed, layer.weight_scale))
+            if layer.weight_zero_point is not None:
+                bits += layer.bits * layer.weight_zero_point.numel()
+            weights += layer.in_features * layer.out_features
+    return bits / weights if weights else 0.0
+
+
+class _Stages:
+    """Turns each stage's own progress into one share of the whole job."""
+
+    def __init__(self, progress: Progress | None, **weights: float) -> None:
+        self._progress = progress
+        total = sum(weights.values())
+        self._spans, start = {}, 0.0
+        for name, weight in weights.items():
+            self._spans[name] = (start, weight / total)
+            start += weight / total
+        self._begin = self._length = 0.0
+
+    def enter(self, stage: str, message: str, part: int = 0, parts: int = 1) -> None:
+        begin, length = self._spans[stage]
+        self._begin, self._length = begin + length * part / parts, length / parts
+        self(message, 0.0)
+
+    def __call__(self, message: str, share: float | None) -> None:
+        if self._progress is not None:
+            self._progress(message, None if share is None else self._begin + self._length * share)
+
+    def done(self) -> None:
+        if self._progress is not None:
+            self._progress("done", 1.0)
+
+
+def _steps(method: str, recipe: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> list[Step]:
+    if recipe is not None:
+        if settings:
+            raise RecipeError(f"given a recipe and {', '.join(settings)}; put the settings into the recipe")
+        return read_recipe(recipe)
+    return [Step.of(method, settings)]
+
+
+def _calibration(
+    step: Step, files: Sequence[str | os.PathLike[str]] | None, tokenizer: PreTrainedTokenizerBase
+) -> Calibration | None:
+    if step.method == "rtn":
+        return None
+    texts = list(read_texts(files).values()) if files is not None else [python_source.calibration_text()]
+    config = step.config
+    return Calibration.from_text(
+        texts, tokenizer, samples=config.calibration_samples, length=config.calibration_length
+    )
+
+
+def evaluation_text(files: Sequence[str | os.PathLike[str]] | None) -> tuple[Mapping[str, str], str]:
+    """The texts to evaluate on, by name, and what they are called: the given files, else the held-out ones."""
+    if files is not None:
+        return read_texts(files), ", ".join(os.fspath(file) for file in files)
+    texts = python_source.heldout_text()
+    return (
+        texts,
+        f"{len(texts)} held-out modules of Python {python_source.provenance()['python']}'s standard library",
+    )
+
+
+def _short_name(model: str | os.PathLike[str]) -> str:
+    text = os.fspath(model)
+    return text.partition(":")[2] if text.startswith(checkpoint.BUILTIN_PREFIX) else Path(text).resolve().name
+
+
+def _suffix(steps: Sequence[Step]) -> str:
+    config = steps[-1].config
+    group = "row" if config.group_size == -1 else f"g{config.group_size}"
+    return f"{'-'.join(step.method for step in steps)}-w{config.bits}-{group}"

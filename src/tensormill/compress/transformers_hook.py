@@ -1,0 +1,82 @@
+"""Makes `transformers` load `pack-quantized` checkpoints with low-bit linears, from `import tensormill` on.
+
+transformers looks up the classes that read a quantized checkpoint in two tables of
+`transformers.quantizers.auto`. `install` replaces their entries for compressed-tensors by ones that recognise
+what the low-bit linear can compute (`transformers_quantizer`) and leave everything else to the entries found
+there. Where transformers isn't imported yet, an import hook waits for it, so that `import tensormill` costs
+nothing; this module imports no torch either.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_TARGET = "transformers.quantizers.auto"
+_METHOD = "compressed-tensors"
+_MARK = "_tensormill_entries"
+
+
+def install() -> None:
+    """Registers the low-bit loader with transformers, now or as soon as transformers is imported.
+
+    Calling it again does nothing.
+    """
+    module = sys.modules.get(_TARGET)
+    if module is not None and hasattr(module, "AUTO_QUANTIZER_MAPPING"):
+        _register(module)
+    elif not any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportHook())
+
+
+def uninstall() -> None:
+    """Gives transformers its own entries back."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _ImportHook)]
+    module = sys.modules.get(_TARGET)
+    originals = getattr(module, _MARK, None)
+    if module is not None and originals is not None:
+        module.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = originals[0]
+        module.AUTO_QUANTIZER_MAPPING[_METHOD] = originals[1]
+        delattr(module, _MARK)
+
+
+class _ImportHook(importlib.abc.MetaPathFinder):
+    """Lets the other finders find the quantizers' tables, and registers once they are imported."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _TARGET:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+
+        # The loader belongs to this one import, so its method can be replaced without touching other modules.
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register(module: ModuleType) -> None:
+    if hasattr(module, _MARK):
+        return
+    configs = getattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING", {})
+    quantizers = getattr(module, "AUTO_QUANTIZER_MAPPING", {})
+    if _METHOD not in configs or _METHOD not in quantizers:
+        return
+    from tensormill.compress.transformers_quantizer import make_entries
+
+    originals = configs[_METHOD], quantizers[_METHOD]
+    configs[_METHOD], quantizers[_METHOD] = make_entries(*originals)
+    setattr(module, _MARK, originals)

@@ -1,0 +1,214 @@
+"""What `transformers_hook` puts in transformers' tables: configuration and quantizer for packed weights.
+
+Loading goes through placeholders with the tensors' names and shapes on disk; once they are filled, each
+becomes a `LinearWNA16`. That uses only what every transformers 5 offers (replace modules before loading,
+replace modules after), and the package compressed-tensors isn't needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tensormill.compress.formats import compressed_tensors
+from tensormill.errors import CheckpointError
+from tensormill.ops.bit_packing import packed_layout, packed_width
+
+if TYPE_CHECKING:
+    from tensormill.ops.linear_wna16.module import LinearWNA16
+
+
+def make_entries(original_config: Any, original_quantizer: Any) -> tuple[type, Any]:
+    """Replaces transformers' own table entries, which stay the fallback.
+
+    The classes are made here because their bases can only be imported with transformers.
+
+    Returns:
+        An entry for the table of configuration classes, and one for the table of quantizers.
+    """
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    class PackedWeightsConfig(original_config):  # type: ignore[misc]
+        """A `quantization_config` that the low-bit linear can run; keeps its JSON as it is."""
+
+        def __init__(self, raw: Mapping[str, Any]) -> None:
+            self.raw = copy.deepcopy(dict(raw))
+            self.packed = compressed_tensors.parse_config(self.raw)
+            self.quant_method = QuantizationMethod.COMPRESSED_TENSORS
+            self.quantization_config = None
+            # Only a caller's own configuration sets it: in a file it is there for plain transformers.
+            self.dequantize = False
+            self.use_optimized_inference = False
+
+        @classmethod
+        def from_dict(
+            cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+        ) -> Any:
+            raw = config_dict.get("quantization_config", config_dict)
+            try:
+                config = cls(raw)
+            except CheckpointError:
+                return original_config.from_dict(
+                    config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs
+                )
+            return (config, kwargs) if return_unused_kwargs else config
+
+        def to_dict(self) -> dict[str, Any]:
+            return copy.deepcopy(self.raw)
+
+        def to_diff_dict(self) -> dict[str, Any]:
+            return self.to_dict()
+
+        def get_loading_attributes(self) -> dict[str, Any]:
+            return {"dequantize": self.dequantize}
+
+    # transformers compares class names when the caller passes a configuration of their own.
+    PackedWeightsConfig.__name__ = original_config.__name__
+
+    class PackedWeightsQuantizer(HfQuantizer):
+        """Puts placeholders for linears before the weights are read, and low-bit linears for these after."""
+
+        requires_calibration = True
+        quantization_config: Any
+
+        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+            return None
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            shapes = _StoredShapes(kwargs.get("checkpoint_files"))
+            dtype = kwargs.get("dtype") or model.dtype
+            packed = self.quantization_config.packed
+            for name, module in list(model.named_modules()):
+                scheme = packed.scheme_of(name, module)
+                if scheme is not None:
+                    _replace(model, name, _PackedPlaceholder(name, module, scheme, shapes, dtype))
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            for name, module in list(model.named_modules()):
+                if isinstance(module, _PackedPlaceholder):
+                    linear = module.to_linear()
+                    dense = self.quantization_config.dequantize
+                    _replace(model, name, _dense(linear, model.dtype) if dense else linear)
+            return model
+
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            for name, module in compressed_tensors.compressed_linears(model).items():
+                _replace(model, name, _dense(module, dtype or model.dtype))
+            return model
+
+        def get_state_dict_and_metadata(
+            self, model: nn.Module, *args: Any, **kwargs: Any
+        ) -> tuple[Any, dict[str, Any]]:
+            return compressed_tensors.state_dict(model), {}
+
+        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+    def make_quantizer(config: Any, **kwargs: Any) -> Any:
+        if not isinstance(config, PackedWeightsConfig):
+            return original_quantizer(config, **kwargs)
+        # How a caller asked for dense weights before transformers had `dequantize`.
+        config.dequantize = config.dequantize or getattr(config, "run_compressed", True) is False
+        return PackedWeightsQuantizer(config, **kwargs)
+
+    return PackedWeightsConfig, make_quantizer
+
+
+class _StoredShapes:
+    """Shape and dtype of a checkpoint's tensors, from the headers of its files; empty if there are none."""
+
+    def __init__(self, files: Iterable[str] | None) -> None:
+        from tensormill.compress.checkpoint import read_header
+
+        self._tensors = {}
+        for file in files or ():
+            if str(file).endswith(".safetensors"):
+                self._tensors.update(read_header(Path(file)))
+
+    def width(self, name: str) -> int | None:
+        stored = self._tensors.get(name)
+        return stored.shape[-1] if stored is not None and len(stored.shape) == 2 else None
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        stored = self._tensors.get(name)
+        names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+        return names.get(stored.dtype) if stored is not None else None
+
+
+class _PackedPlaceholder(nn.Module):
+    """Holds one compressed layer's tensors as they are on disk, on the meta device until they are loaded."""
+
+    def __init__(
+        self,
+        name: str,
+        linear: nn.Linear,
+        scheme: compressed_tensors.PackedScheme,
+        stored: _StoredShapes,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.name, self.scheme = name, scheme
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        rows, columns, bits = linear.out_features, linear.in_features, scheme.bits
+        width = stored.width(f"{name}.weight_packed") or packed_width(columns, bits)
+        groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
+        compressed_tensors.check_layer(name, scheme, (rows, columns), (rows, width), (rows, groups))
+        layout = packed_layout(width, bits, columns)
+        scale_dtype = stored.dtype(f"{name}.weight_scale") or dtype
+
+        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        self.register_buffer("weight_packed", empty((rows, width), torch.int32))
+        self.register_buffer("weight_scale", empty((rows, groups), scale_dtype))
+        self.register_buffer("weight_shape", empty((2,), torch.int64))
+        if not scheme.symmetric:
+            zeros = packed_width(rows, bits, layout)
+            self.register_buffer("weight_zero_point", empty((zeros, groups), torch.int32))
+        bias = None if linear.bias is None else nn.Parameter(empty((rows,), dtype), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def to_linear(self) -> LinearWNA16:
+        """The low-bit linear with the loaded tensors."""
+        tensors = {**dict(self.named_buffers(recurse=False)), **dict(self.named_parameters(recurse=False))}
+        linear = compressed_tensors.unpack_linear(tensors, self.scheme, self.name)
+        linear.train(self.training)
+        return linear
+
+
+def _dense(module: LinearWNA16, dtype: torch.dtype) -> nn.Linear:
+    weight = module.dequantize(dtype)
+    linear = nn.Linear(
+        module.in_features, module.out_features, bias=module.bias is not None, device="meta", dtype=dtype
+    )
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    return linear
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent_name, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = getattr(parent, attribute)
+    setattr(parent, attribute, module)
+    hook = getattr(old, "_hf_hook", None)
+    if hook is not None:
+        # Dispatched over several devices: the hook moves inputs to the layer's device.
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(module, hook)

@@ -1,0 +1,221 @@
+"""`tensormill compress`, `tensormill evaluate` and `tensormill generate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tensormill.cli.app import Device, Json, app, print_json, resolve_device
+from tensormill.cli.progress import progress_bar
+from tensormill.errors import InvalidArgument
+
+Model = Annotated[str, typer.Argument(help="A checkpoint directory of transformers, or builtin:python-lm.")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="Text file to evaluate on; repeatable. Default: held-out standard library."),
+]
+MaxTokens = Annotated[int, typer.Option(help="Evaluate on at most so many tokens; 0 takes all.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the checkpoint's.")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    method: Annotated[str, typer.Option("--method", "-m", help="awq, gptq or rtn.")] = "awq",
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8. Default: 4.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale; -1: a whole row. Default: 128.")
+    ] = None,
+    symmetric: Annotated[bool | None, typer.Option(help="Without zero points.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Another setting of the method, NAME=VALUE; repeatable.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML list of steps, instead of --method.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the result.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that lies there.")] = False,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration", help="Text file to calibrate on; repeatable. Default: standard library."
+        ),
+    ] = None,
+    text: Text = None,
+    max_tokens: MaxTokens = 65536,
+    evaluate: Annotated[bool, typer.Option(help="Measure quality and speed.")] = True,
+    curve: Annotated[
+        str | None, typer.Option(help="Bit widths, e.g. 2,3,4, at which to plot RTN, GPTQ and AWQ.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(help="Of intervals and prompts.")] = 0,
+    json: Json = False,
+) -> None:
+    """Write a smaller, faster checkpoint that transformers loads, and report what it cost."""
+    from tensormill.compress import compress as run
+
+    settings = _settings(set_ or [])
+    given = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    settings.update({name: value for name, value in given.items() if value is not None})
+    where = resolve_device(device)
+    with progress_bar() as progress:
+        report = run(
+            model,
+            method,
+            output=output,
+            recipe=recipe,
+            calibration_text=calibration,
+            text=text,
+            device=where,
+            dtype=_dtype(dtype),
+            overwrite=overwrite,
+            evaluate=evaluate,
+            max_tokens=max_tokens or None,
+            curve=_widths(curve),
+            seed=seed,
+            progress=progress,
+            **settings,
+        )
+    if json:
+        print_json(report.to_dict())
+        return
+    from rich.console import Console
+
+    console = Console()
+    report.print(console)
+    console.print(
+        f"Report: {Path(report.output) / 'report.html'}", soft_wrap=True, markup=False, highlight=False
+    )
+
+
+@app.command()
+def evaluate(
+    path: Model,
+    text: Text = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    max_tokens: MaxTokens = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Perplexity and bits per byte of a model, compressed or not."""
+    from tensormill.compress.evaluate import evaluate as run
+    from tensormill.compress.pipeline import evaluation_text
+
+    texts, name = evaluation_text(text)
+    model, tokenizer = _open(path, resolve_device(device), _dtype(dtype))
+    with progress_bar() as progress:
+        found = run(model, tokenizer, texts, window=window, max_tokens=max_tokens or None, progress=progress)
+    result = {
+        "model": path,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+        "tokens": found.tokens,
+        "bytes": found.bytes,
+        "windows": found.windows,
+        "text": name,
+    }
+    if json:
+        print_json(result)
+        return
+    print(f"perplexity     {found.perplexity:.4f}")
+    print(f"bits per byte  {found.bits_per_byte:.4f}")
+    print(f"on             {found.tokens} tokens, {found.bytes} bytes of {name}")
+
+
+@app.command()
+def generate(
+    path: Model,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Nucleus, where temperature is above 0.")
+    ] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(min=1.0, help="1 is none.")] = 1.1,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Let a model go on from a prompt, and say how fast it did."""
+    import time
+
+    import torch
+    from transformers import TextStreamer
+
+    model, tokenizer = _open(path, resolve_device(device), _dtype(dtype))
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=True).to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise InvalidArgument("given an empty prompt, expected some text")
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature > 0
+        else {"do_sample": False}
+    )
+    begin = time.perf_counter()
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=tokens,
+        repetition_penalty=repetition_penalty,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=None if json else TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+    seconds = time.perf_counter() - begin
+    new = output[0, inputs["input_ids"].shape[1] :]
+    if json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        print_json({"model": path, "prompt": prompt, "text": text, "tokens": len(new), "seconds": seconds})
+    else:
+        print(f"\n{len(new)} tokens, {len(new) / seconds:.1f} per second", file=sys.stderr)
+
+
+def _open(path: str, device: str, dtype: Any) -> tuple[Any, Any]:
+    """A model, compressed or not, with its tokenizer."""
+    from tensormill.compress import checkpoint
+
+    if checkpoint.is_compressed(path):
+        model = checkpoint.load(path, device=device, dtype=dtype)
+        tokenizer = checkpoint.open_tokenizer(checkpoint.resolve_path(path))
+    else:
+        model, tokenizer = checkpoint.open_model(path, device=device, dtype=dtype)
+    if tokenizer is None:
+        raise InvalidArgument(
+            f"given {path}, which has no tokenizer; put its tokenizer files beside config.json"
+        )
+    return model, tokenizer
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name is not None and name not in known:
+        raise InvalidArgument(f"--dtype {name!r} given, expected one of {', '.join(known)}")
+    return None if name is None else known[name]
+
+
+def _settings(items: list[str]) -> dict[str, Any]:
+    """`--set NAME=VALUE` items; the value is read as YAML, so numbers, lists and true are what they look like."""
+    import yaml
+
+    settings = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator or not name.strip():
+            raise InvalidArgument(f"--set {item!r} given, expected NAME=VALUE")
+        try:
+            settings[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InvalidArgument(f"--set {item!r} given, its value can't be read; quote it") from None
+    return settings
+
+
+def _widths(text: str | None) -> list[int]:
+    try:
+        return [int(width) for width in (text or "").split(",") if width.strip()]
+    except ValueError:
+        raise InvalidArgument(f"--curve {text!r} given, expected bit widths such as 2,3,4") from None

@@ -1,8 +1,8 @@
 """Timing that can be trusted: warm-up, many repeats, medians, competitors in turn, caches defeated.
 
 On a GPU the calls are captured in a CUDA graph where they can be, so that launch gaps do not count, and timed
-with events. On a CPU they are timed by the wall clock. Competitors run round-robin, so that drift of the
-machine's speed hits all of them alike.
+with events. On a CPU they are timed by the wall clock. Competitors take turns, so that drift of the machine's
+speed hits all of them alike.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,16 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median, and the 10th and 90th percentile of the rounds."""
+    """Seconds per call over several rounds.
 
+    Attributes:
+        seconds: what to compare: the median on a GPU; on a CPU the 10th percentile, since other processes only
+            ever add time.
+        median, low, high: median, 10th and 90th percentile of the rounds.
+        rounds: their number.
+    """
+
+    seconds: float
     median: float
     low: float
     high: float
@@ -39,8 +48,8 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def time_call(call: Call, device: torch.device | str, *, seconds: float = 0.5) -> float:
-    """Median seconds of one call."""
-    return time_together({"call": [call]}, device, seconds=seconds)["call"].median
+    """Seconds of one call, as `Timing.seconds` defines them."""
+    return time_together({"call": [call]}, device, seconds=seconds)["call"].seconds
 
 
 def fastest_call(call: Call, device: torch.device | str, *, seconds: float = 0.5) -> float:
@@ -51,13 +60,13 @@ def fastest_call(call: Call, device: torch.device | str, *, seconds: float = 0.5
 def time_together(
     calls: Mapping[str, Sequence[Call]], device: torch.device | str, *, seconds: float = 1.0
 ) -> dict[str, Timing]:
-    """Time several competitors round-robin.
+    """Time several competitors in turn: next is always the one that has had the least time.
 
     Args:
         calls: by competitor, the same computation on different copies of its inputs; they are rotated through,
             so that with enough copies no cache serves the inputs.
         device: where they run.
-        seconds: time budget of each competitor, warm-up left out.
+        seconds: time budget of each competitor, warm-up left out; at least five rounds are timed.
 
     Returns:
         By competitor, its `Timing` per call.
@@ -65,21 +74,20 @@ def time_together(
     device = torch.device(device)
     timers = {name: _timer(list(copies), device) for name, copies in calls.items()}
     rounds: dict[str, list[float]] = {name: [] for name in timers}
-    started = dict.fromkeys(timers, 0.0)
-    while any(started[name] < seconds or len(rounds[name]) < 5 for name in timers):
-        for name, timer in timers.items():
-            begin = time.perf_counter()
-            rounds[name].append(timer())
-            started[name] += time.perf_counter() - begin
-    return {name: _summary(values) for name, values in rounds.items()}
+    spent = dict.fromkeys(timers, 0.0)
+    while waiting := [name for name in timers if spent[name] < seconds or len(rounds[name]) < 5]:
+        name = min(waiting, key=spent.__getitem__)
+        begin = time.perf_counter()
+        rounds[name].append(timers[name]())
+        spent[name] += time.perf_counter() - begin
+    return {name: _summary(values, device) for name, values in rounds.items()}
 
 
-def _summary(values: Sequence[float]) -> Timing:
+def _summary(values: Sequence[float], device: torch.device) -> Timing:
     ordered = sorted(values)
     last = len(ordered) - 1
-    return Timing(
-        statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered)
-    )
+    median, low, high = statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+    return Timing(low if device.type == "cpu" else median, median, low, high, len(ordered))
 
 
 def _timer(copies: list[Call], device: torch.device) -> Callable[[], float]:
@@ -108,7 +116,9 @@ def _timer(copies: list[Call], device: torch.device) -> Callable[[], float]:
 
 
 def _cuda_timer(copies: list[Call], once: float) -> Callable[[], float]:
-    repeats = max(len(copies), min(200, math.ceil(1e-3 / max(once, 1e-6))))
+    # All copies, so that no cache serves them, unless the call takes so long that caches don't matter.
+    rotation = min(len(copies), math.ceil(0.1 / max(once, 1e-6)))
+    repeats = max(rotation, min(200, math.ceil(1e-3 / max(once, 1e-6))))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run() -> None:
@@ -123,10 +133,12 @@ def _cuda_timer(copies: list[Call], once: float) -> Callable[[], float]:
         with torch.cuda.stream(stream):
             run()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            run()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*graph is empty.*")
+            with torch.cuda.graph(graph):
+                run()
         replay = graph.replay
-    except RuntimeError:  # the call synchronizes, allocates outside the pool, or copies from the host
+    except (RuntimeError, Warning):  # the call synchronizes, copies from the host, or computes on the host
         torch.cuda.synchronize()
 
     replay()

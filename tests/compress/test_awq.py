@@ -385,7 +385,7 @@ def test_the_built_in_model_loses_less_than_by_rounding():
 
     @torch.no_grad()
     def window_losses(model: nn.Module) -> torch.Tensor:
-        logits = model(windows).logits[:, :-1].float()
+        logits = copy.deepcopy(model).float()(windows).logits[:, :-1]
         return nn.functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none").mean(1)
 
     rounded, injected = copy.deepcopy(original), copy.deepcopy(original)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormill.compress.fold import fold
+from tensormill.compress.precision import computing_dtype, gram_precision, widened
 from tensormill.compress.structure import (
     BlockCall,
     BlockStructure,
@@ -155,7 +156,7 @@ class GramAccumulator:
         """Take in x (..., K)."""
         x = x.detach().flatten(0, -2)
         self.tokens += x.shape[0]
-        with matmul_precision(x):
+        with gram_precision(x):
             x = x.float()
             self.abs_sum += x.abs().sum(dim=0)
             for start in range(0, x.shape[1], self.panel):
@@ -167,20 +168,6 @@ class GramAccumulator:
         upper = self.gram.triu_().div_(self.tokens)
         gram = upper + upper.triu(1).T
         return InputStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens)
-
-
-@contextmanager
-def matmul_precision(x: Tensor) -> Iterator[None]:
-    """Inside, float32 matrix products take the fastest path that is exact for numbers of x's dtype."""
-    before = torch.get_float32_matmul_precision()
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        torch.set_float32_matmul_precision("medium")
-    elif x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass
@@ -214,7 +201,8 @@ class CalibrationBlock:
     @torch.no_grad()
     def run(self) -> list[Tensor]:
         """The block's outputs for all chunks, with its weights as they are now."""
-        return [call.run(self.module, x) for call, x in zip(self.calls, self.hidden, strict=True)]
+        with widened(self.module):
+            return [call.run(self.module, x) for call, x in zip(self.calls, self.hidden, strict=True)]
 
     @torch.no_grad()
     def observe(
@@ -261,6 +249,7 @@ class CalibrationBlock:
             return hook
 
         with ExitStack() as stack:
+            stack.enter_context(widened(self.module))
             for group in groups:
                 last = linears is not None and group is groups[-1]
                 part = self.module.get_submodule(group[0])
@@ -324,12 +313,13 @@ def stream_blocks(
     home = next(model.parameters()).device
     device = home if device is None else torch.device(device)
     batch = max(1, _CHUNK_TOKENS.get(device.type, 4096) // calibration.tokens.shape[1])
+    dtype = computing_dtype(next(model.parameters()).dtype, device)
     hidden: list[Tensor] = []
     calls: list[list[BlockCall]] = []
     returns_tuple = [block.returns_tuple for block in structure.blocks]
     for tokens in torch.split(calibration.tokens, batch):
         first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple)
-        hidden.append(first.to(device))
+        hidden.append(first.to(device, dtype))
         calls.append(chunk_calls)
     training = model.training
     model.eval()
@@ -338,7 +328,7 @@ def stream_blocks(
             if progress is not None:
                 progress(f"block {index + 1} of {len(names)}", index / len(names))
             module = model.get_submodule(block_structure.name).to(device)
-            block_calls = [chunk[index].to(device) for chunk in calls]
+            block_calls = [chunk[index].to(device).to(dtype) for chunk in calls]
             block = CalibrationBlock(block_structure, module, hidden, block_calls)
             if inputs == "original":
                 yield block

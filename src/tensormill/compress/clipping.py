@@ -14,7 +14,8 @@ from tensormill.compress.formats.quantization import (
     fake_quantize_groups,
     split_groups,
 )
-from tensormill.compress.output_error import search_numbers, search_precision
+from tensormill.compress.output_error import search_numbers
+from tensormill.compress.precision import search_precision
 
 
 def gram_blocks(gram: Tensor, spec: QuantSpec) -> Tensor:

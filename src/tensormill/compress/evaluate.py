@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tensormill.compress.precision import widened
 from tensormill.errors import CheckpointError, DataError, InvalidArgument, ModelError
 from tensormill.measure import synchronize
 
@@ -804,7 +805,7 @@ def _score(
         scores[name] = _Score(blank[0], *(blank[1:] if others else ()))
     kind = _input_device(models[order[0]]).type
     batch = batch_size or max(1, _BATCH_TOKENS.get(kind, _BATCH_TOKENS["cuda"]) // length)
-    with _evaluating(models.values()):
+    with _evaluating(models.values()), widened(*models.values()):
         split = {
             name: _SplitModel(models[name], ids[:1, : min(8, length)].to(_input_device(models[name])))
             for name in order

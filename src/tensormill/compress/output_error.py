@@ -8,8 +8,7 @@ of tokens, and no activations are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from tensormill.compress.formats.quantization import (
     join_groups,
     split_groups,
 )
+from tensormill.compress.precision import search_precision
 from tensormill.compress.structure import BlockCall
 
 ScaleLoss = Callable[[Tensor], Tensor]
@@ -68,18 +68,6 @@ def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor
     factors = scales.unsqueeze(1)
     rounded = fake_quantize_groups(split_groups(weight * factors, spec), spec)
     return join_groups(rounded, weight.shape[1]).div(factors).sub_(weight)
-
-
-@contextmanager
-def search_precision(device: torch.device) -> Iterator[None]:
-    """Inside, GPUs may multiply float32 matrices with 10 bits of mantissa: a search needs no more."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec) -> ScaleLoss:

@@ -29,10 +29,10 @@ class Row:
     Attributes:
         shape: the sample's shape.
         implementation: its name.
-        seconds: median per call; `low` and `high` are the 10th and 90th percentile.
+        seconds: per call, as `measure.Timing` defines them; `low` and `high` are the 10th and 90th percentile.
         limit_seconds: the roofline limit on this machine.
         ratio_to_peer: by peer, peer's seconds over ours: above 1 we are faster.
-        peer_seconds: by peer, its median.
+        peer_seconds: by peer, its seconds per call.
         skipped: by competitor, why it was not timed.
     """
 
@@ -166,30 +166,23 @@ def _one_shape(
                         reason = reason or deviation(actual, wanted, allowed)
                 else:
                     made[0]()
-            except (
-                RuntimeError,
-                ValueError,
-                TypeError,
-                ImportError,
-                AttributeError,
-                NotImplementedError,
-            ) as error:
-                reason = f"failed: {' '.join(str(error).split())[:200]}"
+            except Exception as error:  # a peer that breaks is not timed, and no reason to stop
+                reason = f"failed: {' '.join(str(error).split())[:200] or type(error).__name__}"
         if reason is not None:
             skipped[peer.name] = reason
             continue
         calls[peer.name] = made
     timings = time_together(calls, device, seconds=seconds)
     limit = machine.limit_seconds(operator.cost(shape))
-    peers = {name: t.median for name, t in timings.items() if name not in ours}
+    peers = {name: t.seconds for name, t in timings.items() if name not in ours}
     return [_row(shape, name, timings[name], limit, peers, skipped) for name in ours]
 
 
 def _row(
     shape: Shape, name: str, timing: Timing, limit: float, peers: dict[str, float], skipped: dict[str, str]
 ) -> Row:
-    ratios = {peer: seconds / timing.median for peer, seconds in peers.items()}
-    return Row(dict(shape), name, timing.median, timing.low, timing.high, limit, ratios, peers, skipped)
+    ratios = {peer: seconds / timing.seconds for peer, seconds in peers.items()}
+    return Row(dict(shape), name, timing.seconds, timing.low, timing.high, limit, ratios, peers, skipped)
 
 
 def _bind(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], Any]:

@@ -161,7 +161,7 @@ def _speed(
         cost = operator.cost({**operator.shape_defaults, "batch": batch, "candidate_length": length,
                               "references": count, "reference_length": length})  # fmt: skip
         ratios[batch, length, count] = {
-            name: t.low / timings["tensormill"].low for name, t in timings.items()
+            name: t.seconds / timings["tensormill"].seconds for name, t in timings.items()
         }
         rows += _speed_rows(what, (batch, length, count), timings, machine.limit_seconds(cost))
     return rows, ratios, rounds
@@ -170,11 +170,11 @@ def _speed(
 def _speed_rows(what: str, case: tuple[int, int, int], timings: dict[str, Timing], limit: float) -> list[Row]:
     ours = timings["tensormill"]
     setting = dict(zip(("batch", "length", "references"), case, strict=True))
-    peers = {name: 1e3 * t.median for name, t in timings.items() if name != "tensormill"}
+    peers = {name: 1e3 * t.seconds for name, t in timings.items() if name != "tensormill"}
     rows = [
         Row(
             f"{what}: time",
-            1e3 * ours.median,
+            1e3 * ours.seconds,
             "ms",
             (1e3 * ours.low, 1e3 * ours.high),
             peers,
@@ -185,7 +185,9 @@ def _speed_rows(what: str, case: tuple[int, int, int], timings: dict[str, Timing
     for name, label in (("nltk", "NLTK"), ("official", "the official implementation")):
         if name in timings:
             rows.append(
-                Row(f"{what}: faster than {label}", timings[name].low / ours.low, "x", setting=setting)
+                Row(
+                    f"{what}: faster than {label}", timings[name].seconds / ours.seconds, "x", setting=setting
+                )
             )
     return rows
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tensormill.compress import evaluate as ev
+from tensormill.compress import footprint, speed
+from tensormill.compress import text as text_module
 from tensormill.data import real_data_dir
 from tensormill.errors import CheckpointError, DataError, InvalidArgument, ModelError, TensormillError
 
@@ -187,7 +189,7 @@ def test_uniform_logits_give_the_vocabulary(tokenizer, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_model_agrees_with_itself(tokenizer, dtype):
     model = tiny_llama(dtype=dtype)
-    ids = ev.tokenize_text(tokenizer, SAMPLE).ids
+    ids = text_module.tokenize_text(tokenizer, SAMPLE).ids
     result = ev.compare(model, model, ids, window=32)
     assert result.kl == 0
     assert result.top1_agreement == 1
@@ -200,9 +202,9 @@ def test_divergence_equals_direct_formula(tokenizer):
     for parameter in other.parameters():
         parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     other.lm_head.weight *= 1.5
-    ids = ev.tokenize_text(tokenizer, SAMPLE).ids
+    ids = text_module.tokenize_text(tokenizer, SAMPLE).ids
     result = ev.compare(original, other, ids, window=32)
-    windows = ev.split_windows(ids, 32)
+    windows = text_module.split_windows(ids, 32)
     p = original.double()(input_ids=windows).logits[:, :-1].softmax(-1)
     q = other.double()(input_ids=windows).logits[:, :-1].softmax(-1)
     kl = (p * (p / q).log()).sum(-1)
@@ -230,7 +232,7 @@ def test_ruled_out_tokens_add_nothing_to_the_divergence():
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
 def test_every_family_splits_and_slices_change_nothing(family, tokenizer, monkeypatch):
     model = tiny_model(family)
-    ids = ev.tokenize_text(tokenizer, SAMPLE).ids
+    ids = text_module.tokenize_text(tokenizer, SAMPLE).ids
     with torch.no_grad():
         split = ev._SplitModel(model, ids[None, :8])
     assert split.body is not None
@@ -254,7 +256,7 @@ def test_logits_stay_small(tokenizer, monkeypatch):
 
 def test_a_model_that_does_not_split_is_run_whole(tokenizer, monkeypatch):
     model = TamperingModel(tiny_llama().config).eval()
-    ids = ev.tokenize_text(tokenizer, SAMPLE).ids
+    ids = text_module.tokenize_text(tokenizer, SAMPLE).ids
     with torch.no_grad():
         assert ev._SplitModel(model, ids[None, :8]).body is None
     monkeypatch.setattr(ev, "_LOGITS_BUDGET_BYTES", 4 * 3 * VOCABULARY * 5)
@@ -271,7 +273,7 @@ def test_batches_and_models_together_change_nothing(tokenizer):
     for name, model in models.items():
         alone = ev.evaluate(model, tokenizer, SAMPLE, window=32, batch_size=1)
         torch.testing.assert_close(together[name].window_nll, alone.window_nll, rtol=FLOAT32, atol=FLOAT32)
-    ids = ev.tokenize_text(tokenizer, SAMPLE).ids
+    ids = text_module.tokenize_text(tokenizer, SAMPLE).ids
     pair = ev.compare(models["original"], models["other"], ids, window=32)
     assert together["other"].comparison.kl == pytest.approx(pair.kl, rel=1e-5)
     assert together["other"].comparison.top1_agreement == pair.top1_agreement
@@ -303,7 +305,7 @@ def test_broken_models_give_nan_not_an_error(tokenizer):
 @given(tokens=st.integers(2, 60), window=st.integers(2, 70))
 def test_windows_are_exact(tokens, window):
     ids = torch.arange(tokens)
-    rows = ev.split_windows(ids, window)
+    rows = text_module.split_windows(ids, window)
     length = min(tokens, window)
     assert rows.shape == (max(1, tokens // window), length)
     assert torch.equal(rows.flatten(), ids[: rows.numel()])
@@ -330,7 +332,7 @@ TEXTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=
 @given(text=TEXTS)
 def test_byte_counts_are_exact_on_any_text(text):
     tokenizer = _CACHE.setdefault("plain", byte_level_tokenizer())
-    tokenized = ev.tokenize_text(tokenizer, text)
+    tokenized = text_module.tokenize_text(tokenizer, text)
     assert tokenized.byte_rule == "pieces"
     pieces = tokenizer.convert_ids_to_tokens(tokenized.ids.tolist())
     assert tokenized.byte_counts.tolist() == [len(piece) for piece in pieces]
@@ -345,10 +347,10 @@ _CACHE: dict[str, object] = {}
 def test_offsets_account_for_every_byte(text):
     tokenizer = _CACHE.setdefault("untrimmed", byte_level_tokenizer(trim_offsets=False))
     encoded = tokenizer(text, return_offsets_mapping=True)
-    counts = ev._bytes_by_offsets(text, encoded["offset_mapping"])
+    counts = text_module._bytes_by_offsets(text, encoded["offset_mapping"])
     assert sum(counts) == len(text.encode())
     assert min(counts) >= 0
-    estimated = ev._bytes_by_decoding(
+    estimated = text_module._bytes_by_decoding(
         tokenizer, encoded["input_ids"], [False] * len(counts), len(text.encode())
     )
     assert sum(estimated) == len(text.encode())
@@ -357,20 +359,22 @@ def test_offsets_account_for_every_byte(text):
 def test_a_character_cut_in_pieces_shares_its_bytes():
     tokenizer = byte_level_tokenizer(merges=False)
     encoded = tokenizer("a☃é", return_offsets_mapping=True)
-    assert ev._bytes_by_offsets("a☃é", encoded["offset_mapping"]) == [1] * 6
+    assert text_module._bytes_by_offsets("a☃é", encoded["offset_mapping"]) == [1] * 6
 
 
 @pytest.mark.parametrize("trim", [True, False])
 def test_special_and_prefixed_tokens_stand_for_no_bytes(trim):
-    with_bos = ev.tokenize_text(byte_level_tokenizer(bos="<s>"), SAMPLE)
+    with_bos = text_module.tokenize_text(byte_level_tokenizer(bos="<s>"), SAMPLE)
     assert with_bos.byte_counts[0] == 0 and int(with_bos.byte_counts.sum()) == len(SAMPLE.encode())
-    prefixed = ev.tokenize_text(byte_level_tokenizer(add_prefix_space=True, trim_offsets=trim), SAMPLE)
+    prefixed = text_module.tokenize_text(
+        byte_level_tokenizer(add_prefix_space=True, trim_offsets=trim), SAMPLE
+    )
     assert prefixed.byte_rule == "pieces" and int(prefixed.byte_counts.sum()) == len(SAMPLE.encode())
 
 
 def test_a_special_token_written_in_the_text_counts_its_bytes():
     text = "def f():<s>\n    pass"
-    tokenized = ev.tokenize_text(byte_level_tokenizer(bos="<s>"), text)
+    tokenized = text_module.tokenize_text(byte_level_tokenizer(bos="<s>"), text)
     assert tokenized.byte_rule == "pieces" and int(tokenized.byte_counts.sum()) == len(text.encode())
     assert (tokenized.ids == 0).sum() == 2
 
@@ -385,22 +389,31 @@ def test_a_tokenizer_that_changes_the_text_falls_back_to_offsets():
     )
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
-    tokenized = ev.tokenize_text(tokenizer, "The Café  is shut")
+    tokenized = text_module.tokenize_text(tokenizer, "The Café  is shut")
     assert tokenized.byte_rule == "offsets"
     assert tokenized.byte_counts.tolist() == [3, 6, 4, 5]  # each with the spaces before it; é has two bytes
 
 
 def test_several_texts_are_one_with_an_empty_line_between():
-    assert ev.join_texts(["a", "b"]) == ev.join_texts({"x": "a", "y": "b"}) == ev.join_texts("a\n\nb")
-    assert ev.text_sha256(["a", "b"]) == ev.text_sha256("a\n\nb")
-    assert ev.text_sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        text_module.join_texts(["a", "b"])
+        == text_module.join_texts({"x": "a", "y": "b"})
+        == text_module.join_texts("a\n\nb")
+    )
+    assert text_module.text_sha256(["a", "b"]) == text_module.text_sha256("a\n\nb")
+    assert (
+        text_module.text_sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 def test_files_are_read_as_they_are(tmp_path):
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_bytes("zwei\r\nZeilen ☃".encode())
     second.write_bytes(b"more")
-    assert ev.read_texts([first, str(second)]) == {str(first): "zwei\r\nZeilen ☃", str(second): "more"}
+    assert text_module.read_texts([first, str(second)]) == {
+        str(first): "zwei\r\nZeilen ☃",
+        str(second): "more",
+    }
 
 
 @pytest.mark.parametrize(
@@ -417,16 +430,16 @@ def test_unusable_files_are_refused(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        ev.read_texts([path])
+        text_module.read_texts([path])
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_unusable_texts_are_refused(tmp_path, tokenizer):
     model = tiny_llama()
     with pytest.raises(DataError, match="directory"):
-        ev.read_texts([tmp_path])
+        text_module.read_texts([tmp_path])
     with pytest.raises(DataError, match="at least one path"):
-        ev.read_texts([])
+        text_module.read_texts([])
     for empty in ("", " \n", [], {}, ["", ""]):
         with pytest.raises(DataError, match="empty"):
             ev.evaluate(model, tokenizer, empty)
@@ -521,37 +534,37 @@ def test_bootstrap_refuses_unpaired_losses():
 def test_model_bytes_counts_shared_memory_once():
     model = tiny_llama(tie_word_embeddings=False)
     tied = tiny_llama(tie_word_embeddings=True)
-    assert ev.model_bytes(model) - ev.model_bytes(tied) == VOCABULARY * 32 * 4
-    assert ev.model_bytes(tiny_llama(dtype=torch.bfloat16)) < 0.52 * ev.model_bytes(model)
+    assert footprint.model_bytes(model) - footprint.model_bytes(tied) == VOCABULARY * 32 * 4
+    assert footprint.model_bytes(tiny_llama(dtype=torch.bfloat16)) < 0.52 * footprint.model_bytes(model)
     module = nn.Module()
     module.whole = nn.Parameter(torch.zeros(10))
     module.register_buffer("view", module.whole.detach()[2:6])
     module.register_buffer("other", torch.zeros(3, dtype=torch.uint8))
-    assert ev.model_bytes(module) == 43
+    assert footprint.model_bytes(module) == 43
     with torch.device("meta"):
-        assert ev.model_bytes(nn.Linear(8, 4)) == (32 + 4) * 4
+        assert footprint.model_bytes(nn.Linear(8, 4)) == (32 + 4) * 4
 
 
 def test_checkpoint_bytes_counts_weights(tmp_path):
     with pytest.raises(CheckpointError, match="no weight file"):
-        ev.checkpoint_bytes(tmp_path)
+        footprint.checkpoint_bytes(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-1.safetensors").write_bytes(b"x" * 10)
     (tmp_path / "model-2.safetensors").write_bytes(b"x" * 5)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x" * 99)  # the same weights once more
-    assert ev.checkpoint_bytes(tmp_path) == 15
-    assert ev.checkpoint_bytes(tmp_path / "model-1.safetensors") == 10
+    assert footprint.checkpoint_bytes(tmp_path) == 15
+    assert footprint.checkpoint_bytes(tmp_path / "model-1.safetensors") == 10
 
 
 def test_peak_memory_sees_an_allocation():
     gc.collect()  # what is freed in between would hide the allocation
-    ev.reset_peak_memory("cpu")
-    before = ev.peak_memory().host_bytes
+    footprint.reset_peak_memory("cpu")
+    before = footprint.peak_memory().host_bytes
     block = torch.ones(256 << 20, dtype=torch.uint8)
-    after = ev.peak_memory().host_bytes
+    after = footprint.peak_memory().host_bytes
     assert block[-1] == 1
     assert before > 0 and after > before
-    assert ev.peak_memory().bytes > 0 and ev.peak_memory("cpu").device_bytes == 0
+    assert footprint.peak_memory().bytes > 0 and footprint.peak_memory("cpu").device_bytes == 0
 
 
 @pytest.mark.gpu
@@ -559,15 +572,15 @@ def test_peak_memory_sees_an_allocation():
 def test_the_gpu_gives_the_same(tokenizer):
     models = {"original": tiny_llama(0), "other": tiny_llama(1)}
     expected = ev.evaluate_models(models, tokenizer, SAMPLE, reference="original", window=32)
-    ev.reset_peak_memory("cuda")
+    footprint.reset_peak_memory("cuda")
     result = ev.evaluate_models(models, tokenizer, SAMPLE, reference="original", window=32, device="cuda")
     for name in models:
         # TF32 is off by default, so float32 sums differ by rounding only.
         torch.testing.assert_close(result[name].window_nll, expected[name].window_nll, rtol=1e-4, atol=1e-4)
     assert result["other"].comparison.kl == pytest.approx(expected["other"].comparison.kl, rel=1e-3)
-    memory = ev.peak_memory("cuda")
+    memory = footprint.peak_memory("cuda")
     assert memory.bytes == memory.device_bytes > 0
-    assert ev.tokens_per_second(models["other"], prompt_tokens=8, new_tokens=4, repeats=2).decode > 0
+    assert speed.tokens_per_second(models["other"], prompt_tokens=8, new_tokens=4, repeats=2).decode > 0
 
 
 def test_speed_is_measured_with_a_cache():
@@ -577,7 +590,7 @@ def test_speed_is_measured_with_a_cache():
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     calls = []
-    speeds = ev.measure_speed(
+    speeds = speed.measure_speed(
         {"a": model, "b": model},
         prompt_tokens=8,
         new_tokens=3,
@@ -586,13 +599,13 @@ def test_speed_is_measured_with_a_cache():
     )
     assert lengths == [8, 1, 1, 1] * 2 * 3  # two models, one warm-up and two repeats
     assert len(calls) == 2
-    for speed in speeds.values():
-        assert speed.decode > 0 and speed.prefill > 0
-        assert speed.decode_spread[0] <= speed.decode <= speed.decode_spread[1]
-        assert (speed.new_tokens, speed.prompt_tokens, speed.repeats) == (3, 8, 2)
-    short = ev.tokens_per_second(tiny_llama(positions=16), new_tokens=4, repeats=1)
+    for measured in speeds.values():
+        assert measured.decode > 0 and measured.prefill > 0
+        assert measured.decode_spread[0] <= measured.decode <= measured.decode_spread[1]
+        assert (measured.new_tokens, measured.prompt_tokens, measured.repeats) == (3, 8, 2)
+    short = speed.tokens_per_second(tiny_llama(positions=16), new_tokens=4, repeats=1)
     assert short.prompt_tokens == 12  # shortened to fit the context
-    given = ev.tokens_per_second(model, prompt=torch.arange(5), new_tokens=2, repeats=1)
+    given = speed.tokens_per_second(model, prompt=torch.arange(5), new_tokens=2, repeats=1)
     assert given.prompt_tokens == 5
 
 
@@ -600,11 +613,11 @@ def test_speed_refuses_what_it_cannot_measure():
     model = tiny_llama(positions=16)
     for options in ({"new_tokens": 0}, {"repeats": 0}, {"prompt_tokens": 0}, {"new_tokens": 16}):
         with pytest.raises(InvalidArgument):
-            ev.tokens_per_second(model, **options)
+            speed.tokens_per_second(model, **options)
     with pytest.raises(InvalidArgument, match="context"):
-        ev.tokens_per_second(model, prompt=torch.arange(15), new_tokens=2)
+        speed.tokens_per_second(model, prompt=torch.arange(15), new_tokens=2)
     with pytest.raises(InvalidArgument, match="shape"):
-        ev.tokens_per_second(model, prompt=torch.zeros(1, 3, dtype=torch.long))
+        speed.tokens_per_second(model, prompt=torch.zeros(1, 3, dtype=torch.long))
 
     class Cacheless(Unsplittable):
         def forward(self, input_ids, use_cache=False):
@@ -614,7 +627,7 @@ def test_speed_refuses_what_it_cannot_measure():
             return self.inner.get_input_embeddings()
 
     with pytest.raises(ModelError, match="cache"):
-        ev.tokens_per_second(Cacheless(model), prompt_tokens=4, new_tokens=2)
+        speed.tokens_per_second(Cacheless(model), prompt_tokens=4, new_tokens=2)
     assert issubclass(ModelError, TensormillError)
 
 
@@ -623,7 +636,7 @@ def test_real_model_reaches_its_known_loss():
     folder = real_model_folder()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "stories260K")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "stories260K")
-    text = next(iter(ev.read_texts([folder / "tinystories_sample.txt"]).values()))
+    text = next(iter(text_module.read_texts([folder / "tinystories_sample.txt"]).values()))
     nats = tokens = 0.0
     for story in text.split("<|endoftext|>"):
         if story.strip():

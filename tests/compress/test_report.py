@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tensormill.compress.evaluate import Comparison, Evaluation, Interval, Speed
+from tensormill.compress.evaluate import Comparison, Evaluation, Interval
 from tensormill.compress.report import (
     CompressionReport,
     CurvePoint,
@@ -21,6 +21,7 @@ from tensormill.compress.report import (
     environment,
     format_bytes,
 )
+from tensormill.compress.speed import Speed
 from tensormill.errors import InvalidArgument, OutputError
 
 rich_console = pytest.importorskip("rich.console")

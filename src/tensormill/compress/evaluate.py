@@ -1,4 +1,4 @@
-"""What a causal language model is worth and what it costs: perplexity, divergence, bytes, memory and speed.
+"""What a causal language model is worth: perplexity, bits per byte, divergence from another model.
 
 Definitions, the same wherever the package reports one of these figures:
 
@@ -22,17 +22,10 @@ run whole.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
-import os
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,290 +33,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensormill.compress.precision import widened
-from tensormill.errors import CheckpointError, DataError, InvalidArgument, ModelError
-from tensormill.measure import synchronize
+from tensormill.compress.text import Text, join_texts, split_windows, text_sha256, tokenize_text
+from tensormill.errors import DataError, InvalidArgument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Comparison",
-    "Evaluation",
-    "Interval",
-    "PeakMemory",
-    "Speed",
-    "TokenizedText",
-    "checkpoint_bytes",
-    "compare",
-    "evaluate",
-    "evaluate_models",
-    "join_texts",
-    "measure_speed",
-    "model_bytes",
-    "paired_bootstrap",
-    "peak_memory",
-    "read_texts",
-    "reset_peak_memory",
-    "split_windows",
-    "text_sha256",
-    "tokenize_text",
-    "tokens_per_second",
-]
-
 Progress = Callable[[str, float | None], None]
 """Called as ``progress(message, fraction)``, fraction from 0 to 1."""
 
-Text = str | Sequence[str] | Mapping[str, str]
-
-_DOCUMENT_SEPARATOR = "\n\n"
 _LOGITS_BUDGET_BYTES = 256 << 20
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-
-
-def read_texts(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """Read UTF-8 text files.
-
-    Args:
-        paths: Files, in the order in which they are evaluated.
-
-    Returns:
-        The text of each file under its path as given; line ends are kept as they are.
-
-    Raises:
-        DataError: No path, a file that is missing, unreadable, not UTF-8, or without any visible character.
-    """
-    texts: dict[str, str] = {}
-    for path in paths:
-        try:
-            raw = Path(path).read_bytes()
-        except FileNotFoundError:
-            raise DataError(f"text file {path} does not exist; give the path of a UTF-8 text file") from None
-        except IsADirectoryError:
-            raise DataError(f"{path} is a directory, expected a UTF-8 text file; name its files") from None
-        except OSError as error:
-            raise DataError(f"text file {path} can't be read: {error.strerror or error}") from error
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"text file {path} is not UTF-8 at byte {error.start} ({raw[error.start]:#x}); convert it"
-            ) from None
-        if not text.strip():
-            raise DataError(f"text file {path} is empty; give a file with text")
-        texts[str(path)] = text
-    if not texts:
-        raise DataError("no text file was given; give at least one path")
-    return texts
-
-
-def join_texts(text: Text) -> str:
-    """The one string that is evaluated: several texts are joined with an empty line between them.
-
-    Args:
-        text: A text, a sequence of texts, or a mapping from names to texts.
-
-    Raises:
-        DataError: There is no text, or nothing visible in it.
-    """
-    if isinstance(text, str):
-        joined = text
-    else:
-        parts = list(text.values()) if isinstance(text, Mapping) else list(text)
-        joined = _DOCUMENT_SEPARATOR.join(parts)
-    if not joined.strip():
-        raise DataError("the evaluation text is empty; give a text of at least a few words")
-    return joined
-
-
-def text_sha256(text: Text) -> str:
-    """SHA-256 (hexadecimal) of the joined text's UTF-8 bytes: tells two evaluation texts apart."""
-    return hashlib.sha256(_encode(join_texts(text))).hexdigest()
-
-
-def _encode(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the text has a lone surrogate at character {error.start}, expected Unicode; decode it as UTF-8"
-        ) from None
-
-
-@dataclass(frozen=True)
-class TokenizedText:
-    """A text as token ids, with the number of bytes that each token stands for.
-
-    Attributes:
-        ids: (tokens,) int64.
-        byte_counts: (tokens,) int64, UTF-8 bytes of the text that each token stands for; 0 for a token that
-            the tokenizer added.
-        byte_rule: How the bytes were found. "pieces": the tokens' own bytes, checked to spell the text, so
-            that the count is exact even where a character is cut in two; "offsets": from the tokenizer's
-            character offsets, characters it drops counted with the token after them, tokens that share a
-            character sharing its bytes; "estimated": the text's bytes spread over the tokens by the length
-            each decodes to.
-    """
-
-    ids: Tensor
-    byte_counts: Tensor
-    byte_rule: Literal["pieces", "offsets", "estimated"]
-
-
-def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> TokenizedText:
-    """Tokenize a text once, whole, with the tokenizer's default special tokens.
-
-    Args:
-        tokenizer: Any tokenizer of transformers.
-        text: The text, or several to be joined.
-
-    Raises:
-        DataError: The text is empty.
-    """
-    joined = join_texts(text)
-    raw = _encode(joined)
-    # verbose=False: a text longer than the model's context is expected here.
-    encoded = tokenizer(joined, return_special_tokens_mask=True, truncation=False, verbose=False)
-    ids: list[int] = list(encoded["input_ids"])
-    added = [bool(flag) for flag in encoded["special_tokens_mask"]]
-    rule: Literal["pieces", "offsets", "estimated"] = "pieces"
-    counts = _bytes_by_pieces(tokenizer, ids, added, raw)
-    if counts is None and tokenizer.is_fast:
-        offsets = tokenizer(joined, return_offsets_mapping=True, truncation=False, verbose=False)[
-            "offset_mapping"
-        ]
-        counts, rule = _bytes_by_offsets(joined, offsets), "offsets"
-    if counts is None:
-        counts, rule = _bytes_by_decoding(tokenizer, ids, added, len(raw)), "estimated"
-    return TokenizedText(torch.tensor(ids, dtype=torch.long), torch.tensor(counts, dtype=torch.long), rule)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Characters with which byte-level BPE writes bytes: visible Latin-1 as itself, the others from U+0100
-    on.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = (byte for byte in range(256) if byte not in visible)
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
-
-
-def _byte_level_piece(piece: str, alphabet: Mapping[str, int]) -> bytes | None:
-    try:
-        return bytes(alphabet[character] for character in piece)
-    except KeyError:
-        return None
-
-
-def _sentencepiece_piece(piece: str) -> bytes | None:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        try:
-            return bytes.fromhex(piece[3:5])
-        except ValueError:
-            return None
-    return piece.replace("\u2581", " ").encode("utf-8")
-
-
-def _bytes_by_pieces(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], added: Sequence[bool], raw: bytes
-) -> list[int] | None:
-    """Bytes of each token from the vocabulary, or None unless the tokens spell ``raw`` byte by byte."""
-    unique = sorted(set(ids))
-    pieces = dict(zip(unique, tokenizer.convert_ids_to_tokens(unique), strict=True))
-    literal = set(tokenizer.get_added_vocab().values())
-    alphabet = _byte_alphabet()
-    readings: tuple[Callable[[str], bytes | None], ...] = (
-        lambda piece: _byte_level_piece(piece, alphabet),
-        _sentencepiece_piece,
-    )
-    for read in readings:
-        table: dict[int, bytes | None] = {}
-        for token, piece in pieces.items():
-            if isinstance(piece, bytes):
-                table[token] = piece
-            elif piece is None:
-                table[token] = None
-            else:
-                table[token] = piece.encode("utf-8") if token in literal else read(piece)
-        spelled = [b"" if special else table[token] for token, special in zip(ids, added, strict=True)]
-        if any(piece is None for piece in spelled):
-            continue
-        lengths = [len(piece) for piece in spelled if piece is not None]
-        whole = b"".join(piece for piece in spelled if piece is not None)
-        if whole == raw:
-            return lengths
-        if whole == b" " + raw:  # the tokenizer puts a space before the text
-            first = next(i for i, length in enumerate(lengths) if length)
-            lengths[first] -= 1
-            return lengths
-    return None
-
-
-def _bytes_by_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    ends = [0]
-    for character in text:
-        ends.append(ends[-1] + len(character.encode("utf-8")))
-    counts: list[int] = []
-    covered, run_start = 0, 0
-    for i, (start, end) in enumerate(offsets):
-        shares = counts and start < end and start < covered
-        fresh = ends[end] - ends[covered] if end > covered else 0
-        counts.append(fresh)
-        covered = max(covered, end)
-        if not shares:
-            run_start = i
-            continue
-        total, length = sum(counts[run_start:]), i + 1 - run_start
-        counts[run_start:] = [total * (k + 1) // length - total * k // length for k in range(length)]
-    return counts
-
-
-def _bytes_by_decoding(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], added: Sequence[bool], total: int
-) -> list[int]:
-    lengths = {
-        token: max(1, len(str(tokenizer.decode([token])).encode("utf-8", "replace"))) for token in set(ids)
-    }
-    weights = [0 if special else lengths[token] for token, special in zip(ids, added, strict=True)]
-    whole = sum(weights)
-    counts, so_far = [], 0
-    for weight in weights:
-        before = total * so_far // whole if whole else 0
-        so_far += weight
-        counts.append((total * so_far // whole if whole else 0) - before)
-    return counts
-
-
-def split_windows(tokens: Tensor, window: int) -> Tensor:
-    """Cut tokens into disjoint windows.
-
-    Args:
-        tokens: (T,) of any dtype.
-        window: Tokens per window, at least 2.
-
-    Returns:
-        (floor(T / window), window); one shorter window (1, T) if T < window.
-
-    Raises:
-        DataError: Fewer than two tokens: nothing can be scored.
-        InvalidArgument: ``window`` is below 2, or ``tokens`` is not one-dimensional.
-
-    Example:
-        >>> split_windows(torch.arange(7), 3)
-        tensor([[0, 1, 2],
-                [3, 4, 5]])
-    """
-    if window < 2:
-        raise InvalidArgument(
-            f"given window {window}, expected at least 2 tokens (one of context, one scored)"
-        )
-    if tokens.ndim != 1:
-        raise InvalidArgument(
-            f"given tokens of shape {tuple(tokens.shape)}, expected one dimension (tokens,)"
-        )
-    if tokens.numel() < 2:
-        raise DataError(f"the text gives {tokens.numel()} token(s), expected at least 2; give a longer text")
-    length = min(window, tokens.numel())
-    count = tokens.numel() // length
-    return tokens[: count * length].view(count, length)
 
 
 @dataclass(frozen=True)
@@ -560,7 +280,7 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
     """Evaluation mode without gradients; each model's mode is restored.
 
     Not inference mode: an operator may cache repacked weights on first use, and those must stay usable in
@@ -577,13 +297,13 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def _embedding(model: nn.Module) -> Any:
+def embedding(model: nn.Module) -> Any:
     find = getattr(model, "get_input_embeddings", None)
     return find() if find is not None else None
 
 
-def _input_device(model: nn.Module) -> torch.device:
-    for source in (_embedding(model), model):
+def input_device(model: nn.Module) -> torch.device:
+    for source in (embedding(model), model):
         if isinstance(source, nn.Module):
             for tensor in (*source.parameters(), *source.buffers()):
                 return tensor.device
@@ -595,7 +315,7 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _max_positions(model: nn.Module) -> int | None:
+def max_positions(model: nn.Module) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
         value = getattr(_text_config(model), name, None)
         if isinstance(value, int) and value > 0:
@@ -604,7 +324,7 @@ def _max_positions(model: nn.Module) -> int | None:
 
 
 def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
-    rows = getattr(_embedding(model), "num_embeddings", None)
+    rows = getattr(embedding(model), "num_embeddings", None)
     if rows is not None and ids.numel() and int(ids.max()) >= rows:
         raise DataError(
             f"the tokenizer gives token id {int(ids.max())}, the model has {rows} embeddings; "
@@ -693,7 +413,7 @@ def evaluate_models(
         raise InvalidArgument("given no model, expected at least one")
     text = join_texts(text)
     tokenized = tokenize_text(tokenizer, text)
-    limits = [limit for limit in map(_max_positions, models.values()) if limit is not None]
+    limits = [limit for limit in map(max_positions, models.values()) if limit is not None]
     length = min([window, *limits])
     ids = split_windows(tokenized.ids[:max_tokens], length)
     byte_counts = split_windows(tokenized.byte_counts[:max_tokens], length)
@@ -747,7 +467,7 @@ def compare(
         )
     tokens = tokens.long()
     if tokens.ndim == 1:
-        limits = [limit for limit in map(_max_positions, (original, other)) if limit is not None]
+        limits = [limit for limit in map(max_positions, (original, other)) if limit is not None]
         tokens = split_windows(tokens, min([window, *limits]))
     elif tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise DataError(
@@ -794,7 +514,7 @@ def _score(
     windows, length = ids.shape
     for model in models.values():
         _check_vocabulary(model, ids)
-        if device is not None and _input_device(model) != torch.device(device):
+        if device is not None and input_device(model) != torch.device(device):
             model.to(device)
     # The reference first, so that its logits are there when the others need them.
     order = sorted(models, key=lambda name: name != reference)
@@ -803,11 +523,11 @@ def _score(
         others = reference is not None and name != reference
         blank = [torch.zeros(windows, dtype=torch.float64) for _ in range(3)]
         scores[name] = _Score(blank[0], *(blank[1:] if others else ()))
-    kind = _input_device(models[order[0]]).type
+    kind = input_device(models[order[0]]).type
     batch = batch_size or max(1, _BATCH_TOKENS.get(kind, _BATCH_TOKENS["cuda"]) // length)
-    with _evaluating(models.values()), widened(*models.values()):
+    with evaluating(models.values()), widened(*models.values()):
         split = {
-            name: _SplitModel(models[name], ids[:1, : min(8, length)].to(_input_device(models[name])))
+            name: _SplitModel(models[name], ids[:1, : min(8, length)].to(input_device(models[name])))
             for name in order
         }
         if progress is not None:
@@ -834,7 +554,7 @@ def _score_batch(
     reference: str | None,
 ) -> None:
     batch, length = ids.shape
-    places = {name: ids.to(_input_device(part.model)) for name, part in split.items()}
+    places = {name: ids.to(input_device(part.model)) for name, part in split.items()}
     hidden = {name: part.hidden(places[name]) for name, part in split.items()}
     vocabulary = _vocabulary(split)
     live = 3 if reference is None else 6  # float32 copies of the logits that exist at once
@@ -871,231 +591,3 @@ def _add_divergence(score: _Score, rows: slice, original: Tensor, other: Tensor)
 def _vocabulary(split: Mapping[str, _SplitModel]) -> int:
     sizes = (getattr(_text_config(part.model), "vocab_size", None) for part in split.values())
     return max(int(size or 1) for size in sizes)
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers in memory; tensors that share memory count once.
-
-    Example:
-        >>> model_bytes(nn.Linear(8, 4, bias=False))
-        128
-    """
-    seen: dict[tuple[Any, ...], dict[tuple[Any, int], int]] = {}
-    limits: dict[tuple[Any, ...], int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "meta":
-            key: tuple[Any, ...] = ("meta", id(tensor))
-            limits[key] = tensor.numel() * tensor.element_size()
-        else:
-            storage = tensor.untyped_storage()
-            key = (str(tensor.device), storage.data_ptr())
-            limits[key] = storage.nbytes()
-        size = tensor.numel() * tensor.element_size()
-        seen.setdefault(key, {})[(tensor.storage_offset(), size)] = size
-    return sum(min(sum(views.values()), limits[key]) for key, views in seen.items())
-
-
-def checkpoint_bytes(path: str | Path) -> int:
-    """Bytes of a checkpoint's weight files on disk (tokenizer and configuration not counted).
-
-    Args:
-        path: A directory with safetensors files (or, failing those, other weight files), or one weight file.
-
-    Raises:
-        CheckpointError: There is no weight file.
-    """
-    place = Path(path)
-    if place.is_file():
-        return place.stat().st_size
-    for pattern in ("*.safetensors", "*.gguf", "*.bin", "*.pt"):
-        files = [file for file in place.glob(pattern) if file.name != "training_args.bin"]
-        if files:
-            return sum(file.stat().st_size for file in files)
-    raise CheckpointError(f"{path} holds no weight file, expected *.safetensors; give a model's directory")
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """High-water marks of memory.
-
-    Attributes:
-        host_bytes: Resident memory of the process; since its start where the system can't reset the mark.
-        device_bytes: Memory allocated by torch on the GPU since `reset_peak_memory`; 0 on the CPU.
-    """
-
-    host_bytes: int
-    device_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        """The mark that limits: the device's where one is used, else the host's."""
-        return self.device_bytes or self.host_bytes
-
-
-def reset_peak_memory(device: str | torch.device | None = None) -> None:
-    """Start measuring peak memory anew, as far as the system allows.
-
-    Args:
-        device: A CUDA device whose mark is reset too; None or a CPU resets the host's only.
-    """
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
-    if device is not None and torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: str | torch.device | None = None) -> PeakMemory:
-    """High-water marks since `reset_peak_memory` (of the host since process start, where it can't be
-    reset).
-    """
-    on_gpu = device is not None and torch.device(device).type == "cuda"
-    return PeakMemory(_peak_resident_bytes(), torch.cuda.max_memory_allocated(device) if on_gpu else 0)
-
-
-def _peak_resident_bytes() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # no such module on Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second at batch 1.
-
-    Attributes:
-        decode: New tokens per second, one greedy step after another with a key-value cache.
-        prefill: Prompt tokens per second in one forward that fills the cache.
-        new_tokens: Decoding steps per repeat.
-        prompt_tokens: Length of the prompt.
-        repeats: Repeats; the figures are their medians.
-        decode_spread: Slowest and fastest repeat of `decode`.
-    """
-
-    decode: float
-    prefill: float
-    new_tokens: int
-    prompt_tokens: int
-    repeats: int
-    decode_spread: tuple[float, float]
-
-
-def tokens_per_second(
-    model: nn.Module,
-    *,
-    prompt: Tensor | None = None,
-    prompt_tokens: int = 128,
-    new_tokens: int = 32,
-    repeats: int = 5,
-    seed: int = 0,
-) -> Speed:
-    """Decoding and prefill speed of one model at batch 1; see `measure_speed`."""
-    return measure_speed(
-        {"model": model},
-        prompt=prompt,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        seed=seed,
-    )["model"]
-
-
-def measure_speed(
-    models: Mapping[str, nn.Module],
-    *,
-    prompt: Tensor | None = None,
-    prompt_tokens: int = 128,
-    new_tokens: int = 32,
-    repeats: int = 5,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> dict[str, Speed]:
-    """Decoding and prefill speed of models at batch 1, their repeats interleaved.
-
-    Interleaving makes a change in the machine's load hit all models alike. One repeat per model is warm-up.
-    The generated tokens are fed back, none ends the sequence, and every step waits for the device.
-
-    Args:
-        models: The models by name, each on the device where it is to be measured.
-        prompt: (tokens,) int64; None draws one at random.
-        prompt_tokens: Length of a drawn prompt; shortened where the context demands it.
-        new_tokens: Decoding steps per repeat.
-        repeats: Timed repeats; medians are reported.
-        seed: Of the drawn prompt.
-        progress: Called with a message and the share done.
-
-    Raises:
-        InvalidArgument: A count below 1, or prompt and new tokens exceed a model's context.
-        ModelError: A model without a key-value cache.
-    """
-    for what, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
-        if value < 1:
-            raise InvalidArgument(f"given {what} {value}, expected at least 1")
-    if prompt is not None and (prompt.ndim != 1 or prompt.numel() < 1):
-        raise InvalidArgument(
-            f"given a prompt of shape {tuple(prompt.shape)}, expected (tokens,), at least one"
-        )
-    limit = min((limit for limit in map(_max_positions, models.values()) if limit is not None), default=None)
-    length = prompt_tokens if prompt is None else prompt.numel()
-    if prompt is None and limit is not None:
-        length = max(1, min(length, limit - new_tokens))
-    if limit is not None and length + new_tokens > limit:
-        raise InvalidArgument(
-            f"given {length} prompt and {new_tokens} new tokens, expected at most {limit} together "
-            "(the context); use fewer"
-        )
-    if prompt is None:
-        generator = torch.Generator().manual_seed(seed)
-        rows = min(int(getattr(_embedding(model), "num_embeddings", 256)) for model in models.values())
-        prompt = torch.randint(rows, (length,), generator=generator)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    with _evaluating(models.values()):
-        for repeat in range(repeats + 1):
-            for name, model in models.items():
-                pair = _time_generation(model, prompt, new_tokens)
-                if repeat:
-                    times[name].append(pair)
-            if progress is not None and repeat:
-                progress("measuring speed", repeat / repeats)
-    speeds = {}
-    for name, pairs in times.items():
-        rates = sorted(new_tokens / decode for _, decode in pairs)
-        speeds[name] = Speed(
-            decode=statistics.median(rates),
-            prefill=statistics.median(length / prefill for prefill, _ in pairs),
-            new_tokens=new_tokens,
-            prompt_tokens=length,
-            repeats=repeats,
-            decode_spread=(rates[0], rates[-1]),
-        )
-    return speeds
-
-
-def _time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill and of ``new_tokens`` decoding steps."""
-    device = _input_device(model)
-    ids = prompt.to(device)[None]
-    # As in generation, only the last position's logits are needed where the model can leave out the others.
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    synchronize(device)
-    start = time.perf_counter()
-    output = model(input_ids=ids, use_cache=True, **options)
-    token = output.logits[:, -1:].argmax(-1)
-    if getattr(output, "past_key_values", None) is None:
-        raise ModelError(
-            f"{type(model).__name__} returns no key-value cache, expected one; can't measure decoding"
-        )
-    synchronize(device)
-    prefill = time.perf_counter() - start
-    start = time.perf_counter()
-    for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        token = output.logits[:, -1:].argmax(-1)
-    synchronize(device)
-    return prefill, time.perf_counter() - start

@@ -17,17 +17,13 @@ import torch
 
 from tensormill.compress import checkpoint
 from tensormill.compress.calibration import Calibration
-from tensormill.compress.evaluate import (
-    checkpoint_bytes,
-    evaluate_models,
-    measure_speed,
-    peak_memory,
-    read_texts,
-    reset_peak_memory,
-)
+from tensormill.compress.evaluate import evaluate_models
+from tensormill.compress.footprint import checkpoint_bytes, peak_memory, reset_peak_memory
 from tensormill.compress.methods import METHODS, WeightConfig
 from tensormill.compress.recipe import Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
+from tensormill.compress.speed import measure_speed
+from tensormill.compress.text import read_texts
 from tensormill.data import python_source
 from tensormill.errors import InvalidArgument, RecipeError
 

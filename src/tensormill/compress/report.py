@@ -22,7 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
-from tensormill.compress.evaluate import Evaluation, Interval, Speed, paired_bootstrap
+from tensormill.compress.evaluate import Evaluation, Interval, paired_bootstrap
 from tensormill.compress.plots import (
     PLOT_STYLE,
     Bar,
@@ -35,6 +35,7 @@ from tensormill.compress.plots import (
     line_plot,
     pair_plot,
 )
+from tensormill.compress.speed import Speed
 from tensormill.errors import InvalidArgument, OutputError
 
 if TYPE_CHECKING:

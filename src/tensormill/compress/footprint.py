@@ -1,0 +1,106 @@
+"""What a model takes: bytes in memory and on disk, and the high-water mark of a process's memory."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensormill.errors import CheckpointError
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers in memory; tensors that share memory count once.
+
+    Example:
+        >>> model_bytes(nn.Linear(8, 4, bias=False))
+        128
+    """
+    seen: dict[tuple[Any, ...], dict[tuple[Any, int], int]] = {}
+    limits: dict[tuple[Any, ...], int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "meta":
+            key: tuple[Any, ...] = ("meta", id(tensor))
+            limits[key] = tensor.numel() * tensor.element_size()
+        else:
+            storage = tensor.untyped_storage()
+            key = (str(tensor.device), storage.data_ptr())
+            limits[key] = storage.nbytes()
+        size = tensor.numel() * tensor.element_size()
+        seen.setdefault(key, {})[(tensor.storage_offset(), size)] = size
+    return sum(min(sum(views.values()), limits[key]) for key, views in seen.items())
+
+
+def checkpoint_bytes(path: str | Path) -> int:
+    """Bytes of a checkpoint's weight files on disk (tokenizer and configuration not counted).
+
+    Args:
+        path: A directory with safetensors files (or, failing those, other weight files), or one weight file.
+
+    Raises:
+        CheckpointError: There is no weight file.
+    """
+    place = Path(path)
+    if place.is_file():
+        return place.stat().st_size
+    for pattern in ("*.safetensors", "*.gguf", "*.bin", "*.pt"):
+        files = [file for file in place.glob(pattern) if file.name != "training_args.bin"]
+        if files:
+            return sum(file.stat().st_size for file in files)
+    raise CheckpointError(f"{path} holds no weight file, expected *.safetensors; give a model's directory")
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """High-water marks of memory.
+
+    Attributes:
+        host_bytes: Resident memory of the process; since its start where the system can't reset the mark.
+        device_bytes: Memory allocated by torch on the GPU since `reset_peak_memory`; 0 on the CPU.
+    """
+
+    host_bytes: int
+    device_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """The mark that limits: the device's where one is used, else the host's."""
+        return self.device_bytes or self.host_bytes
+
+
+def reset_peak_memory(device: str | torch.device | None = None) -> None:
+    """Start measuring peak memory anew, as far as the system allows.
+
+    Args:
+        device: A CUDA device whose mark is reset too; None or a CPU resets the host's only.
+    """
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: str | torch.device | None = None) -> PeakMemory:
+    """High-water marks since `reset_peak_memory` (of the host since process start, where it can't be
+    reset).
+    """
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    return PeakMemory(_peak_resident_bytes(), torch.cuda.max_memory_allocated(device) if on_gpu else 0)
+
+
+def _peak_resident_bytes() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -19,7 +19,7 @@ import torch
 
 from tensormill.measure import fastest_call
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,20 @@ def measure_ceilings(device: torch.device | str) -> Ceilings:
     device = torch.device(device)
     large = device.type == "cuda"
     read, copy = _bandwidths(device, (1 << 30) if large else (1 << 26))
-    side = 8192 if large else 2048
+    sizes = (2048, 8192) if large else (256, 512, 1024, 2048)
     rates: dict[str, float] = {}
-    for unit, product in _products(device, side).items():
+    for unit, product in _products(device).items():
         try:
-            rates[unit] = 2 * side**3 / fastest_call(product(), device)
+            # A product that the chip emulates would take minutes at the largest size.
+            for side in sizes:
+                seconds = fastest_call(product(side), device, seconds=0.5 if side == sizes[-1] else 0.01)
+                rates[unit] = max(rates.get(unit, 0.0), 2 * side**3 / seconds)
+                if seconds > 0.03:
+                    break
         except (RuntimeError, NotImplementedError, AttributeError):
             continue  # this build or chip has no such product
+    # Narrow numbers can always be widened and multiplied in float32.
+    rates = {unit: rate if unit == "fp64" else max(rate, rates["fp32"]) for unit, rate in rates.items()}
     return Ceilings(device_name(device), read, copy, rates)
 
 
@@ -159,21 +166,21 @@ def _bandwidths(device: torch.device, count: int) -> tuple[float, float]:
     return read, copy
 
 
-def _products(device: torch.device, side: int) -> dict[str, Callable[[], Callable[[], object]]]:
-    """Matrix products by unit, on random data (zeros run faster than real data does)."""
+def _products(device: torch.device) -> dict[str, Callable[[int], Callable[[], object]]]:
+    """Square matrix products by unit, of a given side, on random data (zeros run faster than real data does)."""
 
-    def floating(dtype: torch.dtype) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
+    def floating(dtype: torch.dtype) -> Callable[[int], Callable[[], object]]:
+        def make(side: int) -> Callable[[], object]:
             a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
             return lambda: a @ b
 
         return make
 
-    def int8() -> Callable[[], object]:
+    def int8(side: int) -> Callable[[], object]:
         a, b = (torch.randint(-127, 127, (side, side), device=device, dtype=torch.int8) for _ in range(2))
         return lambda: torch._int_mm(a, b.t())
 
-    def fp8() -> Callable[[], object]:
+    def fp8(side: int) -> Callable[[], object]:
         a, b = (torch.randn(side, side, device=device).to(torch.float8_e4m3fn) for _ in range(2))
         one = torch.ones((), device=device)
         return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)

@@ -56,5 +56,6 @@ def test_measured_ceilings_are_plausible():
     machine = roofline.measure_ceilings("cpu")
     assert 1e9 < machine.read_bandwidth < 1e12
     assert 1e9 < machine.rates["fp32"] < 1e14
+    assert all(rate >= machine.rates["fp32"] for unit, rate in machine.rates.items() if unit != "fp64")
     assert "threads" in machine.device
     assert str(torch.get_num_threads()) in machine.device

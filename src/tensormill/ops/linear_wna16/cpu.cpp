@@ -1,10 +1,10 @@
 // Low-bit linear layer and dequantization on the CPU.
 //
 // Codes are packed densely along K, so that eight codes of `bits` bits fill exactly `bits` bytes: an *octet*. The
-// vector kernels take 128 codes of a row at a time (16 octets, 16 * bits bytes) and decode them so that 32-bit lane d
+// AVX-512 kernels take 128 codes of a row at a time (16 octets, 16 * bits bytes) and decode them so that 32-bit lane d
 // of every decoded vector holds codes of octet d. A lane then never mixes two groups as long as the group size is a
 // multiple of 8, and scales can be applied to the float32 sums of a block instead of to every weight. The activations
-// are permuted once per call into the same order, padded with zeros past K.
+// are permuted once per call into the same order, padded with zeros past K. avx2.h has the kernels for AVX2.
 //
 // Decoded values are `code + offset` with an offset that depends on the way of decoding (table look-up or conversion),
 // so that
@@ -14,12 +14,12 @@
 // 0.54 for a float32 FMA of half its width), so that it would be the slower way.
 #include <nanobind/nanobind.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 
-#include "parallel.h"
+#include "avx2.h"
+#include "weight.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <cpuid.h>
@@ -35,9 +35,10 @@
 
 namespace nb = nanobind;
 
+using namespace tensormill::wna16;
+
 namespace {
 
-enum Kind : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // TENSORMILL_CPU_ISA=portable|avx2|avx512 caps the instruction set, for tests; avx512 leaves out AMX.
@@ -55,78 +56,7 @@ Isa instruction_set() {
   return chosen;
 }
 
-struct Weight {
-  const uint8_t *codes;
-  const void *scale;
-  const uint8_t *zero;  // or null
-  int64_t K, row_bytes, groups, group_size;
-  int bits, scale_kind;
-};
-
 // ---------------------------------------------------------------- portable path
-
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
-  uint32_t bits;
-  if (exponent == 31) {
-    bits = sign | 0x7f800000u | (mantissa << 13);
-  } else if (exponent != 0) {
-    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-  } else {
-    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    return sign ? -value : value;
-  }
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint16_t float_to_half(float value) {  // round to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
-  if (bits < 0x38800000u) {                                              // subnormal half
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    const float shifted = magnitude + 0.5f;  // the unit in the last place of 0.5 is 2^-24
-    uint32_t rounded;
-    std::memcpy(&rounded, &shifted, 4);
-    return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
-  }
-  const uint32_t odd = (bits >> 13) & 1u;
-  return static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xfffu + odd) >> 13));
-}
-
-inline float bfloat_to_float(uint16_t b) {
-  const uint32_t bits = static_cast<uint32_t>(b) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint16_t float_to_bfloat(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-inline float load_float(const void *data, int64_t i, int kind) {
-  if (kind == kFloat32) return static_cast<const float *>(data)[i];
-  const uint16_t bits = static_cast<const uint16_t *>(data)[i];
-  return kind == kBFloat16 ? bfloat_to_float(bits) : half_to_float(bits);
-}
-
-inline void store_float(void *data, int64_t i, int kind, float value) {
-  if (kind == kFloat32) {
-    static_cast<float *>(data)[i] = value;
-  } else {
-    static_cast<uint16_t *>(data)[i] = kind == kBFloat16 ? float_to_bfloat(value) : float_to_half(value);
-  }
-}
 
 #if defined(__GNUC__)
 #define TM_INLINE inline __attribute__((always_inline))
@@ -169,18 +99,6 @@ TM_INLINE float dot(const float *a, const float *b, int64_t count) {
     for (int j = 0; j < width; ++j) partial[j] += partial[j + width];
   return partial[0];
 }
-
-struct Output {
-  void *y;
-  const void *bias;  // or null
-  int64_t N;
-  int kind, bias_kind;
-
-  void store(int64_t token, int64_t row, float value) const {
-    if (bias != nullptr) value += load_float(bias, row, bias_kind);
-    store_float(y, token * N + row, kind, value);
-  }
-};
 
 TM_INLINE void linear_rows_body(const Weight &w, const float *x, int64_t M, const Output &out, int64_t begin,
                                 int64_t end) {
@@ -312,27 +230,6 @@ struct Activations {
     values = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(storage.get()) + 63) / 64 * 64);
     sums = values + M * blocks * kBlock;
     std::memset(sums, 0, M * padded_groups * sizeof(float));
-  }
-};
-
-// Where the groups of a block's lanes are: lane d of block b belongs to group first[b] + lane[b][d].
-struct Lanes {
-  std::unique_ptr<int64_t[]> first;
-  std::unique_ptr<int32_t[]> lane;
-
-  Lanes(const Weight &w, int64_t blocks) : first(new int64_t[blocks]), lane(new int32_t[blocks * 16]) {
-    int64_t group = 0, group_end = w.group_size;
-    for (int64_t b = 0; b < blocks; ++b) {
-      first[b] = group;
-      for (int d = 0; d < 16; ++d) {
-        if (b * kBlock + 8 * d >= group_end && group + 1 < w.groups) {
-          ++group;
-          group_end += w.group_size;
-          if (d == 0) first[b] = group;
-        }
-        lane[b * 16 + d] = static_cast<int32_t>(group - first[b]);
-      }
-    }
   }
 };
 
@@ -519,7 +416,7 @@ void linear_rows_512(const Call &call, int64_t begin, int64_t end) {
 template <int BITS>
 void linear_512(const Weight &w, const void *x, int x_kind, int64_t M, const Output &out, int threads) {
   Activations a(M, w);
-  const Lanes lanes(w, a.blocks);
+  const Lanes lanes(w, a.blocks, 16, 8);
   tensormill::parallel_ranges(M, 1, M * w.K >= 65536 ? threads : 1, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) permute_token(x, x_kind, token, w, lanes, a);
   });
@@ -713,7 +610,7 @@ void linear_amx(const Weight &w, const void *x, int64_t M, const Output &out, in
     for (int64_t t = begin; t < end; ++t)
       tile_tokens(static_cast<const uint16_t *>(x), t * kTile, M, w.K, blocks, tiles.data + t * token_bytes);
   });
-  const Lanes lanes(w, blocks);
+  const Lanes lanes(w, blocks, 16, 8);
   tensormill::parallel_ranges(out.N, 2 * kTile, threads, [&](int64_t begin, int64_t end) {
     linear_rows_amx<BITS>(w, lanes, tiles.data, M, blocks, out, begin, end);
   });
@@ -805,6 +702,12 @@ void dequantize_512(const Weight &w, void *out, int kind, int64_t N, int threads
   });
 }
 
+#else
+bool amx_usable() { return false; }
+#endif  // TENSORMILL_X86
+
+// ---------------------------------------------------------------- entry points
+
 #define TM_DISPATCH_BITS(FUNCTION, ...)        \
   switch (w.bits) {                            \
     case 1: return FUNCTION<1>(__VA_ARGS__);   \
@@ -816,12 +719,6 @@ void dequantize_512(const Weight &w, void *out, int kind, int64_t N, int threads
     case 7: return FUNCTION<7>(__VA_ARGS__);   \
     default: return FUNCTION<8>(__VA_ARGS__);  \
   }
-
-#else
-bool amx_usable() { return false; }
-#endif  // TENSORMILL_X86
-
-// ---------------------------------------------------------------- entry points
 
 constexpr int64_t kDecodedTokens = 4;     // up to here AVX-512 beats AMX, whose tiles hold 16 tokens
 constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which waking another thread costs more than it saves
@@ -857,6 +754,9 @@ void linear(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintp
   if (instruction_set() >= kAvx512 && whole_octets) {
     TM_DISPATCH_BITS(linear_512, w, values, x_kind, M, out, threads)
   }
+  if (instruction_set() >= kAvx2 && whole_octets) {
+    TM_DISPATCH_BITS(avx2::linear, w, values, x_kind, M, out, threads)
+  }
 #endif
   std::unique_ptr<float[]> single(new float[M * K]);
   for (int64_t i = 0; i < M * K; ++i) single[i] = load_float(values, i, x_kind);
@@ -878,6 +778,9 @@ void dequantize(uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t out,
 #if TENSORMILL_X86
   if (instruction_set() >= kAvx512 && (groups == 1 || group_size % 16 == 0)) {
     TM_DISPATCH_BITS(dequantize_512, w, target, out_kind, N, threads)
+  }
+  if (instruction_set() >= kAvx2 && (groups == 1 || group_size % 8 == 0)) {
+    TM_DISPATCH_BITS(avx2::dequantize, w, target, out_kind, N, threads)
   }
 #endif
   tensormill::parallel_ranges(N, 1, threads, [&](int64_t begin, int64_t end) {

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from tensormill.ops.linear_wna16 import _cpu  # type: ignore[attr-defined]
+from tensormill.roofline import has_fast_matmul
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Tokens up to which decoding in vector registers beats a product with dequantized panels.
+# Tokens up to which decoding in vector registers beats a product with dequantized panels: with AVX2 they are even at
+# 64, float32 being the fast type of both.
 _MOST_DECODED_TOKENS = 8
+_MOST_DECODED_TOKENS_AVX2 = 64
+_AVX2 = 1  # of _cpu.instruction_set()
 # Tokens, or elements of x, up to which decoding into AMX tiles beats it: x stays in the second-level cache.
 _MOST_TILED_TOKENS = 32
 _MOST_TILED_ELEMENTS = 3 << 18
@@ -30,8 +34,11 @@ def linear(
 ) -> Tensor:
     """See `reference.linear_wna16`."""
     tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    whole_octets = scale.shape[1] == 1 or group_size % 8 == 0
+    avx2 = whole_octets and _cpu.instruction_set() == _AVX2
+    most_decoded = _MOST_DECODED_TOKENS_AVX2 if avx2 else _MOST_DECODED_TOKENS
     tiled = tokens <= _MOST_TILED_TOKENS or x.numel() <= _MOST_TILED_ELEMENTS
-    if tokens > _MOST_DECODED_TOKENS and not (tiled and x.dtype == torch.bfloat16 and _cpu.amx_usable()):
+    if tokens > most_decoded and not (tiled and x.dtype == torch.bfloat16 and _cpu.amx_usable()):
         return _linear_by_panels(x, weight, scale, zero_point, bias, bits, group_size)
     rows, columns = weight.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], rows))
@@ -108,7 +115,8 @@ def _linear_by_panels(
     group_size: int,
 ) -> Tensor:
     # float16 weights could overflow, and float16 sums are slow on most CPUs: float32 for float16 activations.
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    bfloat16 = x.dtype == torch.bfloat16 and has_fast_matmul(torch.bfloat16, x.device)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
     rows, columns = weight.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], rows))
     flat, values = y.view(-1, rows), x.reshape(-1, columns).to(dtype)

@@ -34,6 +34,8 @@ Progress = Callable[[str, "float | None"], None]
 
 CURVE_BITS = (2, 3, 4)
 CURVE_METHODS = ("rtn", "gptq", "awq")
+# A curve shows trends: fewer calibration windows and less text than the report's own figures.
+_CURVE_SAMPLES, _CURVE_TOKENS = 32, 8192
 
 
 def compress(
@@ -91,7 +93,7 @@ def compress(
     source = checkpoint.resolve_path(model)
     checkpoint.check_output(target, source=source, overwrite=overwrite)
     stages = _Stages(
-        progress, calibrate=4, compress=60, evaluate=30 if evaluate else 0, curve=60 * bool(curve), write=4
+        progress, calibrate=4, compress=40, evaluate=40 if evaluate else 0, curve=40 * bool(curve), write=4
     )
 
     reset_peak_memory(device)
@@ -141,8 +143,10 @@ def compress(
         stages.enter("curve", "curve")
         fields["curve"] = measure_curve(
             original, tokenizer, heldout, steps[-1].config, curve,
-            calibration_text=calibration_text, max_tokens=min(max_tokens or 16384, 16384), progress=stages,
+            calibration_text=calibration_text, max_tokens=min(max_tokens or _CURVE_TOKENS, _CURVE_TOKENS),
+            samples=_CURVE_SAMPLES, progress=stages,
         )  # fmt: skip
+        fields["curve_setting"] = f"{_CURVE_SAMPLES} calibration windows, the text's first {_CURVE_TOKENS} tokens"
     stages.enter("write", f"writing {target}")
     layers = [layer for made in reports for layer in made.layers]
     report: CompressionReport | None = None
@@ -187,6 +191,7 @@ def measure_curve(
     methods: Sequence[str] = CURVE_METHODS,
     calibration_text: Sequence[str | os.PathLike[str]] | None = None,
     max_tokens: int | None = None,
+    samples: int | None = None,
     progress: Progress | None = None,
 ) -> list[CurvePoint]:
     """Perplexity against bits per weight for several methods at their default settings, the original included.
@@ -200,6 +205,7 @@ def measure_curve(
         methods: the methods.
         calibration_text: files to calibrate on.
         max_tokens: of the evaluation.
+        samples: calibration windows; None takes each method's own number.
         progress: called with a message and the share done.
     """
     points = []
@@ -210,6 +216,8 @@ def measure_curve(
             progress(f"{method} at {width} bits", i / len(runs))
         config_class, apply = METHODS[method]
         shared = {n: getattr(config, n) for n in ("group_size", "symmetric", "tail", "skip", "only")}
+        if samples is not None:
+            shared["calibration_samples"] = samples
         step = Step(method, config_class(bits=width, **shared))
         key = (step.config.calibration_samples, step.config.calibration_length)
         if method != "rtn" and key not in calibrations:

@@ -124,6 +124,7 @@ class CompressionReport:
         difference_to_rtn: Of the perplexities, compressed - round-to-nearest.
         layers: Loss of each layer, in the model's order.
         curve: Perplexity against size of several methods.
+        curve_setting: On what the curve was measured, where that differs from the report's own figures.
         speed: Settings and spread of the speed measurement, see `Speed`, by "original" and "compressed".
         evaluation: The text (name and SHA-256), windows, scored tokens and bytes.
         environment: Versions, device, date and seed, see `environment`.
@@ -147,6 +148,7 @@ class CompressionReport:
     difference_to_rtn: Interval | None = None
     layers: list[LayerLoss] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
+    curve_setting: str = ""
     speed: Mapping[str, Speed] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -263,6 +265,7 @@ class CompressionReport:
             "findings": [{"level": finding.level, "text": finding.text} for finding in self.findings()],
             "layers": [vars(layer) for layer in self.layers],
             "curve": [vars(point) for point in self.curve],
+            "curve_setting": self.curve_setting,
             "speed": {name: vars(speed) for name, speed in self.speed.items()},
             "evaluation": dict(self.evaluation),
             "recipe": self.recipe,
@@ -323,6 +326,7 @@ class CompressionReport:
             plot_style=Markup(PLOT_STYLE),
             quality_plot=Markup(self._quality_plot()),
             undrawn=self._undrawn(),
+            curve_setting=self.curve_setting,
             size_plot=Markup(self._size_plot()),
             speed_plot=Markup(self._speed_plot()),
             layer_plot=Markup(self._layer_plot()),

@@ -198,8 +198,13 @@ class Operator:
         OPERATORS[name] = self
 
     def __call__(self, *arguments: Any) -> Any:
-        """Compute, through torch's dispatcher (autograd, fake tensors, torch.compile)."""
-        return self.overload(*arguments)
+        """Compute, through torch's dispatcher (autograd, fake tensors, torch.compile) where it has work to do.
+
+        Where it has none, it is passed by: it takes 25 microseconds, half of a small layer's time.
+        """
+        if torch.compiler.is_compiling() or _dispatcher_is_needed(arguments):
+            return self.overload(*arguments)
+        return self._dispatch(*arguments)
 
     def __repr__(self) -> str:
         return f"Operator({self.name}{self.schema}: {', '.join(i.name for i in self.implementations)})"
@@ -279,6 +284,33 @@ class Operator:
 
     def _dispatch(self, *arguments: Any) -> Any:
         return self.select(*arguments).function(*arguments)
+
+
+def _dispatcher_is_needed(arguments: tuple[Any, ...]) -> bool:
+    """Whether gradients, tensor subclasses, modes or function transforms take part in a call."""
+    grad = torch.is_grad_enabled()
+    for argument in arguments:
+        if isinstance(argument, Tensor) and (
+            type(argument) not in _PLAIN_TENSORS or (grad and argument.requires_grad)
+        ):
+            return True
+    return any(count() for count in _active_modes)
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _mode_counters() -> tuple[Callable[[], Any], ...]:
+    """Functions that are true while something intercepts operators; always true where this torch lacks them."""
+    found = (
+        getattr(torch._C, "_len_torch_dispatch_stack", None),
+        getattr(torch._C, "_len_torch_function_stack", None),
+        getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None),
+    )
+    return tuple(f if f is not None else lambda: True for f in found)
+
+
+_active_modes = _mode_counters()
 
 
 _missing_cache: dict[int, str | None] = {}

@@ -1,4 +1,4 @@
-"""The battery over every Triton kernel in Triton's interpreter: kernels are checked where there is no GPU.
+"""Triton kernels in Triton's interpreter, the battery over every one first: checks where there is no GPU.
 
 A process of its own, because Triton decides at import whether it interprets.
 """
@@ -15,13 +15,14 @@ import pytest
 
 from tensormill.operator import interpreting
 
-BATTERY = Path(__file__).with_name("test_battery.py")
+HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(interpreting(), reason="already interpreting")
-def test_battery_interpreted(tmp_path):
+@pytest.mark.parametrize("name", ["test_battery.py", "test_linear_wna16_triton.py"])
+def test_interpreted(name):
     pytest.importorskip("triton")
     import tensormill
 
@@ -34,8 +35,9 @@ def test_battery_interpreted(tmp_path):
     }
     for name in [k for k in environment if k.startswith(("PYTEST_", "TENSORMILL_IMPLEMENTATION"))]:
         del environment[name]  # a parallel or filtered outer run does not reach the inner one
-    command = [sys.executable, "-m", "pytest", str(BATTERY), "-q", "-k", "triton", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=BATTERY.parents[2])
+    options = ["-q", "-k", "triton", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(HERE / name), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[1])
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)

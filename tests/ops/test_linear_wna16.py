@@ -89,7 +89,7 @@ def test_every_implementation_agrees_with_the_reference(data):
     assert bool((error <= OPERATOR.tolerance(arguments[0].dtype, shape) * summed).all())
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 64, 255, 256, 1000])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 9, 16, 17, 64, 65, 255, 256, 1000])
 def test_token_counts_and_leading_dimensions(tokens):
     shape, arguments = make(tokens=tokens, rows=20, columns=192, dtype="bfloat16")
     result = OPERATOR(*arguments)
@@ -122,6 +122,14 @@ def test_native_dequantization_is_exact(bits, dtype):
             assert torch.equal(DEQUANTIZE(*call), DEQUANTIZE.reference(*call))
 
 
+def run_with(isa, code):
+    environment = {**os.environ, "TENSORMILL_CPU_ISA": isa}
+    environment.pop("TRITON_INTERPRET", None)
+    code = textwrap.dedent(code)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "done", f"{run.returncode} {run.stderr}"
+
+
 @native
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(isa):
@@ -149,11 +157,63 @@ def test_other_instruction_sets(isa):
                 assert torch.equal(result, dequantize.reference(*arguments)), sample.name
         print("done")
     """
-    code = textwrap.dedent(code).format(limit={"portable": 0, "avx2": 1, "avx512": 2}[isa])
-    environment = {**os.environ, "TENSORMILL_CPU_ISA": isa}
-    environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.stdout.strip() == "done", run.stderr
+    run_with(isa, code.format(limit={"portable": 0, "avx2": 1, "avx512": 2}[isa]))
+
+
+@native
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_ragged_shapes_of_other_instruction_sets(isa):
+    """All widths with tails of every kind, the packed weight right before memory that must not be read."""
+    code = """
+        import ctypes, itertools, mmap
+        import torch
+        from tensormill.ops import OPERATORS
+        from tensormill.ops.correctness import upcast
+
+        operator, dequantize = OPERATORS["linear_wna16"], OPERATORS["dequantize_wna16"]
+        libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+        memory = mmap.mmap(-1, 65 * page)
+        end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 64 * page
+        assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) == 0
+
+        def fenced(tensor):
+            fence = (ctypes.c_char * tensor.nbytes).from_address(end - tensor.nbytes)
+            return torch.frombuffer(fence, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+        dtypes = ["float32", "bfloat16", "float16"]
+        cases = itertools.product(range(1, 9), [8, 24, 32, 64, 128, -1], [1, 20, 64, 129, 333])
+        for number, (bits, group_size, columns) in enumerate(cases):
+            shape = dict(tokens=number % 11, out_features=1 + number % 4, in_features=columns)
+            shape |= dict(bits=bits, group_size=group_size, dtype=dtypes[number % 3])
+            shape |= dict(symmetric=number % 5 < 2, bias=number % 7 < 3)
+            generator = torch.Generator().manual_seed(number)
+            arguments = list(operator.inputs(shape, torch.device("cpu"), generator))
+            arguments[1] = fenced(arguments[1])
+            result = operator.find("cpu").function(*arguments)
+            expected = operator.reference(*upcast(arguments))
+            x, _, scale = upcast(arguments)[:3]
+            group = torch.arange(columns) // (columns if group_size == -1 else group_size)
+            summed = x.abs() @ (scale[:, group] * (1 << bits)).T + 1
+            tolerance = operator.tolerance(arguments[0].dtype, shape)
+            assert bool(((result - expected).abs() <= tolerance * summed).all()), shape
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                call = (*arguments[1:4], columns, bits, group_size, "packed", dtype)
+                dense = dequantize.find("cpu").function(*call)
+                assert torch.equal(dense, dequantize.reference(*call)), (shape, dtype)
+        print("done")
+    """
+    run_with(isa, code)
+
+
+@native
+def test_invalid_scales_stay_invalid():
+    _, arguments = make(rows=3, columns=64, group_size=32)
+    arguments[2][0, 0], arguments[2][1, 1] = float("nan"), float("inf")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        call = (*arguments[1:4], 64, 4, 32, "packed", dtype)
+        with use_implementation(dequantize_wna16="cpu"):
+            dense = DEQUANTIZE(*call)
+        torch.testing.assert_close(dense, DEQUANTIZE.reference(*call), rtol=0, atol=0, equal_nan=True)
 
 
 @native
@@ -398,7 +458,7 @@ COMPILE = """
     from triton.compiler import ASTSource
     kernels = importlib.import_module("tensormill.ops.linear_wna16.triton")
     nvdisasm = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
-    wide = ("row_words", "groups", "group_size", "units", "units_per_split", "N", "K")
+    wide = ("row_words", "groups", "group_size", "one", "N", "K")
 
     def facts(kernel, pointers, constants, num_warps, num_stages):
         names = kernel.arg_names
@@ -416,22 +476,27 @@ COMPILE = """
                 assembly = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True).stdout
             found["spills"] = len(re.findall("STL|LDL", assembly))
             found["wide loads"] = len(re.findall("LDG[^ ]*[.]128", assembly))
+            # the rows of a program do not wait for each other
+            before = assembly.partition("BAR.SYNC")[0]
+            found["wide loads first"] = len(re.findall("LDG[^ ]*[.]128", before))
+            found["registers"] = max(map(int, re.findall("[^A-Z]R([0-9]+)", assembly)), default=-1) + 1
             found["wgmma"] = assembly.count("HGMMA")
         return found
 
     pointers = {n: "*fp16" for n in ("x", "scale", "bias", "y")} | {"weight": "*i32", "zero_point": "*u8"}
     found = {}
-    for bits, tokens in ((4, 1), (3, 1), (2, 2)):
-        codes, words = kernels.UNITS[bits]
+    for bits, tokens in ((4, 1), (4, 2), (3, 1), (2, 2), (8, 1)):
+        codes, words = kernels.unit(bits, 128)
         c = kernels.gemv_config(tokens, 8192, 8192, bits)
-        constants = dict(BITS=bits, UNIT=codes, WORDS=words, TOKENS=tokens, BLOCK_N=c.block_n,
-                         BLOCK_U=c.block_u, MERGE=4 if words == 1 else 1, CENTERED=False, HAS_ZERO=True,
-                         HAS_BIAS=False, SPLIT=False, STAGES=c.stages)
-        found[f"gemv{bits}"] = facts(kernels._gemv_kernel, pointers, constants, c.num_warps, 3)
-    for tokens in (16, 256):
+        constants = dict(BITS=bits, UNIT=codes, WORDS=words, TOKENS=tokens, BLOCK_N=c.block_n, STEPS=c.steps,
+                         AHEAD=c.ahead, BLOCK_U=c.block_k // codes, CENTERED=False, HAS_ZERO=True,
+                         HAS_BIAS=False, SPLIT=False)
+        found[f"gemv{bits}-{tokens}"] = facts(kernels._gemv_kernel, pointers, constants, c.num_warps, 3)
+    codes, words = kernels.unit(4, 128)
+    for tokens in (16, 64, 256):
         c = kernels.gemm_config(tokens, 8192, 8192, 4)
-        constants = dict(BITS=4, UNIT=8, WORDS=1, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_U=c.block_u,
-                         HAS_ZERO=True, HAS_BIAS=True, SPLIT=False)
+        constants = dict(BITS=4, UNIT=codes, WORDS=words, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
+                         BLOCK_U=c.block_k // codes, HAS_ZERO=True, HAS_BIAS=True, SPLIT=False)
         found[f"gemm{tokens}"] = facts(kernels._gemm_kernel, pointers, constants, c.num_warps, c.stages)
     constants = dict(BITS=3, HAS_ZERO=True, BLOCK_N=4, BLOCK_K=512)
     pointers = {"weight": "*i32", "scale": "*fp16", "zero_point": "*u8", "out": "*bf16"}
@@ -452,7 +517,10 @@ def test_gpu_kernels_compile_for_hopper():
     for name, facts in json.loads(run.stdout).items():
         assert facts["shared"] <= 227 * 1024, name
         assert not facts.get("spills"), name
-        if name in ("gemv4", "gemm16", "gemm256"):
+        if name.startswith(("gemv4", "gemm")):
             assert facts.get("wide loads") != 0, name
+        if name.startswith("gemv4"):
+            assert facts.get("wide loads first") == facts.get("wide loads"), name
+            assert facts.get("registers", 0) <= 128, name  # two programs a multiprocessor
         if name.startswith("gemm"):
             assert facts.get("wgmma") != 0, name

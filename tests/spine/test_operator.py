@@ -118,3 +118,29 @@ def test_one_wrong_element_in_a_million_shows():
 def test_integers_must_be_equal():
     assert deviation(torch.tensor([1, 2]), torch.tensor([1, 2]), 0.0) is None
     assert "1 of 2" in deviation(torch.tensor([1, 3]), torch.tensor([1, 2]), 0.0)
+
+
+def test_the_dispatcher_is_passed_by_only_where_it_has_nothing_to_do(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tensormill.ops import OPERATORS
+
+    operator = OPERATORS["hadamard_transform"]
+    calls = []
+    overload = operator.overload
+    monkeypatch.setattr(operator, "overload", lambda *arguments: calls.append(1) or overload(*arguments))
+    x = torch.randn(3, 8)
+    arguments = operator.inputs(operator.shape_defaults, torch.device("cpu"), torch.Generator())[1:]
+    operator(x, *arguments)
+    assert not calls
+    with torch.no_grad():
+        operator(torch.nn.Parameter(x), *arguments)
+    assert not calls
+    operator(torch.nn.Parameter(x), *arguments)
+    with FlopCounterMode(display=False):
+        operator(x, *arguments)
+    torch.func.vmap(lambda row: operator(row, *arguments), in_dims=0)
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert operator(mode.from_tensor(x), *arguments).shape == x.shape
+    assert len(calls) == 3
+    assert operator(torch.nn.Parameter(x), *arguments).requires_grad

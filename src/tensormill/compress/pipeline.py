@@ -146,7 +146,9 @@ def compress(
             calibration_text=calibration_text, max_tokens=min(max_tokens or _CURVE_TOKENS, _CURVE_TOKENS),
             samples=_CURVE_SAMPLES, progress=stages,
         )  # fmt: skip
-        fields["curve_setting"] = f"{_CURVE_SAMPLES} calibration windows, the text's first {_CURVE_TOKENS} tokens"
+        fields["curve_setting"] = (
+            f"{_CURVE_SAMPLES} calibration windows, the text's first {_CURVE_TOKENS} tokens"
+        )
     stages.enter("write", f"writing {target}")
     layers = [layer for made in reports for layer in made.layers]
     report: CompressionReport | None = None

@@ -255,7 +255,12 @@ def linear_wna16(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise InvalidArgument(f"given {name} on {tensor.device} and x on {x.device}, expected one device")
+    return operator(autocast(x), weight, scale, zero_point, bias, bits, group_size, layout)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as `torch.nn.functional.linear` would take it under `torch.autocast`; itself outside."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
-    return operator(x, weight, scale, zero_point, bias, bits, group_size, layout)
+        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+    return x

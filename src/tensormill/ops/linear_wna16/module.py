@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tensormill.errors import InvalidArgument
 from tensormill.ops.bit_packing import pack_bits, packed_width, unpack_bits
 from tensormill.ops.dequantize_wna16 import check_weight, dequantize_wna16, num_groups
-from tensormill.ops.linear_wna16 import linear_wna16
+from tensormill.ops.linear_wna16 import autocast, operator
 
 
 class LinearWNA16(nn.Module):
@@ -143,14 +143,21 @@ class LinearWNA16(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
-        return linear_wna16(
-            x,
-            self.weight_packed,
+        weight = self.weight_packed
+        if x.shape[-1:] != (self.in_features,) or x.device != weight.device or not x.is_floating_point():
+            raise InvalidArgument(
+                f"given x of {x.dtype} and shape {tuple(x.shape)} on {x.device}, expected floats "
+                f"(..., {self.in_features}) on {weight.device}"
+            )
+        return operator(  # type: ignore[no-any-return]
+            autocast(x),
+            weight,
             self.weight_scale,
             self.weight_zero_point,
             self.bias,
-            bits=self.bits,
-            group_size=self.group_size,
+            self.bits,
+            self.group_size,
+            "packed",
         )
 
     def codes(self) -> Tensor:

@@ -204,6 +204,19 @@ def test_files_that_appear_or_vanish_make_it_stale(toy):
     assert record.changed_files(claim) == [f"{root.name}/ops/cpu.cpp"]
 
 
+def test_a_record_from_a_gpu_does_not_depend_on_the_cpus_kernels(toy):
+    paper, root = toy
+    claim = paper.claims["C1"]
+    record = recorded(claim, device_kind="cuda")
+    edit(root / "ops" / "cpu.cpp", "x + 1", "x + 2")
+    assert not record.stale(claim)
+    (root / "ops" / "cpu.h").write_text("int x;\n")
+    assert not record.stale(claim)
+    (root / "ops" / "gpu.cu").write_text("int x;\n")
+    assert record.changed_files(claim) == [f"{root.name}/ops/gpu.cu"]
+    assert f"{root.name}/ops/gpu.cu" not in recorded(claim).changed_files(claim)
+
+
 def test_measures_that_no_longer_exist_make_it_stale(toy):
     paper, root = toy
     claim = paper.claims["C1"]

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #if defined(_OPENMP)
@@ -37,6 +38,20 @@ inline void parallel_ranges(int64_t count, int64_t grain, int threads, Body &&bo
   }
 #endif
   if (count > 0) body(int64_t{0}, count);
+}
+
+// As parallel_ranges, in eight ranges per thread, which are handed out as threads become free: a core that another
+// process shares doesn't hold up the others.
+template <class Body>
+inline void parallel_chunks(int64_t count, int64_t grain, int threads, Body &&body) {
+  const int64_t blocks = (count + grain - 1) / grain, chunks = std::min<int64_t>(blocks, 8 * int64_t{threads});
+  std::atomic<int64_t> next{0};
+  parallel_ranges(threads > 1 ? std::min<int64_t>(threads, chunks) : 1, 1, threads, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < chunks; i = next++) {
+      const int64_t begin = blocks * i / chunks * grain, end = std::min(count, blocks * (i + 1) / chunks * grain);
+      if (begin < end) body(begin, end);
+    }
+  });
 }
 
 #if TENSORMILL_X86

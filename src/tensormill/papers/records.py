@@ -3,7 +3,8 @@
 A record holds what was measured (rows, whether the criterion holds, the reason) and its provenance: versions,
 git revision, device, date, repeats, seconds, and one hash per source file measured. A record whose files hash
 differently now is stale. Hashes ignore what can't change a measurement: comments, docstrings, blank lines,
-line ends, the formatting of JSON, the other claims of the paper's file and its catalogue entry.
+line ends, the formatting of JSON, the other claims of the paper's file and its catalogue entry; a record from a
+GPU doesn't depend on the C++ of CPU kernels, nor one from a CPU on CUDA sources.
 
 A paper's status is one of
 
@@ -50,6 +51,9 @@ STATUSES = ("planned", "holds", "partly holds", "does not hold", "stale")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _C_FAMILY = frozenset({".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh"})
 _SOURCES = _C_FAMILY | {".py", ".json", ".yaml", ".yml", ".toml", ".v", ".sv", ".js", ".wgsl", ".mlir"}
+# What can't change a measurement on a GPU, and on a CPU.
+_HOST_ONLY = frozenset({".c", ".cc", ".cpp", ".h", ".hpp"})
+_DEVICE_ONLY = frozenset({".cu", ".cuh"})
 _C_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
@@ -96,7 +100,11 @@ class Record:
             now = source_hashes(claim)
         except InvalidArgument:
             return sorted(self.sources) or [f"measures of {claim.id}"]
-        then = self.sources
+        foreign = _DEVICE_ONLY if self.device_kind == "cpu" else _HOST_ONLY
+        now, then = (
+            {name: value for name, value in files.items() if Path(name).suffix not in foreign}
+            for files in (now, self.sources)
+        )
         if checkout() is None:  # an installed package comes without its own C++
             then = {
                 name: value

@@ -285,7 +285,7 @@ void linear(const Weight &w, const void *x, int x_kind, int64_t M, const Output 
     for (int64_t token = begin; token < end; ++token) permute_token<BITS>(x, x_kind, token, w, a);
   });
   const Call call{w, a, lanes, out};
-  parallel_ranges(out.N, kRows, threads, [&](int64_t begin, int64_t end) { linear_rows<BITS>(call, begin, end); });
+  parallel_chunks(out.N, kRows, threads, [&](int64_t begin, int64_t end) { linear_rows<BITS>(call, begin, end); });
 }
 
 // ---------------------------------------------------------------- dequantization, in the order of memory
@@ -359,7 +359,7 @@ TM_AVX2 void dequantize_rows(const Weight &w, void *out, int64_t begin, int64_t 
 // Groups must be of whole octets, or there must be only one.
 template <int BITS>
 void dequantize(const Weight &w, void *out, int kind, int64_t N, int threads) {
-  parallel_ranges(N, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_chunks(N, 1, threads, [&](int64_t begin, int64_t end) {
     if (kind == kFloat32) return dequantize_rows<BITS, kFloat32>(w, out, begin, end);
     if (kind == kBFloat16) return dequantize_rows<BITS, kBFloat16>(w, out, begin, end);
     dequantize_rows<BITS, kFloat16>(w, out, begin, end);

@@ -22,9 +22,6 @@ from torch import Tensor
 
 Call = Callable[[], object]
 
-# Seconds: runtimes' threads spin for milliseconds after their last work, on cores that the next competitor needs.
-_THREADS_FALL_ASLEEP = 0.01
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -78,12 +75,8 @@ def time_together(
     timers = {name: _timer(list(copies), device) for name, copies in calls.items()}
     rounds: dict[str, list[float]] = {name: [] for name in timers}
     spent = dict.fromkeys(timers, 0.0)
-    last = ""
     while waiting := [name for name in timers if spent[name] < seconds or len(rounds[name]) < 5]:
         name = min(waiting, key=spent.__getitem__)
-        if device.type == "cpu" and name != last:
-            time.sleep(_THREADS_FALL_ASLEEP)
-        last = name
         begin = time.perf_counter()
         rounds[name].append(timers[name]())
         spent[name] += time.perf_counter() - begin
@@ -113,8 +106,6 @@ def _timer(copies: list[Call], device: torch.device) -> Callable[[], float]:
 
     def wall() -> float:
         nonlocal position
-        if once < 0.1:
-            copies[position - 1]()  # wakes its threads
         begin = time.perf_counter()
         for _ in range(per_round):
             copies[position]()

@@ -35,7 +35,7 @@ Progress = Callable[[str, "float | None"], None]
 CURVE_BITS = (2, 3, 4)
 CURVE_METHODS = ("rtn", "gptq", "awq")
 # A curve shows trends: fewer calibration windows and less text than the report's own figures.
-_CURVE_SAMPLES, _CURVE_TOKENS = 32, 8192
+_CURVE_SAMPLES, _CURVE_TOKENS = 16, 8192
 
 
 def compress(

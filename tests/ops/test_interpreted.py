@@ -33,8 +33,8 @@ def test_interpreted(name):
         "CUDA_VISIBLE_DEVICES": "",  # interpreted kernels take CPU tensors
         "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]),
     }
-    for name in [k for k in environment if k.startswith(("PYTEST_", "TENSORMILL_IMPLEMENTATION"))]:
-        del environment[name]  # a parallel or filtered outer run does not reach the inner one
+    for variable in [k for k in environment if k.startswith(("PYTEST_", "TENSORMILL_IMPLEMENTATION"))]:
+        del environment[variable]  # a parallel or filtered outer run does not reach the inner one
     options = ["-q", "-k", "triton", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", str(HERE / name), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[1])

@@ -120,6 +120,7 @@ def test_output_that_exists(tensormill, model, tmp_path):
         (("compress", "model", "--device", "tpu"), "tpu"),
         (("compress", "model", "--dtype", "int3"), "int3"),
         (("compress", "model", "--curve", "two"), "two"),
+        (("compress", "model", "--curve", "3,9"), "bits=9"),
         (("compress", "model", "--recipe", "nothing.yaml"), "nothing.yaml"),
         (("bench", "nothing"), "nothing"),
         (("bench", "hadamard_transform", "--shape", "colour=3"), "colour"),

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from tensormill.errors import BackendError, InvalidArgument
-from tensormill.operator import ENVIRONMENT_VARIABLE, OPERATORS, Operator, Sample, use_implementation
+from tensormill.operator import (
+    ENVIRONMENT_VARIABLE,
+    OPERATORS,
+    Operator,
+    Sample,
+    _dispatcher_is_needed,
+    use_implementation,
+)
 from tensormill.ops.correctness import deviation
 from tensormill.roofline import Cost
 
@@ -139,7 +146,9 @@ def test_the_dispatcher_is_passed_by_only_where_it_has_nothing_to_do(monkeypatch
     operator(torch.nn.Parameter(x), *arguments)
     with FlopCounterMode(display=False):
         operator(x, *arguments)
-    torch.func.vmap(lambda row: operator(row, *arguments), in_dims=0)
+    inside = []
+    torch.func.vmap(lambda row: inside.append(_dispatcher_is_needed((row,))) or row)(x)
+    assert inside == [True]
     with torch._subclasses.FakeTensorMode() as mode:
         assert operator(mode.from_tensor(x), *arguments).shape == x.shape
     assert len(calls) == 3

@@ -59,3 +59,10 @@ def test_measured_ceilings_are_plausible():
     assert all(rate >= machine.rates["fp32"] for unit, rate in machine.rates.items() if unit != "fp64")
     assert "threads" in machine.device
     assert str(torch.get_num_threads()) in machine.device
+
+
+def test_asking_for_fast_products_leaves_the_random_state_alone():
+    roofline._has_fast_16_bit_matmul.cache_clear()
+    before = torch.get_rng_state()
+    roofline.has_fast_matmul(torch.bfloat16, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -10,6 +10,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,8 @@ def compress(
         4.1875
     """
     steps = _steps(method, recipe, settings)
+    for width in curve:
+        replace(steps[-1].config, bits=width)  # refuses a bad width now, not after minutes
     name = "+".join(step.method for step in steps)
     target = Path(output) if output is not None else Path(f"{_short_name(model)}-{_suffix(steps)}")
     source = checkpoint.resolve_path(model)

@@ -62,21 +62,16 @@ def test_equals_scipy(implementation):
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [0, 3, 4, 5, 11, 12, 13, 15, 16, 17])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 def test_every_split_of_the_compiled_kernel(dtype, bits, threads):
     """Each length at which the C++ kernel changes its plan, alone (threads inside it) and in a batch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for rows in (1, 9):
-            x = torch.randn(rows, 1 << bits).to(dtype)
-            scale = 2.0 ** (-bits / 2)
-            with use_implementation(hadamard_transform="cpu"):
-                actual = hadamard_transform(x, scale)
-            expected = operator.reference(x.double(), scale)
-            assert deviation(actual, expected, operator.tolerance(dtype, {})) is None
-    finally:
-        torch.set_num_threads(before)
+    for rows in (1, 9):
+        x = torch.randn(rows, 1 << bits).to(dtype)
+        scale = 2.0 ** (-bits / 2)
+        with use_implementation(hadamard_transform="cpu"):
+            actual = hadamard_transform(x, scale)
+        expected = operator.reference(x.double(), scale)
+        assert deviation(actual, expected, operator.tolerance(dtype, {})) is None
 
 
 @compiled

@@ -107,6 +107,18 @@ def test_one_and_three_groups(bits, columns):
 
 
 @native
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_any_number_of_threads(threads, tokens):
+    """Rows split evenly, unevenly, and more threads than there are rows to give each of them some."""
+    for rows in (3, 130, 1111):
+        shape, arguments = make(tokens=tokens, rows=rows, columns=260)
+        with use_implementation(linear_wna16="cpu"):
+            result = OPERATOR(*arguments)
+        assert check(shape, arguments, result) is None
+
+
+@native
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_native_dequantization_is_exact(bits, dtype):

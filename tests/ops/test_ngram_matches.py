@@ -161,23 +161,18 @@ def test_strided_inputs():
                 assert torch.equal(actual, wanted)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
 def test_any_number_of_threads(threads):
     if operator.find("cpu").missing() is not None:
         pytest.skip("the compiled kernels are not installed")
-    before = torch.get_num_threads()
     call = operator.inputs(
         {**operator.shape_defaults, "batch": 18, "candidate_length": 30, "reference_length": 25, "group": 9},
         torch.device("cpu"),
         torch.Generator().manual_seed(0),
     )
-    try:
-        torch.set_num_threads(threads)
-        with use_implementation(ngram_matches="cpu"):
-            for actual, wanted in zip(operator(*call), operator.reference(*call), strict=True):
-                assert torch.equal(actual, wanted)
-    finally:
-        torch.set_num_threads(before)
+    with use_implementation(ngram_matches="cpu"):
+        for actual, wanted in zip(operator(*call), operator.reference(*call), strict=True):
+            assert torch.equal(actual, wanted)
 
 
 def test_repeated_tokens_do_not_degrade():

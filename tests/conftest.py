@@ -1,0 +1,24 @@
+"""Workers that share a machine share its cores: each computes with as many threads as it has cores of its own.
+
+More threads than cores wait for one another in busy loops, and tests take several times as long.
+"""
+
+import os
+
+import pytest
+
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    # Before torch is imported, and for the processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
+
+@pytest.fixture
+def threads(request):
+    """The number of threads to compute with, given by `parametrize("threads", [...], indirect=True)`."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -370,6 +370,7 @@ def test_settings_that_make_no_sense_are_refused(settings):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_built_in_model_loses_less_than_by_rounding():
     transformers = pytest.importorskip("transformers")
     from tensormill.compress.rtn import RTNConfig

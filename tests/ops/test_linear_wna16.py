@@ -218,6 +218,38 @@ def test_ragged_shapes_of_other_instruction_sets(isa):
 
 
 @native
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_activations_of_any_size(bits, dtype, group_size):
+    """Largest codes and activations (sums at their largest), one that dwarfs the others, tiny ones, and none."""
+    shape, arguments = make(tokens=5, columns=1000, bits=bits, group_size=group_size, dtype=dtype)
+    x, weight, scale, zero, *rest = arguments
+    x = x.clone()
+    wide = dtype == "bfloat16"
+    x[0] = 1e30 if wide else 1.99
+    x[1, 77] = 2.0**20 if wide else 2.0**6
+    x[2] *= 1e-29 if wide else 2.0**-9
+    x[3] = 0
+    weight = torch.full_like(weight, -1)
+    zero = None if zero is None else torch.zeros_like(zero)
+    arguments = (x, weight, scale, zero, *rest)
+    for token in range(len(x)):  # each against its own size
+        one = (x[token : token + 1], *arguments[1:])
+        with use_implementation(linear_wna16="cpu"):
+            assert check(shape, one, OPERATOR(*one)) is None, token
+    with use_implementation(linear_wna16="cpu"):
+        together = OPERATOR(*arguments)
+        for token in range(len(x)):
+            assert torch.equal(together[token], OPERATOR(x[token : token + 1], *arguments[1:])[0])
+    x[4, 5], x[2, 9] = torch.inf, torch.nan
+    with use_implementation(linear_wna16="cpu"):
+        invalid = OPERATOR(*arguments)
+    assert not torch.isfinite(invalid[4]).any() and torch.isnan(invalid[2]).all()
+    assert torch.isfinite(invalid[[0, 1, 3]]).all()
+
+
+@native
 def test_invalid_scales_stay_invalid():
     _, arguments = make(rows=3, columns=64, group_size=32)
     arguments[2][0, 0], arguments[2][1, 1] = float("nan"), float("inf")

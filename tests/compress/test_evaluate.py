@@ -602,6 +602,7 @@ def test_speed_is_measured_with_a_cache():
     for measured in speeds.values():
         assert measured.decode > 0 and measured.prefill > 0
         assert measured.decode_spread[0] <= measured.decode <= measured.decode_spread[1]
+        assert measured.prefill_spread[0] <= measured.prefill <= measured.prefill_spread[1]
         assert (measured.new_tokens, measured.prompt_tokens, measured.repeats) == (3, 8, 2)
     short = speed.tokens_per_second(tiny_llama(positions=16), new_tokens=4, repeats=1)
     assert short.prompt_tokens == 12  # shortened to fit the context

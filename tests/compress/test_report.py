@@ -67,8 +67,8 @@ def sample_report(blocks=8) -> CompressionReport:
         for bits in (2, 3, 4, 6, 8)
     ]
     speed = {
-        "original": Speed(118.0, 1450.0, 32, 128, 5, (112.0, 121.0)),
-        "compressed": Speed(203.0, 1390.0, 32, 128, 5, (196.0, 207.0)),
+        "original": Speed(118.0, 1450.0, 32, 128, 5, (112.0, 121.0), (1410.0, 1470.0)),
+        "compressed": Speed(203.0, 1390.0, 32, 128, 5, (196.0, 207.0), (1350.0, 1440.0)),
     }
     return CompressionReport(
         model="builtin:python-lm",
@@ -322,7 +322,8 @@ def test_without_windows_nothing_is_claimed():
 
 def speeds(before, after, spread=0.02):
     def one(value):
-        return Speed(value, 1000.0, 32, 128, 5, (value * (1 - spread), value * (1 + spread)))
+        around = (value * (1 - spread), value * (1 + spread))
+        return Speed(value, 10 * value, 32, 128, 5, around, (10 * around[0], 10 * around[1]))
 
     pair = {"original": one(before), "compressed": one(after)}
     return {"speed": pair, "tokens_per_second": {name: speed.decode for name, speed in pair.items()}}
@@ -339,7 +340,9 @@ def speeds(before, after, spread=0.02):
 )
 def test_speed_is_called_what_it_is(before, after, spread, level, words):
     report = replace(sample_report(), **speeds(before, after, spread))
-    assert words in findings(report, level)
+    said = findings(report, level)
+    assert said.count(words) == 2
+    assert "decoding at batch 1" in said and "reading a prompt of 128 tokens" in said
 
 
 def test_growth_and_lost_layers_are_said():

@@ -474,21 +474,17 @@ class CompressionReport:
         before, after = self.tokens_per_second.get("original"), self.tokens_per_second.get("compressed")
         if not before or not after or not math.isfinite(before) or not math.isfinite(after):
             return []
-        values = f"{format_value(before)} {_ARROW} {format_value(after)} tokens/s, decoding at batch 1"
         first, second = self.speed.get("original"), self.speed.get("compressed")
-        if first is not None and second is not None:
-            (low_a, high_a), (low_b, high_b) = first.decode_spread, second.decode_spread
-            if low_a <= high_b and low_b <= high_a:
-                return [Finding("note", f"No clear difference in speed: {values}; the repeats overlap.")]
-        if after > 1.05 * before:
-            return [
-                Finding("good", f"{format_value(after / before)}{_TIMES} faster: {values}.", on_card=True)
-            ]
-        if after < before / 1.05:
-            return [
-                Finding("warning", f"{format_value(before / after)}{_TIMES} slower on this device: {values}.")
-            ]
-        return [Finding("note", f"About as fast: {values}.")]
+        decoding = "decoding at batch 1"
+        if first is None or second is None:
+            return [_rate_finding(decoding, before, after, on_card=True)]
+        reading = f"reading a prompt of {first.prompt_tokens} tokens"
+        return [
+            _rate_finding(decoding, before, after, first.decode_spread, second.decode_spread, on_card=True),
+            _rate_finding(
+                reading, first.prefill, second.prefill, first.prefill_spread, second.prefill_spread
+            ),
+        ]
 
     def _layer_findings(self) -> list[Finding]:
         compared = [layer for layer in self.layers if layer.ratio is not None]
@@ -520,6 +516,11 @@ class CompressionReport:
             row("bits per byte", self.bits_per_byte, 4),
             {"what": "weights on disk", "rtn": blank} | sizes,
             row("tokens/s (decode, batch 1)", self.tokens_per_second, 3),
+            *(
+                [row("tokens/s (prompt, batch 1)", {name: s.prefill for name, s in self.speed.items()}, 3)]
+                if self.speed
+                else []
+            ),
         ]
 
     def _cards(self) -> list[dict[str, str]]:
@@ -711,6 +712,27 @@ def _encodable(text: str, encoding: str) -> str:
         plain = str.maketrans({_MINUS: "-", _TIMES: "x", _ARROW: "->", "\N{EN DASH}": "-"})
         return text.translate(plain).encode(encoding, "replace").decode(encoding)
     return text
+
+
+def _rate_finding(
+    what: str,
+    before: float,
+    after: float,
+    spread_before: tuple[float, float] = (math.inf, -math.inf),
+    spread_after: tuple[float, float] = (math.inf, -math.inf),
+    *,
+    on_card: bool = False,
+) -> Finding:
+    """Whether `what` became faster, in tokens per second; no difference where the repeats overlap."""
+    values = f"{format_value(before)} {_ARROW} {format_value(after)} tokens/s, {what}"
+    (low, high), (low_after, high_after) = spread_before, spread_after
+    if low <= high_after and low_after <= high:
+        return Finding("note", f"No clear difference in speed: {values}; the repeats overlap.")
+    if after > 1.05 * before:
+        return Finding("good", f"{format_value(after / before)}{_TIMES} faster: {values}.", on_card=on_card)
+    if after < before / 1.05:
+        return Finding("warning", f"{format_value(before / after)}{_TIMES} slower on this device: {values}.")
+    return Finding("note", f"About as fast: {values}.")
 
 
 def _signed(value: float) -> str:

@@ -29,6 +29,7 @@ class Speed:
         prompt_tokens: Length of the prompt.
         repeats: Repeats; the figures are their medians.
         decode_spread: Slowest and fastest repeat of `decode`.
+        prefill_spread: The same of `prefill`.
     """
 
     decode: float
@@ -37,6 +38,7 @@ class Speed:
     prompt_tokens: int
     repeats: int
     decode_spread: tuple[float, float]
+    prefill_spread: tuple[float, float]
 
 
 def tokens_per_second(
@@ -119,13 +121,15 @@ def measure_speed(
     speeds = {}
     for name, pairs in times.items():
         rates = sorted(new_tokens / decode for _, decode in pairs)
+        prefills = sorted(length / prefill for prefill, _ in pairs)
         speeds[name] = Speed(
             decode=statistics.median(rates),
-            prefill=statistics.median(length / prefill for prefill, _ in pairs),
+            prefill=statistics.median(prefills),
             new_tokens=new_tokens,
             prompt_tokens=length,
             repeats=repeats,
             decode_spread=(rates[0], rates[-1]),
+            prefill_spread=(prefills[0], prefills[-1]),
         )
     return speeds
 

@@ -721,7 +721,9 @@ bool amx_usable() { return false; }
   }
 
 constexpr int64_t kDecodedTokens = 4;     // up to here AVX-512 beats AMX, whose tiles hold 16 tokens
-constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which waking another thread costs more than it saves
+
+// Multiply-adds below which waking another thread costs more than it saves.
+int64_t serial_work() { return instruction_set() == kPortable ? 1 << 15 : 1 << 19; }
 
 Weight make_weight(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t K, int64_t row_words, int64_t groups,
                    int64_t group_size, int bits, int scale_kind) {
@@ -743,7 +745,7 @@ void linear(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintp
   const Weight w = make_weight(codes, scale, zero, K, row_words, groups, group_size, bits, scale_kind);
   const Output out{reinterpret_cast<void *>(y), reinterpret_cast<const void *>(bias), N, x_kind, bias_kind};
   const void *values = reinterpret_cast<const void *>(x);
-  if (M * N * K < kSerialWork) threads = 1;
+  if (M * N * K < serial_work()) threads = 1;
 #if TENSORMILL_X86
   const bool whole_octets = groups == 1 || group_size % 8 == 0;
 #if TENSORMILL_AMX
@@ -774,7 +776,7 @@ void dequantize(uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t out,
                 int threads) {
   const Weight w = make_weight(codes, scale, zero, K, row_words, groups, group_size, bits, scale_kind);
   void *target = reinterpret_cast<void *>(out);
-  if (N * K < kSerialWork) threads = 1;
+  if (N * K < serial_work()) threads = 1;
 #if TENSORMILL_X86
   if (instruction_set() >= kAvx512 && (groups == 1 || group_size % 16 == 0)) {
     TM_DISPATCH_BITS(dequantize_512, w, target, out_kind, N, threads)

@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard src/tensormi
 .PHONY: demo test check fast clean
 
 demo: $(VENV)/.installed
-	$(BIN)/tensormill compress builtin:python-lm --method awq --set calibration_samples=64 --curve 3,4,6 --output demo --overwrite
+	$(BIN)/tensormill compress builtin:python-lm --method awq --set calibration_samples=64 --max-tokens 32768 --curve 3,4,6 --output demo --overwrite
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

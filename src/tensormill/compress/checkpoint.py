@@ -590,6 +590,10 @@ def _save_pretrained(
     dtype, architectures = getattr(model.config, "dtype", None), getattr(model.config, "architectures", None)
     generation_config = getattr(model, "generation_config", None)
     quantization = getattr(model.config, "quantization_config", None)
+    # A loaded model's quantizer would write the format that it was read from, instead of `tensors`.
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        model.hf_quantizer = None
     if generation_config is not None and not keep_generation_config:
         # The source's own file is copied afterwards; transformers refuses to write some of those it reads.
         model.generation_config = type(generation_config)()
@@ -597,6 +601,8 @@ def _save_pretrained(
         with _quiet_transformers():
             model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
     finally:
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
         model.generation_config = generation_config
         model.config.dtype, model.config.architectures = dtype, architectures
         if quantization is not None:

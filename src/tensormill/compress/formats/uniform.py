@@ -332,9 +332,9 @@ def parse_number(config: Mapping[str, Any], keys: Sequence[str], allowed: Sequen
         CheckpointError: it isn't there, or isn't one of `allowed` (None: positive, or -1).
     """
     value = next((config[key] for key in keys if config.get(key) is not None), None)
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if is_integer and (value in allowed if allowed is not None else value == -1 or value > 0):
-        return int(value)
+    number = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    if number in allowed if allowed is not None else number == -1 or number > 0:
+        return number
     expected = "a positive integer or -1" if allowed is None else _one_of(allowed)
     raise CheckpointError(
         f"the checkpoint is quantized with {config.get('quant_method')!r} and {keys[0]}={value!r}, expected "

@@ -29,7 +29,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ from tensormill.compress.formats.uniform import (
 )
 from tensormill.errors import CheckpointError
 from tensormill.ops.bit_packing import pack_bits, unpack_bits
+
+if TYPE_CHECKING:
+    from tensormill.ops.linear_wna16.module import LinearWNA16
 
 METHOD = "gptq"
 
@@ -82,30 +85,27 @@ class GPTQFormat(UniformFormat):
     ) -> dict[str, Tensor]:
         layer = Layer(Scheme(bits, group_size, zero_point is None), *codes.shape)
         self.check_layers({"weight": layer}, nn.Module())
-        zero = full_zero_point(zero_point, scale, bits)
-        if self.version == 1:
-            if bool((zero == 0).any()):
-                # Raised where the model is saved: the layer's name would make a warning of every layer.
-                warnings.warn(
-                    "zero points of 0 are stored as all ones in the format gptq, which other readers take for "
-                    "another number; the format gptq_v2 has no such gap",
-                    stacklevel=2,
-                )
-            zero = _minus_one(zero, bits)
-        return {
-            "qweight": pack_bits(codes, bits).T.contiguous(),
-            "qzeros": pack_bits(zero.T.contiguous(), bits),
-            "scales": scale.T.contiguous(),
-            "g_idx": plain_groups(codes.shape[1], group_size).to(codes.device),
-        }
+        return self._tensors(pack_bits(codes, bits), scale, zero_point, layer)
 
     def unpack_weight(
         self, tensors: Mapping[str, Tensor], bits: int, group_size: int, name: str = "weight"
     ) -> tuple[Tensor, Tensor, Tensor]:
+        scheme = Scheme(bits, group_size, False)
+        packed, columns, scale, zero = self.unpack_words(tensors, scheme, name)
+        return unpack_bits(packed, bits, columns), scale, zero
+
+    def pack_module(self, module: LinearWNA16, scale: Tensor, group_size: int) -> dict[str, Tensor]:
+        scheme = Scheme(module.bits, group_size, module.symmetric)
+        layer = Layer(scheme, module.out_features, module.in_features)
+        return self._tensors(module.weight_packed, scale, module.weight_zero_point, layer)
+
+    def unpack_words(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, name: str
+    ) -> tuple[Tensor, int, Tensor, Tensor]:
+        bits = scheme.bits
         words, rows = matrix_shape(tensors, "qweight", name)
-        layer = self.layer_of(tensors, bits, group_size, name, rows, words * 32 // bits)
+        layer = self.layer_of(tensors, bits, scheme.group_size, name, rows, words * 32 // bits)
         self._check_order(tensors.get("g_idx"), layer, name)
-        codes = unpack_bits(tensors["qweight"].T.contiguous(), bits, layer.columns)
         zero = unpack_bits(tensors["qzeros"].contiguous(), bits, rows).T.contiguous()
         if self.version == 1:
             if bool((zero == (1 << bits) - 1).any()):
@@ -115,7 +115,30 @@ class GPTQFormat(UniformFormat):
                     stacklevel=2,
                 )
             zero = _plus_one(zero, bits)
-        return codes, tensors["scales"].T.contiguous(), zero
+        packed = tensors["qweight"].T.contiguous()
+        return packed, layer.columns, tensors["scales"].T.contiguous(), zero
+
+    def _tensors(
+        self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, layer: Layer
+    ) -> dict[str, Tensor]:
+        """A layer's tensors; `packed` is (N, K*b/32) int32, whose rows are this format's columns."""
+        bits = layer.scheme.bits
+        zero = full_zero_point(zero_point, scale, bits)
+        if self.version == 1:
+            if bool((zero == 0).any()):
+                # Without the layer's name, so that it is shown once and not for every layer.
+                warnings.warn(
+                    "zero points of 0 are stored as all ones in the format gptq, which other readers take for "
+                    "another number; the format gptq_v2 has no such gap",
+                    stacklevel=2,
+                )
+            zero = _minus_one(zero, bits)
+        return {
+            "qweight": packed.detach().T.contiguous(),
+            "qzeros": pack_bits(zero.T.contiguous(), bits),
+            "scales": scale.T.contiguous(),
+            "g_idx": plain_groups(layer.columns, layer.scheme.group_size).to(packed.device),
+        }
 
     def empty_tensors(
         self,

@@ -12,6 +12,7 @@ Zero points of `2^(bits-1)` throughout a layer are what a symmetric layer has: i
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -158,9 +159,8 @@ class UniformFormat(ABC):
         return Scheme(next(iter(layers.values())).scheme.bits, self.group_size(layers), symmetric)
 
     def check_stored(self, path: Path, tensors: Mapping[str, Stored], config: Scheme) -> None:
-        names = {
-            key.removesuffix(f".{part}") for key in tensors for part in self.parts if key.endswith(f".{part}")
-        }
+        # Not by "scales", which a model may have of its own.
+        names = {key.rpartition(".")[0] for key in tensors if key.endswith((".qweight", ".qzeros"))}
         for name in sorted(names):
             for part in ("qweight", "qzeros", "scales"):
                 stored = tensors.get(f"{name}.{part}")
@@ -184,7 +184,10 @@ class UniformFormat(ABC):
                 "safetensors files"
             )
         linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         for name in sorted(packed - linears):
+            if any(re.search(pattern, f"{name}.qweight") for pattern in ignored):
+                continue
             raise CheckpointError(
                 f"the checkpoint has the tensor {name}.qweight, but the model has no linear {name}; "
                 "config.json belongs to another checkpoint"
@@ -225,24 +228,34 @@ class UniformFormat(ABC):
         self.check_size(name, layer)
         scale = exact_scales(module, name, self.name)
         size = -1 if layer.groups() == 1 else module.group_size
-        zero = module.weight_zero_point
-        tensors = self.pack_weight(module.codes(), scale, zero, module.bits, size)
+        tensors = self.pack_module(module, scale, size)
         if module.bias is not None:
             tensors["bias"] = module.bias.detach()
         return tensors
 
     def unpack_linear(self, tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> LinearWNA16:
-        codes, scale, zero = self.unpack_weight(tensors, scheme.bits, scheme.group_size, name)
+        packed, columns, scale, zero = self.unpack_words(tensors, scheme, name)
         symmetric = bool((zero == 1 << (scheme.bits - 1)).all())
         return linear_class().from_packed(
-            pack_bits(codes, scheme.bits),
+            packed,
             scale,
             None if symmetric else zero,
-            in_features=codes.shape[1],
+            in_features=columns,
             bits=scheme.bits,
             group_size=scheme.group_size,
             bias=tensors.get("bias"),
         )
+
+    def pack_module(self, module: LinearWNA16, scale: Tensor, group_size: int) -> dict[str, Tensor]:
+        """`pack_weight` of a low-bit linear; a format with our order of codes overrides it."""
+        return self.pack_weight(module.codes(), scale, module.weight_zero_point, module.bits, group_size)
+
+    def unpack_words(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, name: str
+    ) -> tuple[Tensor, int, Tensor, Tensor]:
+        """`unpack_weight` with codes packed (N, ceil(K*b/32)) as low-bit linears have them, and K."""
+        codes, scale, zero = self.unpack_weight(tensors, scheme.bits, scheme.group_size, name)
+        return pack_bits(codes, scheme.bits), codes.shape[1], scale, zero
 
     def layer_of(
         self, tensors: Mapping[str, Tensor], bits: int, group_size: int, name: str, rows: int, columns: int
@@ -270,7 +283,12 @@ class UniformFormat(ABC):
             self.check_size(name, layer)
             self.group_size({name: layer})
         except ModelError as error:
-            raise CheckpointError(f"config.json doesn't fit the model: {error}") from None
+            # The advice after the semicolon is for writers.
+            reason = str(error).partition(";")[0]
+            raise CheckpointError(
+                f"config.json doesn't fit the weights: {reason}; the file is damaged or config.json belongs to "
+                "another checkpoint"
+            ) from None
 
     def _wrong_shape(
         self, name: str, part: str, found: tuple[int, ...], expected: tuple[int, ...], layer: Layer

@@ -245,6 +245,19 @@ def test_load_refuses_a_method_of_another_checkpoint(folder, saved):
     assert "no qweight" in refused(lambda: load(damaged))
 
 
+def test_layers_that_the_architecture_ignores_are_not_missed(folder, saved, monkeypatch):
+    """Extra prediction layers, say, which transformers' models leave out on purpose."""
+    copy = folder("awq")
+    parts = ("qweight", "qzeros", "scales")
+    edit_tensors(
+        copy,
+        lambda found: found.update({f"mtp.0.{part}": found[f"{LAYER}.{part}"].clone() for part in parts}),
+    )
+    assert "the model has no linear mtp.0" in refused(lambda: load(copy))
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    assert torch.equal(logits(load(copy)), logits(load(saved["awq"])))
+
+
 def test_load_refuses_activation_order_and_infinite_scales(folder):
     damaged = folder("gptq")
     edit_config(damaged, desc_act=True)

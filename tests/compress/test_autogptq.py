@@ -1,4 +1,4 @@
-"""The GPTQ layouts, version 1 and 2: known words, AutoGPTQ's own code, a bijection, and what they can't hold."""
+"""GPTQ's layouts, version 1 and 2: known words, AutoGPTQ's own code, a bijection, what they can't hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every checkpoint format through the same doors: saving, loading, transformers, damaged files, the whole job."""
+"""Every checkpoint format by the same doors: saving, loading, transformers, damaged files, the whole job."""
 
 from __future__ import annotations
 

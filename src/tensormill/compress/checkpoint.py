@@ -151,8 +151,8 @@ def load(
     """Loads a compressed checkpoint as a model whose linears compute with the packed weights.
 
     Args:
-        path: a directory in a format of `formats.registry`: compressed-tensors `pack-quantized`, AutoAWQ `gemm`,
-            GPTQ version 1 or 2; written by `save_compressed` or by others.
+        path: a directory in a format of `formats.registry`, written by `save_compressed` or by others:
+            compressed-tensors `pack-quantized`, AutoAWQ `gemm`, GPTQ version 1 or 2.
         device: where the model goes.
         dtype: of everything that isn't packed; None keeps the checkpoint's.
 

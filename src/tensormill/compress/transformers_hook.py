@@ -5,8 +5,10 @@ transformers looks up the classes that read a quantized checkpoint in two tables
 that recognise what the low-bit linear can compute (`transformers_quantizer`) and leave everything else to the
 entries found there. AWQ and GPTQ checkpoints are left to them too where GPTQModel, with which transformers runs
 these, is installed: its layers can be trained and chosen by argument, and an import mustn't take that away.
-`preferring_low_bit` overrides this for `tensormill.load`. Where transformers isn't imported yet, an import hook waits for it, so that `import tensormill` costs
-nothing; this module imports no torch either.
+`preferring_low_bit` overrides this for `tensormill.load`.
+
+Where transformers isn't imported yet, an import hook waits for it, so that `import tensormill` costs nothing; this
+module imports no torch either.
 """
 
 from __future__ import annotations

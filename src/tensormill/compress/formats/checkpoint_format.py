@@ -124,7 +124,7 @@ def compressed_layers(model: nn.Module) -> dict[str, Layer]:
 def packed_state_dict(
     model: nn.Module, pack: Callable[[LinearWNA16, str], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The model's tensors under their names on disk, in the model's order, low-bit linears as `pack` has them."""
+    """The model's tensors under their names on disk, in the model's order, low-bit linears as `pack` says."""
     compressed = compressed_linears(model)
     owner = {
         key: name

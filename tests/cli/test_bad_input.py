@@ -78,6 +78,13 @@ def test_group_size(tensormill, model):
     refused(tensormill("compress", model, "--bits", 9, "-o", "out"), "9")
 
 
+def test_format(tensormill, model, tmp_path):
+    refused(tensormill("compress", model, *RTN, "--format", "exl2", "-o", "out"), "'exl2'", "gptq_v2")
+    refused(tensormill("compress", model, *RTN, "--format", "awq", "--bits", 8, "-o", "out"), "8 bits", "awq")
+    (tmp_path / "recipe.yaml").write_text("- format: exl2\n- method: rtn\n")
+    refused(tensormill("compress", model, "--recipe", "recipe.yaml", "-o", "out"), "'exl2'")
+
+
 def test_empty_calibration_text(tensormill, model, tmp_path):
     (tmp_path / "text.txt").write_text("")
     refused(

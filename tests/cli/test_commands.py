@@ -42,6 +42,31 @@ def test_compress_evaluate_generate(tensormill, tiny, words, tmp_path, method):
     assert json.loads(done.out)["tokens"] <= 4
 
 
+@pytest.mark.parametrize("name", ["awq", "gptq", "gptq_v2"])
+def test_other_formats_are_written_and_used(tensormill, tiny, words, tmp_path, name):
+    done = tensormill(
+        "compress", tiny, "--method", "rtn", *SMALL[:2], "--format", name, "--text", words, "-o", "small", "--json"
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == name.partition("_")[0]
+
+    done = tensormill("evaluate", "small", "--text", words, "--json")
+    assert done.code == 0, done.err
+    measured = json.loads(done.out)["perplexity"]
+    assert measured == pytest.approx(report["perplexity"]["compressed"], rel=1e-4)
+    assert tensormill("generate", "small", "--prompt", "word1", "--tokens", 2, "--json").code == 0
+
+
+def test_a_recipe_names_a_format(tensormill, tiny, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("- format: gptq\n- {method: rtn, bits: 3, group_size: 32}\n")
+    done = tensormill("compress", tiny, "--recipe", "recipe.yaml", "--no-evaluate", "-o", "small", "--json")
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert config["checkpoint_format"] == "gptq" and config["bits"] == 3
+
+
 def test_report_for_people(tensormill, tiny, words):
     done = tensormill("compress", tiny, "--method", "rtn", *SMALL[:2], "--text", words, "-o", "small")
     assert done.code == 0, done.err

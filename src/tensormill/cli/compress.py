@@ -33,6 +33,10 @@ def compress(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML list of steps, instead of --method.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the result.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="compressed-tensors, awq, gptq or gptq_v2. Default: compressed-tensors."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that lies there.")] = False,
     calibration: Annotated[
         list[Path] | None,
@@ -63,6 +67,7 @@ def compress(
             model,
             method,
             output=output,
+            format=format,
             recipe=recipe,
             calibration_text=calibration,
             text=text,

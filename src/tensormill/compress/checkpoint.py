@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.formats import compressed_tensors
+from tensormill.compress.formats.checkpoint_format import (
+    CheckpointFormat,
+    compressed_linears,
+    packed_state_dict,
+)
+from tensormill.compress.formats.registry import DEFAULT, FORMATS, format_named, format_of
 from tensormill.compress.output import check_output, whole_directory
 from tensormill.errors import CheckpointError, InvalidArgument, ModelError, TensormillError
 
@@ -69,7 +74,7 @@ _DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-_PACKED_PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
+_PACKED_PARTS = tuple({f".{part}" for found in FORMATS.values() for part in found.parts})
 _SCANNED_DTYPES = ("F16", "BF16", "F32", "F64")
 _MAX_HEADER_BYTES = 100_000_000
 # Elements whose finiteness is tested at a time: bounds the temporary to 16 MiB.
@@ -146,7 +151,8 @@ def load(
     """Loads a compressed checkpoint as a model whose linears compute with the packed weights.
 
     Args:
-        path: a `pack-quantized` directory, as `save_compressed` and llm-compressor write it.
+        path: a directory in a format of `formats.registry`, written by `save_compressed` or by others:
+            compressed-tensors `pack-quantized`, AutoAWQ `gemm`, GPTQ version 1 or 2.
         device: where the model goes.
         dtype: of everything that isn't packed; None keeps the checkpoint's.
 
@@ -162,11 +168,12 @@ def load(
             f"{info.path} is not compressed, expected a quantization_config in config.json; "
             "compress it first, or open it with open_model"
         )
-    config = compressed_tensors.parse_config(info.quantization)
-    _check_packed_layers(info, config)
+    found = format_of(info.quantization)
+    found.check_stored(info.path, info.tensors, found.parse_config(info.quantization))
     check_finite_tensors(info)
     transformers_hook.install()
-    return _from_pretrained(info, _device(device), dtype)
+    with transformers_hook.preferring_low_bit():
+        return _from_pretrained(info, _device(device), dtype)
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
@@ -303,11 +310,12 @@ def save_compressed(
     source_path: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
     *,
+    format: str = DEFAULT,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     extra_files: Callable[[Path], Mapping[str, str]] | None = None,
 ) -> Path:
-    """Writes a compressed model as compressed-tensors `pack-quantized`, whole or not at all.
+    """Writes a compressed model, whole or not at all.
 
     `config.json` is the source's with a `quantization_config` added. Its dtype is kept: what isn't quantized
     is stored in it, scales in the dtype they were made in. Tokenizer files, `generation_config.json`, chat
@@ -318,6 +326,7 @@ def save_compressed(
         tokenizer: written if the source has no tokenizer files.
         source_path: the checkpoint that the model came from ("builtin:..." too), or None if there is none.
         output: the directory to write; must not exist, or be empty, unless `overwrite`.
+        format: "compressed-tensors" (`pack-quantized`), "awq" (AutoAWQ `gemm`), "gptq" or "gptq_v2".
         overwrite: replace a checkpoint that lies at `output`.
         max_shard_size: bytes, or a string such as "5GB".
         extra_files: called with the directory as written so far, gives more text files for it, by name.
@@ -327,13 +336,15 @@ def save_compressed(
 
     Raises:
         OutputError: the destination is refused, or can't be written (nothing is left behind).
-        ModelError: nothing is compressed, a layer can't be expressed, or a weight isn't finite.
+        ModelError: nothing is compressed, the format can't express a layer, or a weight isn't finite.
+        InvalidArgument: there is no such format.
     """
+    layout = format_named(format)
     source = None if source_path is None else resolve_path(source_path)
-    quantization = compressed_tensors.quantization_config(model)
+    quantization = layout.quantization_config(model)
     config = _read_config(source) if source is not None else None
     dtype = _config_dtype(config) if config is not None else None
-    tensors = _tensors_to_write(model, dtype)
+    tensors = _tensors_to_write(model, layout, dtype)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     check_output(output, source=source, overwrite=overwrite, needed_bytes=needed)
     with whole_directory(output, overwrite=overwrite) as partial:
@@ -445,7 +456,7 @@ def _already_quantized(info: CheckpointInfo) -> str:
     assert quantization is not None
     method = quantization.get("quant_method", "an unnamed method")
     try:
-        compressed_tensors.parse_config(quantization)
+        format_of(quantization).parse_config(quantization)
     except CheckpointError:
         return f"{info.path} is already quantized ({method}); start from the original floating-point model"
     return (
@@ -518,25 +529,6 @@ def _from_pretrained(
     return model.to(device).eval()
 
 
-def _check_packed_layers(info: CheckpointInfo, config: compressed_tensors.PackedConfig) -> None:
-    """Finds a missing or misshapen tensor of a packed layer from the headers alone."""
-    for key, packed in info.tensors.items():
-        if not key.endswith(".weight_packed"):
-            continue
-        name = key.removesuffix(".weight_packed")
-        for part in ("weight_scale", "weight_shape"):
-            if f"{name}.{part}" not in info.tensors:
-                raise CheckpointError(
-                    f"{info.path} has no tensor {name}.{part}, which {key} needs; download it again"
-                )
-        if len(packed.shape) != 2 or packed.dtype != "I32":
-            raise CheckpointError(
-                f"{key} is {packed.dtype} of shape {packed.shape}, expected a matrix of I32"
-            )
-        if f"{name}.weight_zero_point" not in info.tensors and not any(s.symmetric for s in config.schemes):
-            raise CheckpointError(f"{info.path} has no tensor {name}.weight_zero_point; download it again")
-
-
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars and reports from transformers: what matters in them is raised as an error here."""
@@ -559,13 +551,16 @@ def _config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _tensors_to_write(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    compressed = compressed_tensors.compressed_linears(model)
+def _tensors_to_write(
+    model: nn.Module, layout: CheckpointFormat, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    compressed = compressed_linears(model)
+    scales = {f"{name}.{layout.scale_part}" for name in compressed}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for key in tied:
         if key.removesuffix(".weight") in compressed:
             raise ModelError(f"{key} is tied to another weight and can't be compressed alone; leave it out")
-    tensors = compressed_tensors.state_dict(model)
+    tensors = packed_state_dict(model, layout.pack_linear)
     # Keyed by storage, not by name: tied weights are tested once, and stay one storage when they are cast.
     seen: dict[tuple[Any, ...], Tensor] = {}
     for name, tensor in tensors.items():
@@ -579,7 +574,7 @@ def _tensors_to_write(model: nn.Module, dtype: torch.dtype | None) -> dict[str, 
         if key not in seen:
             if not _is_finite(tensor):
                 raise ModelError(f"{name} has NaN or infinity after compression; nothing was written")
-            seen[key] = tensor if dtype is None or name.endswith(".weight_scale") else tensor.to(dtype)
+            seen[key] = tensor if dtype is None or name in scales else tensor.to(dtype)
         tensors[name] = seen[key]
     return tensors
 
@@ -595,6 +590,10 @@ def _save_pretrained(
     dtype, architectures = getattr(model.config, "dtype", None), getattr(model.config, "architectures", None)
     generation_config = getattr(model, "generation_config", None)
     quantization = getattr(model.config, "quantization_config", None)
+    # A loaded model's quantizer would write the format that it was read from, instead of `tensors`.
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        model.hf_quantizer = None
     if generation_config is not None and not keep_generation_config:
         # The source's own file is copied afterwards; transformers refuses to write some of those it reads.
         model.generation_config = type(generation_config)()
@@ -602,6 +601,8 @@ def _save_pretrained(
         with _quiet_transformers():
             model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
     finally:
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
         model.generation_config = generation_config
         model.config.dtype, model.config.architectures = dtype, architectures
         if quantization is not None:

@@ -20,8 +20,11 @@ from tensormill.compress import checkpoint
 from tensormill.compress.calibration import Calibration
 from tensormill.compress.evaluate import evaluate_models
 from tensormill.compress.footprint import checkpoint_bytes, peak_memory, reset_peak_memory
+from tensormill.compress.formats.checkpoint_format import CheckpointFormat, Layer, Scheme
+from tensormill.compress.formats.float16_scales import round_scales
+from tensormill.compress.formats.registry import DEFAULT, format_named
 from tensormill.compress.methods import METHODS, WeightConfig
-from tensormill.compress.recipe import Step, read_recipe
+from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
 from tensormill.compress.text import read_texts
@@ -44,6 +47,7 @@ def compress(
     method: str = "awq",
     *,
     output: str | os.PathLike[str] | None = None,
+    format: str | None = None,
     recipe: str | os.PathLike[str] | None = None,
     calibration_text: Sequence[str | os.PathLike[str]] | None = None,
     text: Sequence[str | os.PathLike[str]] | None = None,
@@ -63,6 +67,9 @@ def compress(
         model: a checkpoint directory of transformers, or "builtin:python-lm".
         method: "rtn", "gptq" or "awq"; ignored if a recipe is given.
         output: directory of the checkpoint; None names it after model and method, in the current directory.
+        format: of the checkpoint: "compressed-tensors" (the default), "awq", "gptq" or "gptq_v2". What it can't
+            express is refused before anything is computed. The last three hold float16 scales: others are rounded
+            before the model is evaluated.
         recipe: a YAML file with a list of steps.
         calibration_text: files to calibrate on; None takes sources of Python's standard library.
         text: files to evaluate on; None takes held-out sources of the standard library.
@@ -89,10 +96,14 @@ def compress(
         4.1875
     """
     steps = _steps(method, recipe, settings)
+    layout = _layout(steps, format)
     for width in curve:
         replace(steps[-1].config, bits=width)  # refuses a bad width now, not after minutes
     name = "+".join(step.method for step in steps)
-    target = Path(output) if output is not None else Path(f"{_short_name(model)}-{_suffix(steps)}")
+    if output is None:
+        suffix = _suffix(steps) + ("" if layout.name == DEFAULT else f"-{layout.name}")
+        output = f"{_short_name(model)}-{suffix}"
+    target = Path(output)
     source = checkpoint.resolve_path(model)
     checkpoint.check_output(target, source=source, overwrite=overwrite)
     stages = _Stages(
@@ -106,6 +117,7 @@ def compress(
         raise InvalidArgument(
             f"given {os.fspath(model)}, which has no tokenizer; put its tokenizer files beside config.json"
         )
+    layout.check_layers(_planned_layers(original, steps), original)
     heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
     bytes_before = checkpoint_bytes(source)
 
@@ -117,6 +129,8 @@ def compress(
         calibration = _calibration(step, calibration_text, tokenizer)
         stages.enter("compress", step.method, i, len(steps))
         reports.append(METHODS[step.method][1](compressed, step.config, calibration, stages))
+    if layout.scale_dtype == torch.float16:
+        round_scales(compressed)
     seconds = time.perf_counter() - began
     memory = peak_memory(device).bytes
 
@@ -168,7 +182,13 @@ def compress(
         return {"report.json": report.to_json() + "\n", "report.html": report.to_html()}
 
     checkpoint.save_compressed(
-        compressed, tokenizer, source, target, overwrite=overwrite, extra_files=report_files
+        compressed,
+        tokenizer,
+        source,
+        target,
+        format=layout.name,
+        overwrite=overwrite,
+        extra_files=report_files,
     )
     assert report is not None
     stages.done()
@@ -275,12 +295,36 @@ class _Stages:
             self._progress("done", 1.0)
 
 
-def _steps(method: str, recipe: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> list[Step]:
+def _layout(steps: Recipe, format: str | None) -> CheckpointFormat:
+    """The checkpoint's format, asked for by argument or recipe, if it has the widths of all steps."""
+    if format is not None and steps.format not in (None, format):
+        raise RecipeError(f"given the format {format!r} and a recipe with {steps.format!r}; give one of them")
+    layout = format_named(format or steps.format or DEFAULT)
+    layout.check_schemes([_scheme(step.config) for step in steps])
+    return layout
+
+
+def _scheme(config: WeightConfig) -> Scheme:
+    return Scheme(config.bits, config.group_size, config.symmetric)
+
+
+def _planned_layers(model: torch.nn.Module, steps: Sequence[Step]) -> dict[str, Layer]:
+    """What the steps will make of the model's linears, by name."""
+    layers = {}
+    for step in steps:
+        for name, module in model.named_modules():
+            if type(module) is torch.nn.Linear and step.config.touches(name):
+                step.config.spec().check(module.in_features, name)
+                layers[name] = Layer(_scheme(step.config), module.out_features, module.in_features)
+    return layers
+
+
+def _steps(method: str, recipe: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> Recipe:
     if recipe is not None:
         if settings:
             raise RecipeError(f"given a recipe and {', '.join(settings)}; put the settings into the recipe")
         return read_recipe(recipe)
-    return [Step.of(method, settings)]
+    return Recipe([Step.of(method, settings)])
 
 
 def _calibration(

@@ -7,14 +7,15 @@
       bits: 8
       only: ["*.down_proj"]
 
-Steps run in order. Two steps that would round the same layers contradict one another.
+Steps run in order. Two steps that would round the same layers contradict one another. An entry `- format: awq`
+says how the checkpoint is written (`formats.registry`).
 """
 
 from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 from pathlib import Path
@@ -56,7 +57,19 @@ class Step:
         return cls(method, config_class(**settings))
 
 
-def read_recipe(path: str | os.PathLike[str]) -> list[Step]:
+class Recipe(list[Step]):
+    """The steps of a recipe.
+
+    Attributes:
+        format: the checkpoint's format, or None if the recipe doesn't say.
+    """
+
+    def __init__(self, steps: Iterable[Step] = (), format: str | None = None) -> None:
+        super().__init__(steps)
+        self.format = format
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read and check a recipe file.
 
     Raises:
@@ -71,15 +84,17 @@ def read_recipe(path: str | os.PathLike[str]) -> list[Step]:
     return parse_recipe(text)
 
 
-def parse_recipe(recipe: str | Sequence[Mapping[str, Any]]) -> list[Step]:
+def parse_recipe(recipe: str | Sequence[Mapping[str, Any]]) -> Recipe:
     """The steps of a recipe, given as YAML text or as what it holds.
 
     >>> [step.config.bits for step in parse_recipe("- {method: awq, bits: 3}")]
     [3]
+    >>> parse_recipe("[{format: gptq}, {method: rtn}]").format
+    'gptq'
 
     Raises:
-        RecipeError: no list of steps, an unknown method or setting, a setting out of range, or two steps for
-            the same layers.
+        RecipeError: no list of steps, an unknown method, setting or format, a setting out of range, or two
+            steps for the same layers.
     """
     import yaml
 
@@ -94,8 +109,11 @@ def parse_recipe(recipe: str | Sequence[Mapping[str, Any]]) -> list[Step]:
         raise RecipeError(
             f"given a recipe that holds {_describe(recipe)}, expected a list of steps like '- method: awq'"
         )
-    steps = []
+    steps, formats = [], []
     for number, entry in enumerate(recipe, 1):
+        if isinstance(entry, Mapping) and set(entry) == {"format"}:
+            formats.append(entry["format"])
+            continue
         if not isinstance(entry, Mapping) or "method" not in entry:
             raise RecipeError(f"given {_describe(entry)} as step {number}, expected settings with a 'method'")
         settings = {key: value for key, value in entry.items() if key != "method"}
@@ -103,8 +121,21 @@ def parse_recipe(recipe: str | Sequence[Mapping[str, Any]]) -> list[Step]:
             steps.append(Step.of(entry["method"], settings))
         except (RecipeError, InvalidArgument) as error:
             raise RecipeError(f"step {number}: {error}") from None
+    if not steps:
+        raise RecipeError("given a recipe that holds no method, expected steps like '- method: awq'")
+    if len(formats) > 1:
+        raise RecipeError(f"given a recipe with the formats {formats}, expected one")
     check_conflicts(steps)
-    return steps
+    return Recipe(steps, _checked_format(formats[0]) if formats else None)
+
+
+def _checked_format(name: Any) -> str:
+    from tensormill.compress.formats.registry import format_named
+
+    try:
+        return format_named(name if isinstance(name, str) else repr(name)).name
+    except InvalidArgument as error:
+        raise RecipeError(f"given a recipe with an unknown format: {error}") from None
 
 
 def check_conflicts(steps: Sequence[Step]) -> None:

@@ -1,23 +1,33 @@
-"""Makes `transformers` load `pack-quantized` checkpoints with low-bit linears, from `import tensormill` on.
+"""Makes `transformers` load compressed checkpoints with low-bit linears, from `import tensormill` on.
 
 transformers looks up the classes that read a quantized checkpoint in two tables of
-`transformers.quantizers.auto`. `install` replaces their entries for compressed-tensors by ones that recognise
-what the low-bit linear can compute (`transformers_quantizer`) and leave everything else to the entries found
-there. Where transformers isn't imported yet, an import hook waits for it, so that `import tensormill` costs
-nothing; this module imports no torch either.
+`transformers.quantizers.auto`. `install` replaces their entries for the formats of `formats.registry` by ones
+that recognise what the low-bit linear can compute (`transformers_quantizer`) and leave everything else to the
+entries found there. AWQ and GPTQ checkpoints are left to them too where GPTQModel, with which transformers runs
+these, is installed: its layers can be trained and chosen by argument, and an import mustn't take that away.
+`preferring_low_bit` overrides this for `tensormill.load`.
+
+Where transformers isn't imported yet, an import hook waits for it, so that `import tensormill` costs nothing; this
+module imports no torch either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
+import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _TARGET = "transformers.quantizers.auto"
-_METHOD = "compressed-tensors"
+#: `quant_method`, and the package with which transformers runs it and which then goes first.
+_METHODS: dict[str, str | None] = {"compressed-tensors": None, "awq": "gptqmodel", "gptq": "gptqmodel"}
 _MARK = "_tensormill_entries"
+_preferred: ContextVar[bool] = ContextVar("_preferred", default=False)
 
 
 def install() -> None:
@@ -38,9 +48,20 @@ def uninstall() -> None:
     module = sys.modules.get(_TARGET)
     originals = getattr(module, _MARK, None)
     if module is not None and originals is not None:
-        module.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = originals[0]
-        module.AUTO_QUANTIZER_MAPPING[_METHOD] = originals[1]
+        for method, (config, quantizer) in originals.items():
+            module.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
+            module.AUTO_QUANTIZER_MAPPING[method] = quantizer
         delattr(module, _MARK)
+
+
+@contextlib.contextmanager
+def preferring_low_bit() -> Iterator[None]:
+    """Inside, every checkpoint that the low-bit linear can compute gets it, whatever is installed."""
+    token = _preferred.set(True)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
 
 
 class _ImportHook(importlib.abc.MetaPathFinder):
@@ -73,10 +94,18 @@ def _register(module: ModuleType) -> None:
         return
     configs = getattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING", {})
     quantizers = getattr(module, "AUTO_QUANTIZER_MAPPING", {})
-    if _METHOD not in configs or _METHOD not in quantizers:
-        return
     from tensormill.compress.transformers_quantizer import make_entries
 
-    originals = configs[_METHOD], quantizers[_METHOD]
-    configs[_METHOD], quantizers[_METHOD] = make_entries(*originals)
+    originals = {}
+    for method, package in _METHODS.items():
+        if method not in configs or method not in quantizers:
+            continue
+        originals[method] = configs[method], quantizers[method]
+        configs[method], quantizers[method] = make_entries(
+            method, *originals[method], partial(_ours_first, package)
+        )
     setattr(module, _MARK, originals)
+
+
+def _ours_first(package: str | None) -> bool:
+    return _preferred.get() or package is None or importlib.util.find_spec(package) is None

@@ -2,31 +2,44 @@
 
 Loading goes through placeholders with the tensors' names and shapes on disk; once they are filled, each
 becomes a `LinearWNA16`. That uses only what every transformers 5 offers (replace modules before loading,
-replace modules after), and the package compressed-tensors isn't needed.
+replace modules after), and the packages that the formats come from aren't needed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from tensormill.compress.formats import compressed_tensors
+from tensormill.compress.formats.checkpoint_format import (
+    CheckpointFormat,
+    Stored,
+    compressed_linears,
+    packed_state_dict,
+)
+from tensormill.compress.formats.registry import format_of
 from tensormill.errors import CheckpointError
-from tensormill.ops.bit_packing import packed_layout, packed_width
 
 if TYPE_CHECKING:
     from tensormill.ops.linear_wna16.module import LinearWNA16
 
 
-def make_entries(original_config: Any, original_quantizer: Any) -> tuple[type, Any]:
-    """Replaces transformers' own table entries, which stay the fallback.
+def make_entries(
+    method: str, original_config: Any, original_quantizer: Any, ours_first: Callable[[], bool]
+) -> tuple[type, Any]:
+    """Replaces transformers' own table entries for one `quant_method`; they stay the fallback.
 
     The classes are made here because their bases can only be imported with transformers.
+
+    Args:
+        method: the `quant_method`.
+        original_config: transformers' entry in the table of configuration classes.
+        original_quantizer: transformers' entry in the table of quantizers.
+        ours_first: whether checkpoints that we can run are ours when they are opened; asked each time.
 
     Returns:
         An entry for the table of configuration classes, and one for the table of quantizers.
@@ -39,8 +52,9 @@ def make_entries(original_config: Any, original_quantizer: Any) -> tuple[type, A
 
         def __init__(self, raw: Mapping[str, Any]) -> None:
             self.raw = copy.deepcopy(dict(raw))
-            self.packed = compressed_tensors.parse_config(self.raw)
-            self.quant_method = QuantizationMethod.COMPRESSED_TENSORS
+            self.layout: CheckpointFormat = format_of(self.raw)
+            self.packed = self.layout.parse_config(self.raw)
+            self.quant_method = QuantizationMethod(method)
             self.quantization_config = None
             # Only a caller's own configuration sets it: in a file it is there for plain transformers.
             self.dequantize = False
@@ -52,8 +66,10 @@ def make_entries(original_config: Any, original_quantizer: Any) -> tuple[type, A
         ) -> Any:
             raw = config_dict.get("quantization_config", config_dict)
             try:
-                config = cls(raw)
+                config = cls(raw) if ours_first() else None
             except CheckpointError:
+                config = None
+            if config is None:
                 return original_config.from_dict(
                     config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs
                 )
@@ -81,13 +97,12 @@ def make_entries(original_config: Any, original_quantizer: Any) -> tuple[type, A
             return None
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            shapes = _StoredShapes(kwargs.get("checkpoint_files"))
+            stored = _stored_tensors(kwargs.get("checkpoint_files"))
             dtype = kwargs.get("dtype") or model.dtype
-            packed = self.quantization_config.packed
-            for name, module in list(model.named_modules()):
-                scheme = packed.scheme_of(name, module)
-                if scheme is not None:
-                    _replace(model, name, _PackedPlaceholder(name, module, scheme, shapes, dtype))
+            layout = self.quantization_config.layout
+            for name, scheme in layout.schemes(model, stored, self.quantization_config.packed).items():
+                linear = model.get_submodule(name)
+                _replace(model, name, _PackedPlaceholder(name, linear, layout, scheme, stored, dtype))
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             for name, module in list(model.named_modules()):
@@ -98,14 +113,14 @@ def make_entries(original_config: Any, original_quantizer: Any) -> tuple[type, A
             return model
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-            for name, module in compressed_tensors.compressed_linears(model).items():
+            for name, module in compressed_linears(model).items():
                 _replace(model, name, _dense(module, dtype or model.dtype))
             return model
 
         def get_state_dict_and_metadata(
             self, model: nn.Module, *args: Any, **kwargs: Any
         ) -> tuple[Any, dict[str, Any]]:
-            return compressed_tensors.state_dict(model), {}
+            return packed_state_dict(model, self.quantization_config.layout.pack_linear), {}
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return True
@@ -128,25 +143,15 @@ def make_entries(original_config: Any, original_quantizer: Any) -> tuple[type, A
     return PackedWeightsConfig, make_quantizer
 
 
-class _StoredShapes:
-    """Shape and dtype of a checkpoint's tensors, from the headers of its files; empty if there are none."""
+def _stored_tensors(files: Iterable[str] | None) -> dict[str, Stored]:
+    """A checkpoint's tensors by name, from the headers of its files; empty if there are none."""
+    from tensormill.compress.checkpoint import read_header
 
-    def __init__(self, files: Iterable[str] | None) -> None:
-        from tensormill.compress.checkpoint import read_header
-
-        self._tensors = {}
-        for file in files or ():
-            if str(file).endswith(".safetensors"):
-                self._tensors.update(read_header(Path(file)))
-
-    def width(self, name: str) -> int | None:
-        stored = self._tensors.get(name)
-        return stored.shape[-1] if stored is not None and len(stored.shape) == 2 else None
-
-    def dtype(self, name: str) -> torch.dtype | None:
-        stored = self._tensors.get(name)
-        names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-        return names.get(stored.dtype) if stored is not None else None
+    stored: dict[str, Stored] = {}
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            stored.update(read_header(Path(file)))
+    return stored
 
 
 class _PackedPlaceholder(nn.Module):
@@ -156,36 +161,26 @@ class _PackedPlaceholder(nn.Module):
         self,
         name: str,
         linear: nn.Linear,
-        scheme: compressed_tensors.PackedScheme,
-        stored: _StoredShapes,
+        layout: CheckpointFormat,
+        scheme: Any,
+        stored: Mapping[str, Stored],
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.name, self.scheme = name, scheme
+        self.name, self.layout, self.scheme = name, layout, scheme
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        rows, columns, bits = linear.out_features, linear.in_features, scheme.bits
-        width = stored.width(f"{name}.weight_packed") or packed_width(columns, bits)
-        groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
-        compressed_tensors.check_layer(name, scheme, (rows, columns), (rows, width), (rows, groups))
-        layout = packed_layout(width, bits, columns)
-        scale_dtype = stored.dtype(f"{name}.weight_scale") or dtype
-
-        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        self.register_buffer("weight_packed", empty((rows, width), torch.int32))
-        self.register_buffer("weight_scale", empty((rows, groups), scale_dtype))
-        self.register_buffer("weight_shape", empty((2,), torch.int64))
-        if not scheme.symmetric:
-            zeros = packed_width(rows, bits, layout)
-            self.register_buffer("weight_zero_point", empty((zeros, groups), torch.int32))
-        bias = None if linear.bias is None else nn.Parameter(empty((rows,), dtype), requires_grad=False)
-        self.register_parameter("bias", bias)
+        tensors = layout.empty_tensors(name, linear, scheme, stored, dtype)
+        bias = tensors.pop("bias", None)
+        for part, tensor in tensors.items():
+            self.register_buffer(part, tensor)
+        if linear.bias is not None:
+            bias = torch.empty((linear.out_features,), dtype=dtype, device="meta")
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def to_linear(self) -> LinearWNA16:
         """The low-bit linear with the loaded tensors."""
         tensors = {**dict(self.named_buffers(recurse=False)), **dict(self.named_parameters(recurse=False))}
-        linear = compressed_tensors.unpack_linear(tensors, self.scheme, self.name)
+        linear = self.layout.unpack_linear(tensors, self.scheme, self.name)
         linear.train(self.training)
         return linear
 

@@ -19,13 +19,23 @@ none. Releases before 0.19 packed 3, 5, 6 and 7 bits with gaps (`tensormill.ops.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.formats.checkpoint_format import (
+    FLOAT_DTYPES,
+    Layer,
+    Scheme,
+    Stored,
+    compressed_linears,
+    linear_class,
+    packed_state_dict,
+)
 from tensormill.errors import CheckpointError, ModelError
 from tensormill.ops.bit_packing import (
     Layout,
@@ -48,12 +58,8 @@ SUPPORTED_BITS = tuple(range(2, 9))
 
 
 @dataclass(frozen=True)
-class PackedScheme:
-    """How one linear's weight is quantized: `group_size` columns (-1: the whole row) share a scale."""
-
-    bits: int
-    group_size: int
-    symmetric: bool
+class PackedScheme(Scheme):
+    """A scheme that this format writes as one of its `config_groups`."""
 
     def to_config(self, targets: list[str]) -> dict[str, Any]:
         """One entry of `config_groups`, for the modules that `targets` names."""
@@ -97,26 +103,17 @@ class PackedConfig:
         return max(matches, key=lambda match: match[0])[1] if matches else None
 
 
-def linear_class() -> type[LinearWNA16]:
-    """The module that computes with packed weights, imported when first needed."""
-    from tensormill.ops.linear_wna16.module import LinearWNA16
-
-    return LinearWNA16
-
-
-def compressed_linears(model: nn.Module) -> dict[str, LinearWNA16]:
-    """Name and module of every low-bit linear of a model."""
-    low_bit = linear_class()
-    return {name: module for name, module in model.named_modules() if isinstance(module, low_bit)}
-
-
 def scheme_of_linear(name: str, module: LinearWNA16) -> PackedScheme:
     """The scheme of a low-bit linear, as far as the format can say it.
 
     Raises:
         ModelError: the group size doesn't divide the row; the format has no shorter last group.
     """
-    group_size, columns = module.group_size, module.in_features
+    group_size = _group_size(name, module.group_size, module.in_features)
+    return PackedScheme(module.bits, group_size, module.symmetric)
+
+
+def _group_size(name: str, group_size: int, columns: int) -> int:
     if group_size >= columns:
         group_size = -1
     if group_size != -1 and columns % group_size:
@@ -124,7 +121,7 @@ def scheme_of_linear(name: str, module: LinearWNA16) -> PackedScheme:
             f"{name} has {columns} input features in groups of {group_size} with a shorter last group, which "
             f"{FORMAT} checkpoints can't hold; use a group size that divides {columns}, or -1"
         )
-    return PackedScheme(module.bits, group_size, module.symmetric)
+    return group_size
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
@@ -392,20 +389,89 @@ def _unpack_zero_point(stored: Tensor, bits: int, rows: int, layout: Layout) -> 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors under their names on disk, in the model's order, compressed linears packed."""
-    compressed = compressed_linears(model)
-    owner = {
-        key: name
-        for name, module in compressed.items()
-        for key in module.state_dict(prefix=f"{name}.", keep_vars=True)
-    }
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
-        name = owner.get(key)
-        if name is None:
-            tensors[key] = tensor
-        elif f"{name}.weight_packed" not in tensors:
-            tensors.update({f"{name}.{part}": value for part, value in pack_linear(compressed[name]).items()})
-    return tensors
+    return packed_state_dict(model, lambda module, name: pack_linear(module))
+
+
+class CompressedTensorsFormat:
+    """This module as a `CheckpointFormat`."""
+
+    name = METHOD
+    method = METHOD
+    parts: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    scale_part = "weight_scale"
+    scale_dtype: torch.dtype | None = None
+
+    def check_schemes(self, schemes: Sequence[Scheme]) -> None:
+        return None
+
+    def check_layers(self, layers: Mapping[str, Layer], model: nn.Module) -> None:
+        for name, layer in layers.items():
+            _group_size(name, layer.scheme.group_size, layer.columns)
+
+    def quantization_config(self, model: nn.Module) -> dict[str, Any]:
+        return quantization_config(model)
+
+    def parse_config(self, config: Mapping[str, Any]) -> PackedConfig:
+        return parse_config(config)
+
+    def check_stored(self, path: Path, tensors: Mapping[str, Stored], config: PackedConfig) -> None:
+        for key, packed in tensors.items():
+            if not key.endswith(".weight_packed"):
+                continue
+            name = key.removesuffix(".weight_packed")
+            for part in ("weight_scale", "weight_shape"):
+                if f"{name}.{part}" not in tensors:
+                    raise CheckpointError(
+                        f"{path} has no tensor {name}.{part}, which {key} needs; download it again"
+                    )
+            if len(packed.shape) != 2 or packed.dtype != "I32":
+                raise CheckpointError(
+                    f"{key} is {packed.dtype} of shape {packed.shape}, expected a matrix of I32"
+                )
+            if f"{name}.weight_zero_point" not in tensors and not any(s.symmetric for s in config.schemes):
+                raise CheckpointError(f"{path} has no tensor {name}.weight_zero_point; download it again")
+
+    def schemes(
+        self, model: nn.Module, tensors: Mapping[str, Stored], config: PackedConfig
+    ) -> dict[str, PackedScheme]:
+        found = {name: config.scheme_of(name, module) for name, module in model.named_modules()}
+        return {name: scheme for name, scheme in found.items() if scheme is not None}
+
+    def empty_tensors(
+        self,
+        name: str,
+        linear: nn.Linear,
+        scheme: PackedScheme,
+        tensors: Mapping[str, Stored],
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        rows, columns, bits = linear.out_features, linear.in_features, scheme.bits
+        packed, scale = tensors.get(f"{name}.weight_packed"), tensors.get(f"{name}.weight_scale")
+        width = packed_width(columns, bits)
+        if packed is not None and len(packed.shape) == 2:
+            width = packed.shape[-1] or width
+        groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
+        check_layer(name, scheme, (rows, columns), (rows, width), (rows, groups))
+        layout = packed_layout(width, bits, columns)
+        if scale is not None:
+            dtype = FLOAT_DTYPES.get(scale.dtype, dtype)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight_packed": ((rows, width), torch.int32),
+            "weight_scale": ((rows, groups), dtype),
+            "weight_shape": ((2,), torch.int64),
+        }
+        if not scheme.symmetric:
+            shapes["weight_zero_point"] = ((packed_width(rows, bits, layout), groups), torch.int32)
+        return {part: torch.empty(shape, dtype=kind, device="meta") for part, (shape, kind) in shapes.items()}
+
+    def pack_linear(self, module: LinearWNA16, name: str) -> dict[str, Tensor]:
+        return pack_linear(module)
+
+    def unpack_linear(self, tensors: Mapping[str, Tensor], scheme: PackedScheme, name: str) -> LinearWNA16:
+        return unpack_linear(tensors, scheme, name)
+
+
+COMPRESSED_TENSORS = CompressedTensorsFormat()
 
 
 def _matches(name: str, module: nn.Module, target: str) -> bool:

@@ -139,6 +139,14 @@ def test_bad_arguments(tensormill, model, arguments, word):
     refused(tensormill(*arguments), word)
 
 
+def test_damaged_gguf(tensormill, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(3))
+    for command in ("compress", "evaluate", "generate"):
+        refused(tensormill(command, "model.gguf"), "model.gguf is truncated or damaged")
+    (tmp_path / "model.gguf").unlink()
+
+
 def test_contradictory_recipe(tensormill, model, tmp_path):
     (tmp_path / "recipe.yaml").write_text("- method: rtn\n  bits: 8\n- method: awq\n  bits: 4\n")
     refused(tensormill("compress", model, "--recipe", "recipe.yaml", "-o", "out"), "rtn", "awq")

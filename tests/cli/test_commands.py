@@ -81,6 +81,23 @@ def test_curve_has_every_method(tensormill, tiny, words):
     assert "calibration text" in done.err.splitlines()[-1]
 
 
+def test_gguf(tensormill, words, tmp_path):
+    pytest.importorskip("gguf")
+    from gguf_models import write_gguf
+
+    write_gguf(tmp_path / "tiny.gguf")
+    text = ("--text", words, "--max-tokens", 2000)
+    done = tensormill("compress", "tiny.gguf", "--method", "rtn", *SMALL[:2], *text, "-o", "small", "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["source"]["types"].startswith("Q4_1") and report["perplexity"]["original"] > 1
+    done = tensormill("evaluate", "tiny.gguf", *text, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["perplexity"] == pytest.approx(report["perplexity"]["original"], rel=1e-4)
+    done = tensormill("generate", "tiny.gguf", "--prompt", "word1", "--tokens", 3, "--json")
+    assert done.code == 0, done.err
+
+
 def test_ops(tensormill):
     done = tensormill("ops", "--json")
     rows = json.loads(done.out)

@@ -10,7 +10,9 @@ from tensormill.cli.app import Device, Json, app, print_json, resolve_device
 from tensormill.cli.progress import progress_bar
 from tensormill.errors import InvalidArgument
 
-Model = Annotated[str, typer.Argument(help="A checkpoint directory of transformers, or builtin:python-lm.")]
+Model = Annotated[
+    str, typer.Argument(help="A checkpoint directory of transformers, a GGUF file, or builtin:python-lm.")
+]
 Text = Annotated[
     list[Path] | None,
     typer.Option("--text", help="Text file to evaluate on; repeatable. Default: held-out standard library."),
@@ -176,16 +178,14 @@ def generate(
 def _open(path: str, device: str, dtype: Any) -> tuple[Any, Any]:
     """A model, compressed or not, with its tokenizer."""
     from tensormill.compress import checkpoint
+    from tensormill.compress.pipeline import missing_tokenizer, open_with_tokenizer
 
-    if checkpoint.is_compressed(path):
-        model = checkpoint.load(path, device=device, dtype=dtype)
-        tokenizer = checkpoint.open_tokenizer(checkpoint.resolve_path(path))
-    else:
-        model, tokenizer = checkpoint.open_model(path, device=device, dtype=dtype)
+    if not checkpoint.is_compressed(path):
+        return open_with_tokenizer(path, device, dtype)
+    model = checkpoint.load(path, device=device, dtype=dtype)
+    tokenizer = checkpoint.open_tokenizer(checkpoint.resolve_path(path))
     if tokenizer is None:
-        raise InvalidArgument(
-            f"given {path}, which has no tokenizer; put its tokenizer files beside config.json"
-        )
+        raise missing_tokenizer(path)
     return model, tokenizer
 
 

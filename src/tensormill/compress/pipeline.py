@@ -16,10 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tensormill.compress import checkpoint
+from tensormill.compress import checkpoint, gguf
 from tensormill.compress.calibration import Calibration
 from tensormill.compress.evaluate import evaluate_models
-from tensormill.compress.footprint import checkpoint_bytes, peak_memory, reset_peak_memory
+from tensormill.compress.footprint import (
+    bits_per_weight,
+    checkpoint_bytes,
+    peak_memory,
+    reset_peak_memory,
+    stored_bytes,
+)
 from tensormill.compress.methods import METHODS, WeightConfig
 from tensormill.compress.recipe import Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
@@ -60,7 +66,7 @@ def compress(
     """Compress a model: write a smaller checkpoint, and report what it cost and what it bought.
 
     Args:
-        model: a checkpoint directory of transformers, or "builtin:python-lm".
+        model: a checkpoint directory of transformers, a GGUF file, or "builtin:python-lm".
         method: "rtn", "gptq" or "awq"; ignored if a recipe is given.
         output: directory of the checkpoint; None names it after model and method, in the current directory.
         recipe: a YAML file with a list of steps.
@@ -92,7 +98,7 @@ def compress(
     for width in curve:
         replace(steps[-1].config, bits=width)  # refuses a bad width now, not after minutes
     name = "+".join(step.method for step in steps)
-    target = Path(output) if output is not None else Path(f"{_short_name(model)}-{_suffix(steps)}")
+    target = Path(output) if output is not None else Path(f"{short_name(model)}-{_suffix(steps)}")
     source = checkpoint.resolve_path(model)
     checkpoint.check_output(target, source=source, overwrite=overwrite)
     stages = _Stages(
@@ -101,13 +107,10 @@ def compress(
 
     reset_peak_memory(device)
     stages.enter("calibrate", f"opening {os.fspath(model)}")
-    original, tokenizer = checkpoint.open_model(model, device=device, dtype=dtype)
-    if tokenizer is None:
-        raise InvalidArgument(
-            f"given {os.fspath(model)}, which has no tokenizer; put its tokenizer files beside config.json"
-        )
+    original, tokenizer = open_with_tokenizer(model, device, dtype)
     heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
-    bytes_before = checkpoint_bytes(source)
+    gguf_source = source_fields(source, original)
+    bytes_before = stored_bytes(original) if gguf_source else checkpoint_bytes(source)
 
     began = time.perf_counter()
     compressed = copy.deepcopy(original) if evaluate or curve else original
@@ -130,6 +133,7 @@ def compress(
         "peak_memory_bytes": memory,
         "recipe": [{"method": made.method, **made.config} for made in reports],
         "environment": environment(device, seed=seed),
+        "source": gguf_source,
     }
     evaluations, speeds = {}, {}
     if evaluate:
@@ -235,20 +239,6 @@ def measure_curve(
     return [CurvePoint("original", 8.0 * model.dtype.itemsize, score.perplexity), *points]
 
 
-def bits_per_weight(model: torch.nn.Module) -> float:
-    """Average bits of a compressed weight as stored, scales and zero points included; 0 if nothing is compressed."""
-    from tensormill.ops.linear_wna16.module import LinearWNA16
-
-    bits, weights = 0.0, 0
-    for layer in model.modules():
-        if isinstance(layer, LinearWNA16):
-            bits += 8 * sum(t.numel() * t.element_size() for t in (layer.weight_packed, layer.weight_scale))
-            if layer.weight_zero_point is not None:
-                bits += layer.bits * layer.weight_zero_point.numel()
-            weights += layer.in_features * layer.out_features
-    return bits / weights if weights else 0.0
-
-
 class _Stages:
     """Turns each stage's own progress into one share of the whole job."""
 
@@ -306,8 +296,42 @@ def evaluation_text(files: Sequence[str | os.PathLike[str]] | None) -> tuple[Map
     )
 
 
-def _short_name(model: str | os.PathLike[str]) -> str:
+def open_with_tokenizer(
+    model: str | os.PathLike[str], device: str | torch.device, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `checkpoint.open_model`, for what can't be done without a tokenizer.
+
+    Raises:
+        InvalidArgument: it has none.
+    """
+    opened, tokenizer = checkpoint.open_model(model, device=device, dtype=dtype)
+    if tokenizer is None:
+        raise missing_tokenizer(model)
+    return opened, tokenizer
+
+
+def missing_tokenizer(model: str | os.PathLike[str]) -> InvalidArgument:
+    """The error for a model without a tokenizer, to be raised."""
+    advice = (
+        "get a copy with its vocabulary"
+        if gguf.is_gguf(checkpoint.resolve_path(model))
+        else "put its tokenizer files beside config.json"
+    )
+    return InvalidArgument(f"given {os.fspath(model)}, which has no tokenizer; {advice}")
+
+
+def source_fields(source: Path, opened: PreTrainedModel) -> dict[str, Any]:
+    """What a report says of a GGUF file and the model opened from it; empty for a directory."""
+    if not gguf.is_gguf(source):
+        return {}
+    return {**gguf.read_header(source).to_dict(), "dtype": str(opened.dtype).removeprefix("torch.")}
+
+
+def short_name(model: str | os.PathLike[str]) -> str:
+    """What outputs are named after by default: the last part of a path, or a built-in model's name."""
     text = os.fspath(model)
+    if gguf.is_gguf(text):
+        return Path(text).stem
     return text.partition(":")[2] if text.startswith(checkpoint.BUILTIN_PREFIX) else Path(text).resolve().name
 
 

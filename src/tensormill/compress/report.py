@@ -109,7 +109,7 @@ class CompressionReport:
         model: The model as the user named it.
         method: Name of the method, e.g. "awq".
         output: Where the compressed checkpoint lies.
-        bytes_before: Weight files of the original.
+        bytes_before: Weight files of the original; of a GGUF file, its dequantized weights, see `source`.
         bytes_after: Weight files of the result.
         bits_per_weight: Average over the compressed weights, scales and zero points included.
         seconds: Wall time of the compression itself.
@@ -128,6 +128,8 @@ class CompressionReport:
         speed: Settings and spread of the speed measurement, see `Speed`, by "original" and "compressed".
         evaluation: The text (name and SHA-256), windows, scored tokens and bytes.
         environment: Versions, device, date and seed, see `environment`.
+        source: Of a GGUF file: its size, its types with their shares of the weights, and the dtype that it was
+            dequantized to.
     """
 
     model: str
@@ -152,6 +154,7 @@ class CompressionReport:
     speed: Mapping[str, Speed] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_evaluations(
@@ -270,6 +273,7 @@ class CompressionReport:
             "evaluation": dict(self.evaluation),
             "recipe": self.recipe,
             "environment": dict(self.environment),
+            "source": dict(self.source),
         }
         result: dict[str, Any] = _plain({**contract, **more})
         return result
@@ -385,6 +389,7 @@ class CompressionReport:
         """The report in sentences, warnings among them."""
         found = [
             self._size_finding(),
+            *self._source_findings(),
             *self._original_findings(),
             *self._rtn_findings(),
             *self._agreement_findings(),
@@ -412,6 +417,16 @@ class CompressionReport:
             smaller = format_value(self.bytes_before / self.bytes_after)
             return Finding("good", f"{smaller}{_TIMES} smaller: {sizes}.", on_card=True)
         return Finding("warning", f"Not smaller: {sizes}.")
+
+    def _source_findings(self) -> list[Finding]:
+        if not self.source:
+            return []
+        found = [Finding("note", describe_source(self.source, self.bytes_before))]
+        size = self.source["file_bytes"]
+        if self.bytes_after >= size:
+            sizes = f"{format_bytes(size)} {_ARROW} {format_bytes(self.bytes_after)}"
+            found.append(Finding("warning", f"Not smaller than the GGUF file itself: {sizes}."))
+        return found
 
     def _original_findings(self) -> list[Finding]:
         original, compressed = self.perplexity.get("original"), self.perplexity.get("compressed")
@@ -557,6 +572,8 @@ class CompressionReport:
             ("compression time", _format_seconds(self.seconds)),
             ("peak memory", format_bytes(self.peak_memory_bytes)),
         ]
+        if self.source:
+            rows.append(("original", describe_source(self.source, self.bytes_before)))
         rows += [(key.replace("_", " "), value) for key, value in self.evaluation.items()]
         rows += [
             (
@@ -690,6 +707,20 @@ def format_bytes(count: float) -> str:
             return f"{size:.0f} bytes" if unit == "bytes" else f"{format_value(size)} {unit}"
         size /= 1000
     return f"{format_value(size)} TB"
+
+
+def describe_source(source: Mapping[str, Any], stored: int) -> str:
+    """One sentence: of what GGUF file "the original" is the dequantized form.
+
+    Args:
+        source: As `CompressionReport.source`.
+        stored: Bytes of the dequantized weights.
+    """
+    before = ", quantized already" if source["quantized"] else ""
+    return (
+        f"The original is a GGUF file of {format_bytes(source['file_bytes'])}{before}: {source['types']}. "
+        f'It was dequantized to {source["dtype"]}, and "original" means that form, of {format_bytes(stored)}.'
+    )
 
 
 def _layer_losses(layers: Iterable[Any]) -> list[LayerLoss]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensormill.compress import checkpoint, gguf
-from tensormill.compress.calibration import Calibration
 from tensormill.compress.evaluate import evaluate_models
 from tensormill.compress.footprint import (
     bits_per_weight,
@@ -30,14 +29,14 @@ from tensormill.compress.methods import METHODS, WeightConfig
 from tensormill.compress.recipe import Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
+from tensormill.compress.stages import Progress, Stages
+from tensormill.compress.sweep import calibration_for, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
 from tensormill.errors import InvalidArgument, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Progress = Callable[[str, "float | None"], None]
 
 CURVE_BITS = (2, 3, 4)
 CURVE_METHODS = ("rtn", "gptq", "awq")
@@ -101,7 +100,7 @@ def compress(
     target = Path(output) if output is not None else Path(f"{short_name(model)}-{_suffix(steps)}")
     source = checkpoint.resolve_path(model)
     checkpoint.check_output(target, source=source, overwrite=overwrite)
-    stages = _Stages(
+    stages = Stages(
         progress, calibrate=4, compress=40, evaluate=40 if evaluate else 0, curve=40 * bool(curve), write=4
     )
 
@@ -117,7 +116,7 @@ def compress(
     reports = []
     for i, step in enumerate(steps):
         stages.enter("calibrate", f"calibrating {step.method}")
-        calibration = _calibration(step, calibration_text, tokenizer)
+        calibration = calibration_for(step, calibration_text, tokenizer)
         stages.enter("compress", step.method, i, len(steps))
         reports.append(METHODS[step.method][1](compressed, step.config, calibration, stages))
     seconds = time.perf_counter() - began
@@ -148,11 +147,17 @@ def compress(
         speeds = measure_speed(models, seed=seed)
     if curve:
         stages.enter("curve", "curve")
-        fields["curve"] = measure_curve(
-            original, tokenizer, heldout, steps[-1].config, curve,
+        last = steps[-1].config
+        shared = {n: getattr(last, n) for n in ("group_size", "symmetric", "tail", "skip", "only")}
+        points = sweep(
+            original, tokenizer, heldout,
+            plan(CURVE_METHODS, sorted(set(curve)), calibration_samples=_CURVE_SAMPLES, **shared),
             calibration_text=calibration_text, max_tokens=min(max_tokens or _CURVE_TOKENS, _CURVE_TOKENS),
-            samples=_CURVE_SAMPLES, progress=stages,
+            progress=stages,
         )  # fmt: skip
+        fields["curve"] = [
+            CurvePoint(one.method, one.bits_per_weight, one.evaluation.perplexity) for one in points
+        ]
         fields["curve_setting"] = (
             f"{_CURVE_SAMPLES} calibration windows, the text's first {_CURVE_TOKENS} tokens"
         )
@@ -190,99 +195,12 @@ def round_to_nearest(model: PreTrainedModel, config: WeightConfig) -> PreTrained
     return rounded
 
 
-def measure_curve(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Mapping[str, str],
-    config: WeightConfig,
-    bits: Sequence[int],
-    *,
-    methods: Sequence[str] = CURVE_METHODS,
-    calibration_text: Sequence[str | os.PathLike[str]] | None = None,
-    max_tokens: int | None = None,
-    samples: int | None = None,
-    progress: Progress | None = None,
-) -> list[CurvePoint]:
-    """Perplexity against bits per weight for several methods at their default settings, the original included.
-
-    Args:
-        model: the original; left unchanged.
-        tokenizer: its tokenizer.
-        text: what to evaluate on.
-        config: group size, symmetry and skipped layers come from here.
-        bits: the widths.
-        methods: the methods.
-        calibration_text: files to calibrate on.
-        max_tokens: of the evaluation.
-        samples: calibration windows; None takes each method's own number.
-        progress: called with a message and the share done.
-    """
-    points = []
-    runs = [(method, width) for width in sorted(bits) for method in methods]
-    calibrations: dict[tuple[int, int], Calibration | None] = {}
-    for i, (method, width) in enumerate(runs):
-        if progress is not None:
-            progress(f"{method} at {width} bits", i / len(runs))
-        config_class, apply = METHODS[method]
-        shared = {n: getattr(config, n) for n in ("group_size", "symmetric", "tail", "skip", "only")}
-        if samples is not None:
-            shared["calibration_samples"] = samples
-        step = Step(method, config_class(bits=width, **shared))
-        key = (step.config.calibration_samples, step.config.calibration_length)
-        if method != "rtn" and key not in calibrations:
-            calibrations[key] = _calibration(step, calibration_text, tokenizer)
-        candidate = copy.deepcopy(model)
-        apply(candidate, step.config, None if method == "rtn" else calibrations[key], None)
-        score = evaluate_models({method: candidate}, tokenizer, text, max_tokens=max_tokens)[method]
-        points.append(CurvePoint(method, bits_per_weight(candidate), score.perplexity))
-    score = evaluate_models({"original": model}, tokenizer, text, max_tokens=max_tokens)["original"]
-    return [CurvePoint("original", 8.0 * model.dtype.itemsize, score.perplexity), *points]
-
-
-class _Stages:
-    """Turns each stage's own progress into one share of the whole job."""
-
-    def __init__(self, progress: Progress | None, **weights: float) -> None:
-        self._progress = progress
-        total = sum(weights.values())
-        self._spans, start = {}, 0.0
-        for name, weight in weights.items():
-            self._spans[name] = (start, weight / total)
-            start += weight / total
-        self._begin = self._length = 0.0
-
-    def enter(self, stage: str, message: str, part: int = 0, parts: int = 1) -> None:
-        begin, length = self._spans[stage]
-        self._begin, self._length = begin + length * part / parts, length / parts
-        self(message, 0.0)
-
-    def __call__(self, message: str, share: float | None) -> None:
-        if self._progress is not None:
-            self._progress(message, None if share is None else self._begin + self._length * share)
-
-    def done(self) -> None:
-        if self._progress is not None:
-            self._progress("done", 1.0)
-
-
 def _steps(method: str, recipe: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> list[Step]:
     if recipe is not None:
         if settings:
             raise RecipeError(f"given a recipe and {', '.join(settings)}; put the settings into the recipe")
         return read_recipe(recipe)
     return [Step.of(method, settings)]
-
-
-def _calibration(
-    step: Step, files: Sequence[str | os.PathLike[str]] | None, tokenizer: PreTrainedTokenizerBase
-) -> Calibration | None:
-    if step.method == "rtn":
-        return None
-    texts = list(read_texts(files).values()) if files is not None else [python_source.calibration_text()]
-    config = step.config
-    return Calibration.from_text(
-        texts, tokenizer, samples=config.calibration_samples, length=config.calibration_length
-    )
 
 
 def evaluation_text(files: Sequence[str | os.PathLike[str]] | None) -> tuple[Mapping[str, str], str]:

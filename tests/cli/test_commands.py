@@ -81,6 +81,32 @@ def test_curve_has_every_method(tensormill, tiny, words):
     assert "calibration text" in done.err.splitlines()[-1]
 
 
+def test_compare(tensormill, tiny, words, tmp_path):
+    call = (
+        "compare", tiny, "--methods", "rtn,awq", "--bits", "4,3", "--group-size", 32, "--samples", 2,
+        "--calibration", words, "--text", words, "--max-tokens", 500, "--output", "both",
+    )  # fmt: skip
+    done = tensormill(*call, "--json")
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert list(document)[:3] == ["model", "text", "rows"] and document["model"] == str(tiny)
+    assert [(row["method"], row["bits"]) for row in document["rows"]] == [
+        ("original", None), ("rtn", 3), ("awq", 3), ("rtn", 4), ("awq", 4),
+    ]  # fmt: skip
+    for row in document["rows"]:
+        assert list(row) == [
+            "method", "bits", "group_size", "bytes", "bits_per_weight", "perplexity", "kl", "top1_agreement",
+            "tokens_per_second", "seconds", "pareto",
+        ]  # fmt: skip
+    assert json.loads((tmp_path / "both" / "compare.json").read_text()) == document
+    assert "awq at 3 bits" in done.err
+    done = tensormill(*call)
+    assert done.code == 2 and "compare.json" in done.err
+    done = tensormill(*call, "--overwrite")
+    assert done.code == 0, done.err
+    assert "perplexity" in done.out and "compare.html" in done.out and "tokens in" in done.out
+
+
 def test_gguf(tensormill, words, tmp_path):
     pytest.importorskip("gguf")
     from gguf_models import write_gguf
@@ -146,7 +172,7 @@ def test_help_is_instant_and_imports_no_torch():
     code = "import sys; sys.argv = ['tensormill', '--help']\nimport tensormill.cli.app as a\ntry:\n a.main()\nexcept SystemExit:\n pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("compress", "evaluate", "generate", "ops", "bench", "papers", "reproduce"):
+    for command in ("compress", "compare", "evaluate", "generate", "ops", "bench", "papers", "reproduce"):
         assert command in done.stdout
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensormill.compress import checkpoint
+from tensormill.compress.evaluate import max_positions
 from tensormill.compress.methods import check_layers
 from tensormill.compress.output import check_files, write_files
 from tensormill.compress.page import render_page
@@ -311,7 +312,7 @@ def compare(
         overwrite: Replace files of these names that lie there.
         calibration_text: Files to calibrate on; None takes sources of Python's standard library.
         text: Files to evaluate on; None takes held-out sources of the standard library.
-        samples: Calibration windows, of 512 tokens each.
+        samples: Calibration windows, of 512 tokens each or the model's context.
         max_tokens: Evaluate on at most so many tokens; None takes all.
         device: Where to compute.
         dtype: Of the weights; None keeps the checkpoint's.
@@ -328,7 +329,8 @@ def compare(
     Example:
         >>> compare("builtin:python-lm", methods=["rtn"], bits=[3, 4])  # doctest: +SKIP
     """
-    steps = plan(methods, bits, group_size=group_size, symmetric=symmetric, calibration_samples=samples)
+    shared = {"group_size": group_size, "symmetric": symmetric, "calibration_samples": samples}
+    steps = plan(methods, bits, **shared)
     if max_tokens is not None and max_tokens < 2:
         raise InvalidArgument(f"given max_tokens {max_tokens}, expected at least 2")
     target = Path(output) if output is not None else Path(f"{short_name(model)}-compare")
@@ -341,6 +343,9 @@ def compare(
     stages.enter("open", f"opening {os.fspath(model)}")
     original, tokenizer = open_with_tokenizer(model, device, dtype)
     check_layers(original, discover(original), steps[0].config)
+    length = steps[0].config.calibration_length
+    length = min(length, max_positions(original) or length)
+    steps = plan(methods, bits, calibration_length=length, **shared)
     stages.enter("sweep", "measuring")
     measured = sweep(
         original, tokenizer, texts, steps, calibration_text=calibration_text, max_tokens=max_tokens, speed=True,
@@ -352,7 +357,6 @@ def compare(
         if calibration_text is None
         else ", ".join(os.fspath(file) for file in calibration_text)
     )
-    length = steps[0].config.calibration_length
     comparison = MethodComparison.from_measured(
         measured,
         model=os.fspath(model),

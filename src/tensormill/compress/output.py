@@ -125,6 +125,7 @@ def write_files(directory: str | os.PathLike[str], contents: Mapping[str, str]) 
     """
     place = Path(directory)
     waiting: list[tuple[str, Path]] = []
+    made, done = not place.exists(), False
     try:
         place.mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
@@ -137,12 +138,16 @@ def write_files(directory: str | os.PathLike[str], contents: Mapping[str, str]) 
         for temporary, path in waiting:
             os.chmod(temporary, 0o644)  # mkstemp's files are the owner's alone
             os.replace(temporary, path)
+        done = True
     except OSError as error:
         raise OutputError(f"report can't be written to {place}: {error.strerror or error}") from error
     finally:
         for temporary, _ in waiting:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        if made and not done:
+            with contextlib.suppress(OSError):
+                place.rmdir()
     return [path for _, path in waiting]
 
 

@@ -120,6 +120,12 @@ def test_gguf(tensormill, words, tmp_path):
     done = tensormill("evaluate", "tiny.gguf", *text, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["perplexity"] == pytest.approx(report["perplexity"]["original"], rel=1e-4)
+    call = ("compare", "tiny.gguf", "--methods", "rtn", "--bits", 4, "--group-size", 32, *text, "--json")
+    done = tensormill(*call)
+    assert done.code == 0, done.err
+    compared = json.loads(done.out)
+    assert compared["source"] == report["source"] and compared["rows"][0]["bytes"] == report["bytes_before"]
+    assert (tmp_path / "tiny-compare" / "compare.html").is_file()
     done = tensormill("generate", "tiny.gguf", "--prompt", "word1", "--tokens", 3, "--json")
     assert done.code == 0, done.err
 

@@ -1,8 +1,9 @@
 """Opens a model, writes a compressed one, loads it again; every damaged input ends in one `CheckpointError`.
 
 A checkpoint is a directory as Hugging Face writes it: `config.json`, `model.safetensors` or shards with an
-index, and a tokenizer; or a GGUF file, see `gguf`. It is checked before any tensor is read: safetensors headers are parsed here (never a
-pickle, never remote code), the index is compared with the shards, sizes with the files.
+index, and a tokenizer; or a GGUF file, see `gguf`. It is checked before any tensor is read: safetensors
+headers are parsed here (never a pickle, never remote code), the index is compared with the shards, sizes with
+the files.
 """
 
 from __future__ import annotations
@@ -366,11 +367,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist, expected a model directory; download the model first")
     if not path.is_dir():
-        hint = (
-            "a GGUF file is no such directory"
-            if path.suffix == ".gguf"
-            else "give the directory that holds it"
-        )
+        hint = "give the directory that holds it"
+        if path.suffix == ".gguf":
+            hint = "GGUF files are read by open_model only"
         raise CheckpointError(f"{path} is a file, expected a model directory with config.json; {hint}")
     file = path / "config.json"
     if not file.is_file():

@@ -110,6 +110,27 @@ def test_interrupt(tensormill, model, monkeypatch):
     refused(tensormill("compress", model, *RTN, "--no-evaluate", "-o", "out"), "interrupted", code=130)
 
 
+def test_an_interrupted_or_failed_comparison_leaves_nothing(tensormill, model, words, monkeypatch):
+    call = (
+        "compare", model, "--methods", "rtn", "--bits", 4, "--group-size", 32, "--text", words, "--max-tokens", 200,
+        "-o", "out",
+    )  # fmt: skip
+
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tensormill.compress.sweep.measure_speed", interrupted)
+        refused(tensormill(*call), "interrupted", code=130)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        refused(tensormill(*call), "No space left")
+
+
 def test_output_that_exists(tensormill, model, tmp_path):
     assert tensormill("compress", model, *RTN, "--no-evaluate", "-o", "done").code == 0
     before = sorted(path.name for path in (tmp_path / "done").iterdir())
@@ -129,6 +150,20 @@ def test_output_that_exists(tensormill, model, tmp_path):
         (("compress", "model", "--curve", "two"), "two"),
         (("compress", "model", "--curve", "3,9"), "bits=9"),
         (("compress", "model", "--recipe", "nothing.yaml"), "nothing.yaml"),
+        (("compare", "model", "--methods", "rtn,magic"), "magic"),
+        (("compare", "model", "--methods", "rtn,rtn"), "rtn"),
+        (("compare", "model", "--methods", ","), "no method"),
+        (("compare", "model", "--bits", "3,9"), "bits=9"),
+        (("compare", "model", "--bits", "3,1"), "bits=1"),
+        (("compare", "model", "--bits", "four"), "--bits"),
+        (("compare", "model", "--bits", ""), "no bit width"),
+        (("compare", "model", "--bits", "4,4"), "4"),
+        (("compare", "model", "--group-size", 48), "48"),
+        (("compare", "model", "--samples", 0), "--samples"),
+        (("compare", "model", "--group-size", 32, "--max-tokens", 1), "max_tokens"),
+        (("compare", "model", "--group-size", 32, "--text", "missing.txt"), "missing.txt"),
+        (("compare", "model", "--group-size", 32, "--calibration", "missing.txt"), "missing.txt"),
+        (("compare", "nowhere"), "nowhere"),
         (("bench", "nothing"), "nothing"),
         (("bench", "hadamard_transform", "--shape", "colour=3"), "colour"),
         (("bench", "hadamard_transform", "-i", "fpga"), "fpga"),
@@ -144,6 +179,14 @@ def test_bad_arguments(tensormill, model, arguments, word):
     if "cuda:99" in arguments and torch.cuda.is_available():
         pytest.skip("asks for a device beyond those here")
     refused(tensormill(*arguments), word)
+
+
+def test_damaged_gguf(tensormill, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(3))
+    for command in ("compress", "evaluate", "generate"):
+        refused(tensormill(command, "model.gguf"), "model.gguf is truncated or damaged")
+    (tmp_path / "model.gguf").unlink()
 
 
 def test_contradictory_recipe(tensormill, model, tmp_path):

@@ -106,6 +106,55 @@ def test_curve_has_every_method(tensormill, tiny, words):
     assert "calibration text" in done.err.splitlines()[-1]
 
 
+def test_compare(tensormill, tiny, words, tmp_path):
+    call = (
+        "compare", tiny, "--methods", "rtn,awq", "--bits", "4,3", "--group-size", 32, "--samples", 2,
+        "--calibration", words, "--text", words, "--max-tokens", 500, "--output", "both",
+    )  # fmt: skip
+    done = tensormill(*call, "--json")
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert list(document)[:3] == ["model", "text", "rows"] and document["model"] == str(tiny)
+    assert [(row["method"], row["bits"]) for row in document["rows"]] == [
+        ("original", None), ("rtn", 3), ("awq", 3), ("rtn", 4), ("awq", 4),
+    ]  # fmt: skip
+    for row in document["rows"]:
+        assert list(row) == [
+            "method", "bits", "group_size", "bytes", "bits_per_weight", "perplexity", "kl", "top1_agreement",
+            "tokens_per_second", "seconds", "pareto",
+        ]  # fmt: skip
+    assert json.loads((tmp_path / "both" / "compare.json").read_text()) == document
+    assert "awq at 3 bits" in done.err
+    done = tensormill(*call)
+    assert done.code == 2 and "compare.json" in done.err
+    done = tensormill(*call, "--overwrite")
+    assert done.code == 0, done.err
+    assert "perplexity" in done.out and "compare.html" in done.out and "tokens in" in done.out
+
+
+def test_gguf(tensormill, words, tmp_path):
+    pytest.importorskip("gguf")
+    from gguf_models import write_gguf
+
+    write_gguf(tmp_path / "tiny.gguf")
+    text = ("--text", words, "--max-tokens", 2000)
+    done = tensormill("compress", "tiny.gguf", "--method", "rtn", *SMALL[:2], *text, "-o", "small", "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["source"]["types"].startswith("Q4_1") and report["perplexity"]["original"] > 1
+    done = tensormill("evaluate", "tiny.gguf", *text, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["perplexity"] == pytest.approx(report["perplexity"]["original"], rel=1e-4)
+    call = ("compare", "tiny.gguf", "--methods", "rtn", "--bits", 4, "--group-size", 32, *text, "--json")
+    done = tensormill(*call)
+    assert done.code == 0, done.err
+    compared = json.loads(done.out)
+    assert compared["source"] == report["source"] and compared["rows"][0]["bytes"] == report["bytes_before"]
+    assert (tmp_path / "tiny-compare" / "compare.html").is_file()
+    done = tensormill("generate", "tiny.gguf", "--prompt", "word1", "--tokens", 3, "--json")
+    assert done.code == 0, done.err
+
+
 def test_ops(tensormill):
     done = tensormill("ops", "--json")
     rows = json.loads(done.out)
@@ -154,7 +203,7 @@ def test_help_is_instant_and_imports_no_torch():
     code = "import sys; sys.argv = ['tensormill', '--help']\nimport tensormill.cli.app as a\ntry:\n a.main()\nexcept SystemExit:\n pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("compress", "evaluate", "generate", "ops", "bench", "papers", "reproduce"):
+    for command in ("compress", "compare", "evaluate", "generate", "ops", "bench", "papers", "reproduce"):
         assert command in done.stdout
 
 

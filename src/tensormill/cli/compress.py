@@ -10,7 +10,9 @@ from tensormill.cli.app import Device, Json, app, print_json, resolve_device
 from tensormill.cli.progress import progress_bar
 from tensormill.errors import InvalidArgument
 
-Model = Annotated[str, typer.Argument(help="A checkpoint directory of transformers, or builtin:python-lm.")]
+Model = Annotated[
+    str, typer.Argument(help="A checkpoint directory of transformers, a GGUF file, or builtin:python-lm.")
+]
 Text = Annotated[
     list[Path] | None,
     typer.Option("--text", help="Text file to evaluate on; repeatable. Default: held-out standard library."),
@@ -72,7 +74,7 @@ def compress(
             calibration_text=calibration,
             text=text,
             device=where,
-            dtype=_dtype(dtype),
+            dtype=dtype_named(dtype),
             overwrite=overwrite,
             evaluate=evaluate,
             max_tokens=max_tokens or None,
@@ -108,7 +110,7 @@ def evaluate(
     from tensormill.compress.pipeline import evaluation_text
 
     texts, name = evaluation_text(text)
-    model, tokenizer = _open(path, resolve_device(device), _dtype(dtype))
+    model, tokenizer = _open(path, resolve_device(device), dtype_named(dtype))
     with progress_bar() as progress:
         found = run(model, tokenizer, texts, window=window, max_tokens=max_tokens or None, progress=progress)
     result = {
@@ -149,7 +151,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    model, tokenizer = _open(path, resolve_device(device), _dtype(dtype))
+    model, tokenizer = _open(path, resolve_device(device), dtype_named(dtype))
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=True).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
@@ -181,20 +183,19 @@ def generate(
 def _open(path: str, device: str, dtype: Any) -> tuple[Any, Any]:
     """A model, compressed or not, with its tokenizer."""
     from tensormill.compress import checkpoint
+    from tensormill.compress.pipeline import missing_tokenizer, open_with_tokenizer
 
-    if checkpoint.is_compressed(path):
-        model = checkpoint.load(path, device=device, dtype=dtype)
-        tokenizer = checkpoint.open_tokenizer(checkpoint.resolve_path(path))
-    else:
-        model, tokenizer = checkpoint.open_model(path, device=device, dtype=dtype)
+    if not checkpoint.is_compressed(path):
+        return open_with_tokenizer(path, device, dtype)
+    model = checkpoint.load(path, device=device, dtype=dtype)
+    tokenizer = checkpoint.open_tokenizer(checkpoint.resolve_path(path))
     if tokenizer is None:
-        raise InvalidArgument(
-            f"given {path}, which has no tokenizer; put its tokenizer files beside config.json"
-        )
+        raise missing_tokenizer(path)
     return model, tokenizer
 
 
-def _dtype(name: str | None) -> Any:
+def dtype_named(name: str | None) -> Any:
+    """The dtype that `--dtype` names; None for None."""
     import torch
 
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -220,7 +221,12 @@ def _settings(items: list[str]) -> dict[str, Any]:
 
 
 def _widths(text: str | None) -> list[int]:
+    return widths(text, "--curve") if text and text.strip() else []
+
+
+def widths(text: str, option: str) -> list[int]:
+    """Bit widths from a list such as 2,3,4; whether they are possible is for others to say."""
     try:
-        return [int(width) for width in (text or "").split(",") if width.strip()]
+        return [int(width) for width in text.split(",") if width.strip()]
     except ValueError:
-        raise InvalidArgument(f"--curve {text!r} given, expected bit widths such as 2,3,4") from None
+        raise InvalidArgument(f"{option} {text!r} given, expected bit widths such as 2,3,4") from None

@@ -1,8 +1,9 @@
 """Opens a model, writes a compressed one, loads it again; every damaged input ends in one `CheckpointError`.
 
 A checkpoint is a directory as Hugging Face writes it: `config.json`, `model.safetensors` or shards with an
-index, and a tokenizer. It is checked before any tensor is read: safetensors headers are parsed here (never a
-pickle, never remote code), the index is compared with the shards, sizes with the files.
+index, and a tokenizer; or a GGUF file, see `gguf`. It is checked before any tensor is read: safetensors
+headers are parsed here (never a pickle, never remote code), the index is compared with the shards, sizes with
+the files.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress import gguf
 from tensormill.compress.formats.checkpoint_format import (
     CheckpointFormat,
     compressed_linears,
@@ -124,9 +126,9 @@ def open_model(
     """Opens a floating-point causal language model and its tokenizer, after checking the whole checkpoint.
 
     Args:
-        path_or_builtin: a checkpoint directory, or "builtin:python-lm".
+        path_or_builtin: a checkpoint directory, a GGUF file (which is dequantized), or "builtin:python-lm".
         device: where the model goes.
-        dtype: of the weights; None keeps the checkpoint's.
+        dtype: of the weights; None keeps the checkpoint's (of a GGUF file: takes float32).
         check_finite: read every weight once to refuse NaN and infinity.
 
     Returns:
@@ -136,6 +138,11 @@ def open_model(
         CheckpointError: not a model, incomplete, damaged, already quantized, pickled, or needs remote code.
         InvalidArgument: the device doesn't exist.
     """
+    if gguf.is_gguf(resolve_path(path_or_builtin)):
+        with _quiet_transformers():
+            return gguf.open_gguf(
+                resolve_path(path_or_builtin), device=_device(device), dtype=dtype, check_finite=check_finite
+            )
     info = inspect_checkpoint(path_or_builtin)
     if info.quantization is not None:
         raise CheckpointError(_already_quantized(info))
@@ -324,7 +331,8 @@ def save_compressed(
     Args:
         model: a transformers model with `LinearWNA16` linears.
         tokenizer: written if the source has no tokenizer files.
-        source_path: the checkpoint that the model came from ("builtin:..." too), or None if there is none.
+        source_path: the checkpoint that the model came from ("builtin:..." and GGUF files too), or None if there is
+            none.
         output: the directory to write; must not exist, or be empty, unless `overwrite`.
         format: "compressed-tensors" (`pack-quantized`), "awq" (AutoAWQ `gemm`), "gptq" or "gptq_v2".
         overwrite: replace a checkpoint that lies at `output`.
@@ -340,13 +348,15 @@ def save_compressed(
         InvalidArgument: there is no such format.
     """
     layout = format_named(format)
-    source = None if source_path is None else resolve_path(source_path)
+    source = origin = None if source_path is None else resolve_path(source_path)
+    if source is not None and gguf.is_gguf(source):
+        source = None  # no file in it can travel: configuration and tokenizer come from the opened model
     quantization = layout.quantization_config(model)
     config = _read_config(source) if source is not None else None
     dtype = _config_dtype(config) if config is not None else None
     tensors = _tensors_to_write(model, layout, dtype)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    check_output(output, source=source, overwrite=overwrite, needed_bytes=needed)
+    check_output(output, source=origin, overwrite=overwrite, needed_bytes=needed)
     with whole_directory(output, overwrite=overwrite) as partial:
         _save_pretrained(model, tensors, partial, max_shard_size, keep_generation_config=source is None)
         written = _read_config(partial)
@@ -368,7 +378,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} doesn't exist, expected a model directory; download the model first")
     if not path.is_dir():
-        hint = "GGUF files can't be read" if path.suffix == ".gguf" else "give the directory that holds it"
+        hint = "give the directory that holds it"
+        if path.suffix == ".gguf":
+            hint = "GGUF files are read by open_model only"
         raise CheckpointError(f"{path} is a file, expected a model directory with config.json; {hint}")
     file = path / "config.json"
     if not file.is_file():
@@ -376,6 +388,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is an adapter, expected a whole model; merge it into its base model first"
             )
+        for found in sorted(path.glob("*.gguf")):
+            raise CheckpointError(f"{path} is not a model: it has no config.json; give {found.name} itself")
         raise CheckpointError(f"{path} is not a model: it has no config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -55,6 +55,34 @@ def checkpoint_bytes(path: str | Path) -> int:
     raise CheckpointError(f"{path} holds no weight file, expected *.safetensors; give a model's directory")
 
 
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's tensors as a checkpoint stores them: low-bit linears packed, tied weights once.
+
+    A checkpoint's files are larger by their headers, some bytes for each tensor.
+    """
+    from tensormill.compress.formats import compressed_tensors
+
+    sizes = {}
+    for tensor in compressed_tensors.state_dict(model).values():
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        sizes[key] = tensor.numel() * tensor.element_size()
+    return sum(sizes.values())
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Average bits of a compressed weight as stored, scales and zero points included; 0 if nothing is compressed."""
+    from tensormill.ops.linear_wna16.module import LinearWNA16
+
+    bits, weights = 0.0, 0
+    for layer in model.modules():
+        if isinstance(layer, LinearWNA16):
+            bits += 8 * sum(t.numel() * t.element_size() for t in (layer.weight_packed, layer.weight_scale))
+            if layer.weight_zero_point is not None:
+                bits += layer.bits * layer.weight_zero_point.numel()
+            weights += layer.in_features * layer.out_features
+    return bits / weights if weights else 0.0
+
+
 @dataclass(frozen=True)
 class PeakMemory:
     """High-water marks of memory.

@@ -1,4 +1,4 @@
-"""Writes a directory whole or not at all.
+"""Writes directories and files whole or not at all.
 
 The directory is written beside its destination and renamed, so that a full disk, an error, Ctrl-C or SIGTERM
 leaves nothing half-written, and what lay at the destination stays until the new directory is complete.
@@ -14,8 +14,9 @@ import secrets
 import shutil
 import signal
 import stat
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tensormill.errors import OutputError
@@ -90,6 +91,64 @@ def whole_directory(output: str | os.PathLike[str], *, overwrite: bool = False) 
                     f"{output} could not be written: {_reason(error)}; nothing was left behind"
                 ) from error
             raise
+
+
+def check_files(directory: str | os.PathLike[str], names: Iterable[str], *, overwrite: bool = False) -> None:
+    """Refuses, before any work is done, a directory into which `write_files` can't or mustn't write these files.
+
+    Raises:
+        OutputError: it is a file, has no writable parent, or holds one of the files and `overwrite` is not given.
+    """
+    target = Path(os.path.realpath(directory))
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"the output {directory} is a file, expected a directory; choose another name")
+    place = target if target.exists() else _existing_parent(target)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"the output {directory} can't be written: {place} isn't a writable directory")
+    for name in names:
+        if (target / name).exists() and not overwrite:
+            raise OutputError(f"the output {directory} has a {name}; choose another name or overwrite")
+
+
+def write_files(directory: str | os.PathLike[str], contents: Mapping[str, str]) -> list[Path]:
+    """Write text files into a directory, each whole or not at all; files of the same names are replaced.
+
+    Args:
+        directory: Where to; it is made if it doesn't exist.
+        contents: Texts by file name.
+
+    Returns:
+        The paths, in the order given.
+
+    Raises:
+        OutputError: A file could not be written; no partial file is left.
+    """
+    place = Path(directory)
+    waiting: list[tuple[str, Path]] = []
+    made, done = not place.exists(), False
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for name, text in contents.items():
+            handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=place)
+            waiting.append((temporary, place / name))
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in waiting:
+            os.chmod(temporary, 0o644)  # mkstemp's files are the owner's alone
+            os.replace(temporary, path)
+        done = True
+    except OSError as error:
+        raise OutputError(f"report can't be written to {place}: {error.strerror or error}") from error
+    finally:
+        for temporary, _ in waiting:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if made and not done:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+    return [path for _, path in waiting]
 
 
 class _Terminated(BaseException):

@@ -9,17 +9,22 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tensormill.compress import checkpoint
-from tensormill.compress.calibration import Calibration
+from tensormill.compress import checkpoint, gguf
 from tensormill.compress.evaluate import evaluate_models
-from tensormill.compress.footprint import checkpoint_bytes, peak_memory, reset_peak_memory
+from tensormill.compress.footprint import (
+    bits_per_weight,
+    checkpoint_bytes,
+    peak_memory,
+    reset_peak_memory,
+    stored_bytes,
+)
 from tensormill.compress.formats.checkpoint_format import CheckpointFormat, Layer, Scheme
 from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.formats.registry import DEFAULT, format_named
@@ -27,14 +32,14 @@ from tensormill.compress.methods import METHODS, WeightConfig
 from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
+from tensormill.compress.stages import Progress, Stages
+from tensormill.compress.sweep import calibration_for, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
 from tensormill.errors import InvalidArgument, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Progress = Callable[[str, "float | None"], None]
 
 CURVE_BITS = (2, 3, 4)
 CURVE_METHODS = ("rtn", "gptq", "awq")
@@ -64,7 +69,7 @@ def compress(
     """Compress a model: write a smaller checkpoint, and report what it cost and what it bought.
 
     Args:
-        model: a checkpoint directory of transformers, or "builtin:python-lm".
+        model: a checkpoint directory of transformers, a GGUF file, or "builtin:python-lm".
         method: "rtn", "gptq" or "awq"; ignored if a recipe is given.
         output: directory of the checkpoint; None names it after model and method, in the current directory.
         format: of the checkpoint: "compressed-tensors" (the default), "awq", "gptq" or "gptq_v2". What it can't
@@ -102,31 +107,28 @@ def compress(
     name = "+".join(step.method for step in steps)
     if output is None:
         suffix = _suffix(steps) + ("" if layout.name == DEFAULT else f"-{layout.name}")
-        output = f"{_short_name(model)}-{suffix}"
+        output = f"{short_name(model)}-{suffix}"
     target = Path(output)
     source = checkpoint.resolve_path(model)
     checkpoint.check_output(target, source=source, overwrite=overwrite)
-    stages = _Stages(
+    stages = Stages(
         progress, calibrate=4, compress=40, evaluate=40 if evaluate else 0, curve=40 * bool(curve), write=4
     )
 
     reset_peak_memory(device)
     stages.enter("calibrate", f"opening {os.fspath(model)}")
-    original, tokenizer = checkpoint.open_model(model, device=device, dtype=dtype)
-    if tokenizer is None:
-        raise InvalidArgument(
-            f"given {os.fspath(model)}, which has no tokenizer; put its tokenizer files beside config.json"
-        )
+    original, tokenizer = open_with_tokenizer(model, device, dtype)
     layout.check_layers(_planned_layers(original, steps), original)
     heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
-    bytes_before = checkpoint_bytes(source)
+    gguf_source = source_fields(source, original)
+    bytes_before = stored_bytes(original) if gguf_source else checkpoint_bytes(source)
 
     began = time.perf_counter()
     compressed = copy.deepcopy(original) if evaluate or curve else original
     reports = []
     for i, step in enumerate(steps):
         stages.enter("calibrate", f"calibrating {step.method}")
-        calibration = _calibration(step, calibration_text, tokenizer)
+        calibration = calibration_for(step, calibration_text, tokenizer)
         stages.enter("compress", step.method, i, len(steps))
         reports.append(METHODS[step.method][1](compressed, step.config, calibration, stages))
     if layout.scale_dtype == torch.float16:
@@ -144,6 +146,7 @@ def compress(
         "peak_memory_bytes": memory,
         "recipe": [{"method": made.method, **made.config} for made in reports],
         "environment": environment(device, seed=seed),
+        "source": gguf_source,
     }
     evaluations, speeds = {}, {}
     if evaluate:
@@ -158,11 +161,17 @@ def compress(
         speeds = measure_speed(models, seed=seed)
     if curve:
         stages.enter("curve", "curve")
-        fields["curve"] = measure_curve(
-            original, tokenizer, heldout, steps[-1].config, curve,
+        last = steps[-1].config
+        shared = {n: getattr(last, n) for n in ("group_size", "symmetric", "tail", "skip", "only")}
+        points = sweep(
+            original, tokenizer, heldout,
+            plan(CURVE_METHODS, sorted(set(curve)), calibration_samples=_CURVE_SAMPLES, **shared),
             calibration_text=calibration_text, max_tokens=min(max_tokens or _CURVE_TOKENS, _CURVE_TOKENS),
-            samples=_CURVE_SAMPLES, progress=stages,
+            progress=stages,
         )  # fmt: skip
+        fields["curve"] = [
+            CurvePoint(one.method, one.bits_per_weight, one.evaluation.perplexity) for one in points
+        ]
         fields["curve_setting"] = (
             f"{_CURVE_SAMPLES} calibration windows, the text's first {_CURVE_TOKENS} tokens"
         )
@@ -206,95 +215,6 @@ def round_to_nearest(model: PreTrainedModel, config: WeightConfig) -> PreTrained
     return rounded
 
 
-def measure_curve(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Mapping[str, str],
-    config: WeightConfig,
-    bits: Sequence[int],
-    *,
-    methods: Sequence[str] = CURVE_METHODS,
-    calibration_text: Sequence[str | os.PathLike[str]] | None = None,
-    max_tokens: int | None = None,
-    samples: int | None = None,
-    progress: Progress | None = None,
-) -> list[CurvePoint]:
-    """Perplexity against bits per weight for several methods at their default settings, the original included.
-
-    Args:
-        model: the original; left unchanged.
-        tokenizer: its tokenizer.
-        text: what to evaluate on.
-        config: group size, symmetry and skipped layers come from here.
-        bits: the widths.
-        methods: the methods.
-        calibration_text: files to calibrate on.
-        max_tokens: of the evaluation.
-        samples: calibration windows; None takes each method's own number.
-        progress: called with a message and the share done.
-    """
-    points = []
-    runs = [(method, width) for width in sorted(bits) for method in methods]
-    calibrations: dict[tuple[int, int], Calibration | None] = {}
-    for i, (method, width) in enumerate(runs):
-        if progress is not None:
-            progress(f"{method} at {width} bits", i / len(runs))
-        config_class, apply = METHODS[method]
-        shared = {n: getattr(config, n) for n in ("group_size", "symmetric", "tail", "skip", "only")}
-        if samples is not None:
-            shared["calibration_samples"] = samples
-        step = Step(method, config_class(bits=width, **shared))
-        key = (step.config.calibration_samples, step.config.calibration_length)
-        if method != "rtn" and key not in calibrations:
-            calibrations[key] = _calibration(step, calibration_text, tokenizer)
-        candidate = copy.deepcopy(model)
-        apply(candidate, step.config, None if method == "rtn" else calibrations[key], None)
-        score = evaluate_models({method: candidate}, tokenizer, text, max_tokens=max_tokens)[method]
-        points.append(CurvePoint(method, bits_per_weight(candidate), score.perplexity))
-    score = evaluate_models({"original": model}, tokenizer, text, max_tokens=max_tokens)["original"]
-    return [CurvePoint("original", 8.0 * model.dtype.itemsize, score.perplexity), *points]
-
-
-def bits_per_weight(model: torch.nn.Module) -> float:
-    """Average bits of a compressed weight as stored, scales and zero points included; 0 if nothing is compressed."""
-    from tensormill.ops.linear_wna16.module import LinearWNA16
-
-    bits, weights = 0.0, 0
-    for layer in model.modules():
-        if isinstance(layer, LinearWNA16):
-            bits += 8 * sum(t.numel() * t.element_size() for t in (layer.weight_packed, layer.weight_scale))
-            if layer.weight_zero_point is not None:
-                bits += layer.bits * layer.weight_zero_point.numel()
-            weights += layer.in_features * layer.out_features
-    return bits / weights if weights else 0.0
-
-
-class _Stages:
-    """Turns each stage's own progress into one share of the whole job."""
-
-    def __init__(self, progress: Progress | None, **weights: float) -> None:
-        self._progress = progress
-        total = sum(weights.values())
-        self._spans, start = {}, 0.0
-        for name, weight in weights.items():
-            self._spans[name] = (start, weight / total)
-            start += weight / total
-        self._begin = self._length = 0.0
-
-    def enter(self, stage: str, message: str, part: int = 0, parts: int = 1) -> None:
-        begin, length = self._spans[stage]
-        self._begin, self._length = begin + length * part / parts, length / parts
-        self(message, 0.0)
-
-    def __call__(self, message: str, share: float | None) -> None:
-        if self._progress is not None:
-            self._progress(message, None if share is None else self._begin + self._length * share)
-
-    def done(self) -> None:
-        if self._progress is not None:
-            self._progress("done", 1.0)
-
-
 def _layout(steps: Recipe, format: str | None) -> CheckpointFormat:
     """The checkpoint's format, asked for by argument or recipe, if it has the widths of all steps."""
     if format is not None and steps.format not in (None, format):
@@ -327,18 +247,6 @@ def _steps(method: str, recipe: str | os.PathLike[str] | None, settings: Mapping
     return Recipe([Step.of(method, settings)])
 
 
-def _calibration(
-    step: Step, files: Sequence[str | os.PathLike[str]] | None, tokenizer: PreTrainedTokenizerBase
-) -> Calibration | None:
-    if step.method == "rtn":
-        return None
-    texts = list(read_texts(files).values()) if files is not None else [python_source.calibration_text()]
-    config = step.config
-    return Calibration.from_text(
-        texts, tokenizer, samples=config.calibration_samples, length=config.calibration_length
-    )
-
-
 def evaluation_text(files: Sequence[str | os.PathLike[str]] | None) -> tuple[Mapping[str, str], str]:
     """The texts to evaluate on, by name, and what they are called: the given files, else the held-out ones."""
     if files is not None:
@@ -350,8 +258,42 @@ def evaluation_text(files: Sequence[str | os.PathLike[str]] | None) -> tuple[Map
     )
 
 
-def _short_name(model: str | os.PathLike[str]) -> str:
+def open_with_tokenizer(
+    model: str | os.PathLike[str], device: str | torch.device, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `checkpoint.open_model`, for what can't be done without a tokenizer.
+
+    Raises:
+        InvalidArgument: it has none.
+    """
+    opened, tokenizer = checkpoint.open_model(model, device=device, dtype=dtype)
+    if tokenizer is None:
+        raise missing_tokenizer(model)
+    return opened, tokenizer
+
+
+def missing_tokenizer(model: str | os.PathLike[str]) -> InvalidArgument:
+    """The error for a model without a tokenizer, to be raised."""
+    advice = (
+        "get a copy with its vocabulary"
+        if gguf.is_gguf(checkpoint.resolve_path(model))
+        else "put its tokenizer files beside config.json"
+    )
+    return InvalidArgument(f"given {os.fspath(model)}, which has no tokenizer; {advice}")
+
+
+def source_fields(source: Path, opened: PreTrainedModel) -> dict[str, Any]:
+    """What a report says of a GGUF file and the model opened from it; empty for a directory."""
+    if not gguf.is_gguf(source):
+        return {}
+    return {**gguf.read_header(source).to_dict(), "dtype": str(opened.dtype).removeprefix("torch.")}
+
+
+def short_name(model: str | os.PathLike[str]) -> str:
+    """What outputs are named after by default: the last part of a path, or a built-in model's name."""
     text = os.fspath(model)
+    if gguf.is_gguf(text):
+        return Path(text).stem
     return text.partition(":")[2] if text.startswith(checkpoint.BUILTIN_PREFIX) else Path(text).resolve().name
 
 

@@ -25,6 +25,8 @@ __all__ = [
     "format_value",
     "line_plot",
     "log_ticks",
+    "method_label",
+    "method_series",
     "nice_ticks",
     "pair_plot",
 ]
@@ -69,20 +71,22 @@ _BOLD_WIDTH = 7.4
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a line: position, and what hovering shows."""
+    """A point of a line: position, what hovering shows, and whether a ring marks it."""
 
     x: float
     y: float
     title: str = ""
+    ringed: bool = False
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line with its markers; `tone` is one of `TONES`."""
+    """Markers, joined by a line or not; `tone` is one of `TONES`."""
 
     name: str
     points: Sequence[Point]
     tone: str = "other"
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,31 @@ class Bar:
     text: str
     tone: str = "other"
     title: str = ""
+
+
+def method_label(method: str) -> str:
+    """How a method is called in plots and tables: short names are abbreviations.
+
+    Example:
+        >>> method_label("awq"), method_label("original")
+        ('AWQ', 'original')
+    """
+    return method.upper() if len(method) <= 4 else method
+
+
+def method_series(points: Iterable[tuple[str, Point]]) -> list[Series]:
+    """A line for each method, in its own colour, in the order in which methods first appear.
+
+    Args:
+        points: Methods' names, each with one point.
+    """
+    lines: dict[str, list[Point]] = {}
+    for method, point in points:
+        lines.setdefault(method, []).append(point)
+    return [
+        Series(method_label(method), found, method if method in TONES else "other")
+        for method, found in lines.items()
+    ]
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -345,11 +374,14 @@ def line_plot(
         line = _line(left, y_axis(level), right, y_axis(level), "reference original")
         parts.append(_titled(line, f"{reference[0]}: {format_value(level, 4)}"))
     for kind, one, points in drawn:
-        path = " ".join(f"{x_axis(p.x):.1f},{y_axis(p.y):.1f}" for p in sorted(points, key=lambda p: p.x))
-        parts.append(f'<polyline points="{path}" class="line {one.tone}"/>')
+        if one.joined:
+            path = " ".join(f"{x_axis(p.x):.1f},{y_axis(p.y):.1f}" for p in sorted(points, key=lambda p: p.x))
+            parts.append(f'<polyline points="{path}" class="line {one.tone}"/>')
         for p in points:
             marker = _marker(kind, x_axis(p.x), y_axis(p.y), f"mark {one.tone}")
             title = p.title or f"{one.name}: {format_value(p.x)}, {format_value(p.y, 4)}"
+            if p.ringed:
+                marker += _marker(0, x_axis(p.x), y_axis(p.y), f"hollow {one.tone}", 8.5)
             parts.append(_titled(marker, title))
     return _svg(width, height, description or f"{y_label} against {x_label}", parts)
 

@@ -11,38 +11,48 @@ import datetime
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from tensormill.compress.evaluate import Evaluation, Interval, paired_bootstrap
+from tensormill.compress.output import write_files
+from tensormill.compress.page import render_page
 from tensormill.compress.plots import (
-    PLOT_STYLE,
     Bar,
     Pair,
     PairGroup,
     Point,
-    Series,
     bar_plot,
     format_value,
     line_plot,
+    method_label,
+    method_series,
     pair_plot,
 )
 from tensormill.compress.speed import Speed
-from tensormill.errors import InvalidArgument, OutputError
+from tensormill.errors import InvalidArgument
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-__all__ = ["CompressionReport", "CurvePoint", "Finding", "LayerLoss", "environment", "format_bytes"]
+__all__ = [
+    "CompressionReport",
+    "CurvePoint",
+    "Finding",
+    "LayerLoss",
+    "describe_source",
+    "encodable",
+    "environment",
+    "format_bytes",
+    "format_seconds",
+    "plain",
+]
 
 _MINUS = "\N{MINUS SIGN}"
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -109,7 +119,7 @@ class CompressionReport:
         model: The model as the user named it.
         method: Name of the method, e.g. "awq".
         output: Where the compressed checkpoint lies.
-        bytes_before: Weight files of the original.
+        bytes_before: Weight files of the original; of a GGUF file, its dequantized weights, see `source`.
         bytes_after: Weight files of the result.
         bits_per_weight: Average over the compressed weights, scales and zero points included.
         seconds: Wall time of the compression itself.
@@ -128,6 +138,8 @@ class CompressionReport:
         speed: Settings and spread of the speed measurement, see `Speed`, by "original" and "compressed".
         evaluation: The text (name and SHA-256), windows, scored tokens and bytes.
         environment: Versions, device, date and seed, see `environment`.
+        source: Of a GGUF file: its size, its types with their shares of the weights, and the dtype that it was
+            dequantized to.
     """
 
     model: str
@@ -152,6 +164,7 @@ class CompressionReport:
     speed: Mapping[str, Speed] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_evaluations(
@@ -270,8 +283,9 @@ class CompressionReport:
             "evaluation": dict(self.evaluation),
             "recipe": self.recipe,
             "environment": dict(self.environment),
+            "source": dict(self.source),
         }
-        result: dict[str, Any] = _plain({**contract, **more})
+        result: dict[str, Any] = plain({**contract, **more})
         return result
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -284,7 +298,7 @@ class CompressionReport:
         from rich.text import Text
 
         def fit(text: str) -> str:
-            return _encodable(text, console.encoding)
+            return encodable(text, console.encoding)
 
         def line(*parts: str | tuple[str, str], **options: Any) -> None:
             fitted = [fit(part) if isinstance(part, str) else (fit(part[0]), part[1]) for part in parts]
@@ -300,7 +314,7 @@ class CompressionReport:
             if any(cell != format_value(None) for cell in cells):
                 table.add_row(*(Text(fit(cell)) for cell in (row["what"], *cells)))
         console.print(table)
-        effort = f"{format_value(self.bits_per_weight)} bits per weight, {_format_seconds(self.seconds)}"
+        effort = f"{format_value(self.bits_per_weight)} bits per weight, {format_seconds(self.seconds)}"
         line((f"{effort} to compress, peak memory {format_bytes(self.peak_memory_bytes)}", "dim"))
         marks = {"good": ("+ ", "green"), "note": ("- ", "dim"), "warning": ("! ", "bold yellow")}
         for finding in self.findings():
@@ -309,27 +323,21 @@ class CompressionReport:
 
     def to_html(self) -> str:
         """The report as one page that needs no other file, no network and no script."""
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-
-        source = (
-            resources.files("tensormill.compress").joinpath("report.html.jinja").read_text(encoding="utf-8")
-        )
-        # Names and paths are the user's; everything is escaped but the plots, which escape their own texts.
-        engine = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        return engine.from_string(source).render(
+        return render_page(
+            "report.html.jinja",
+            plots={
+                "quality_plot": self._quality_plot(),
+                "size_plot": self._size_plot(),
+                "speed_plot": self._speed_plot(),
+                "layer_plot": self._layer_plot(),
+            },
             report=self,
             method=self._label(),
             cards=self._cards(),
             findings=[finding for finding in self.findings() if not finding.on_card],
             table=self._table(),
-            plot_style=Markup(PLOT_STYLE),
-            quality_plot=Markup(self._quality_plot()),
             undrawn=self._undrawn(),
             curve_setting=self.curve_setting,
-            size_plot=Markup(self._size_plot()),
-            speed_plot=Markup(self._speed_plot()),
-            layer_plot=Markup(self._layer_plot()),
             layers=[
                 {
                     "name": layer.name,
@@ -357,34 +365,16 @@ class CompressionReport:
         Raises:
             OutputError: A file could not be written; no partial file is left.
         """
-        place = Path(directory)
-        contents = {place / "report.json": self.to_json() + "\n", place / "report.html": self.to_html()}
-        waiting: list[tuple[str, Path]] = []
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            for path, text in contents.items():
-                handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=place)
-                waiting.append((temporary, path))
-                with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-            for temporary, path in waiting:
-                os.chmod(temporary, 0o644)  # mkstemp's files are the owner's alone
-                os.replace(temporary, path)
-        except OSError as error:
-            raise OutputError(f"report can't be written to {place}: {error.strerror or error}") from error
-        finally:
-            for temporary, _ in waiting:
-                with suppress(OSError):
-                    os.unlink(temporary)
-        first, second = contents
+        first, second = write_files(
+            directory, {"report.json": self.to_json() + "\n", "report.html": self.to_html()}
+        )
         return first, second
 
     def findings(self) -> list[Finding]:
         """The report in sentences, warnings among them."""
         found = [
             self._size_finding(),
+            *self._source_findings(),
             *self._original_findings(),
             *self._rtn_findings(),
             *self._agreement_findings(),
@@ -404,7 +394,7 @@ class CompressionReport:
         return found
 
     def _label(self) -> str:
-        return self.method.upper() if len(self.method) <= 4 else self.method
+        return method_label(self.method)
 
     def _size_finding(self) -> Finding:
         sizes = f"{format_bytes(self.bytes_before)} {_ARROW} {format_bytes(self.bytes_after)}"
@@ -412,6 +402,16 @@ class CompressionReport:
             smaller = format_value(self.bytes_before / self.bytes_after)
             return Finding("good", f"{smaller}{_TIMES} smaller: {sizes}.", on_card=True)
         return Finding("warning", f"Not smaller: {sizes}.")
+
+    def _source_findings(self) -> list[Finding]:
+        if not self.source:
+            return []
+        found = [Finding("note", describe_source(self.source, self.bytes_before))]
+        size = self.source["file_bytes"]
+        if self.bytes_after >= size:
+            sizes = f"{format_bytes(size)} {_ARROW} {format_bytes(self.bytes_after)}"
+            found.append(Finding("warning", f"Not smaller than the GGUF file itself: {sizes}."))
+        return found
 
     def _original_findings(self) -> list[Finding]:
         original, compressed = self.perplexity.get("original"), self.perplexity.get("compressed")
@@ -555,9 +555,11 @@ class CompressionReport:
             ("model", self.model),
             ("checkpoint", self.output),
             ("bits per weight", format_value(self.bits_per_weight)),
-            ("compression time", _format_seconds(self.seconds)),
+            ("compression time", format_seconds(self.seconds)),
             ("peak memory", format_bytes(self.peak_memory_bytes)),
         ]
+        if self.source:
+            rows.append(("original", describe_source(self.source, self.bytes_before)))
         rows += [(key.replace("_", " "), value) for key, value in self.evaluation.items()]
         rows += [
             (
@@ -588,21 +590,17 @@ class CompressionReport:
 
     def _quality_plot(self) -> str:
         original, drawn = self._curve_points()
-        methods = dict.fromkeys(point.method for point in drawn)
-        series = []
-        for method in methods:
-            tone = method if method in ("rtn", "gptq", "awq") else "other"
-            label = method.upper() if len(method) <= 4 else method
-            points = [
+        series = method_series(
+            (
+                p.method,
                 Point(
                     p.bits_per_weight,
                     p.perplexity,
-                    f"{label}, {format_value(p.bits_per_weight)} bits: {format_value(p.perplexity, 4)}",
-                )
-                for p in drawn
-                if p.method == method
-            ]
-            series.append(Series(label, points, tone))
+                    f"{method_label(p.method)}, {format_value(p.bits_per_weight)} bits: {format_value(p.perplexity, 4)}",
+                ),
+            )
+            for p in drawn
+        )
         return line_plot(
             series,
             x_label="bits per weight",
@@ -693,18 +691,33 @@ def format_bytes(count: float) -> str:
     return f"{format_value(size)} TB"
 
 
+def describe_source(source: Mapping[str, Any], stored: int) -> str:
+    """One sentence: of what GGUF file "the original" is the dequantized form.
+
+    Args:
+        source: As `CompressionReport.source`.
+        stored: Bytes of the dequantized weights.
+    """
+    before = ", quantized already" if source["quantized"] else ""
+    return (
+        f"The original is a GGUF file of {format_bytes(source['file_bytes'])}{before}: {source['types']}. "
+        f'It was dequantized to {source["dtype"]}, and "original" means that form, of {format_bytes(stored)}.'
+    )
+
+
 def _layer_losses(layers: Iterable[Any]) -> list[LayerLoss]:
     return [LayerLoss(one.name, one.bits, one.nmse, getattr(one, "loss_rtn", None)) for one in layers]
 
 
-def _format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """A duration for people: seconds, from two minutes on minutes, from two hours on hours."""
     if not math.isfinite(seconds) or seconds < 120:
         return f"{format_value(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _encodable(text: str, encoding: str) -> str:
+def encodable(text: str, encoding: str) -> str:
     """The text in characters that a terminal of this encoding can show."""
     try:
         text.encode(encoding)
@@ -775,21 +788,21 @@ def _recipe_text(recipe: Any) -> str:
         return recipe or ""
     import yaml
 
-    return str(yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True)).rstrip()
+    return str(yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True)).rstrip()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON's own types: containers copied, NaN and infinities to None, anything unknown to its text."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a number of torch or numpy
-        return _plain(value.item())
+        return plain(value.item())
     return str(value)

@@ -26,6 +26,7 @@ Read against AutoGPTQ 0.7.1 (`qlinear_cuda_old`) and GPTQModel 7.7.0 (`utils/mod
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from collections.abc import Mapping
@@ -155,8 +156,6 @@ class GPTQFormat(UniformFormat):
         return empty
 
     def quantization_config(self, model: nn.Module) -> dict[str, Any]:
-        from tensormill import __version__
-
         scheme = self.model_scheme(model)
         output = output_layer(model)
         left = [
@@ -170,7 +169,7 @@ class GPTQFormat(UniformFormat):
             "sym": scheme.symmetric,
             "desc_act": False,
             "lm_head": output in compressed_linears(model),
-            "meta": {"quantizer": [f"tensormill:{__version__}"]},
+            "meta": {"quantizer": [f"tensormill:{importlib.import_module('tensormill').__version__}"]},
         }
         if left:
             # GPTQModel's way to leave a layer alone; the format itself has none.

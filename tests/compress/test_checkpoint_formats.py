@@ -346,7 +346,9 @@ def test_compress_writes_the_format(tmp_path, source, name):
 
 def test_compress_refuses_before_any_work(tmp_path, source, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tensormill.compress.pipeline.calibration_for", lambda *arguments: pytest.fail("worked"))
+    monkeypatch.setattr(
+        "tensormill.compress.pipeline.calibration_for", lambda *arguments: pytest.fail("worked")
+    )
 
     def run(**settings):
         return lambda: compress(source, "rtn", **{"group_size": 32, "evaluate": False, **settings})

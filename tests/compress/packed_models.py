@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
+
+from tensormill.errors import CheckpointError
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "opt")
 TOKENS = torch.arange(3, 43).reshape(2, 20)
@@ -89,3 +93,12 @@ def save_tokenizer(path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(path)
+
+
+def refused(call: Callable[[], object], error: type[Exception] = CheckpointError) -> str:
+    """The one short line with which a call is refused."""
+    with pytest.raises(error) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 600
+    return text

@@ -19,7 +19,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_models import compress_linears, logits, relative_error, save_source, save_tokenizer, tiny_model
+from packed_models import (
+    compress_linears,
+    logits,
+    refused,
+    relative_error,
+    save_source,
+    save_tokenizer,
+    tiny_model,
+)
 from safetensors.torch import load_file, save_file
 
 from tensormill.compress import checkpoint, output
@@ -67,14 +75,6 @@ def compressed(original, tmp_path_factory) -> Path:
     model, tokenizer = open_model(original)
     compress_linears(model, 4, 32, False)
     return save_compressed(model, tokenizer, original, tmp_path_factory.mktemp("out") / "w4")
-
-
-def refused(call, error=CheckpointError) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and len(text) < 500
-    return text
 
 
 def edit_json(file: Path, **values) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from packed_models import ARCHITECTURES, compress_linears, logits, save_source, tiny_model
+from packed_models import ARCHITECTURES, compress_linears, logits, refused, save_source, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
@@ -21,7 +21,7 @@ from tensormill.compress.formats.checkpoint_format import compressed_linears
 from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.formats.registry import FORMATS, METHODS, format_named, format_of
 from tensormill.compress.recipe import parse_recipe
-from tensormill.errors import CheckpointError, InvalidArgument, ModelError, RecipeError
+from tensormill.errors import InvalidArgument, ModelError, RecipeError
 
 WEIGHTS = "model.safetensors"
 LAYER = "model.layers.1.mlp.down_proj"
@@ -34,14 +34,6 @@ CASES = [
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*zero points of:UserWarning")
-
-
-def refused(call, error=CheckpointError) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and len(text) < 500
-    return text
 
 
 def build(architecture="llama", bits=4, group_size=32, symmetric=False, tied=False, **more):

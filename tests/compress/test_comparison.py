@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_models import compress_linears, save_source, tiny_model
+from packed_models import compress_linears, refused, save_source, tiny_model
 
 from tensormill.compress import checkpoint, comparison, sweep
 from tensormill.compress.comparison import MethodComparison, Row, compare, pareto
@@ -259,14 +259,6 @@ def test_a_gguf_source_is_said():
 
 
 # --- refusals
-
-
-def refused(call, error) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and len(text) < 500
-    return text
 
 
 def test_plans_are_checked():

@@ -15,6 +15,7 @@ import torch
 from gguf_models import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_models import refused
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -37,14 +38,6 @@ def whole(tmp_path_factory) -> Path:
 @pytest.fixture
 def file(whole, tmp_path) -> Path:
     return Path(shutil.copy(whole, tmp_path / "model.gguf"))
-
-
-def refused(call, error=CheckpointError) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and len(text) < 600
-    return text
 
 
 def logits(model) -> torch.Tensor:

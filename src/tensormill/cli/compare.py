@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tensormill.cli.app import Device, Json, app, print_json, resolve_device
-from tensormill.cli.compress import Dtype, Model, Text, dtype_named, widths
+from tensormill.cli.compress import CalibrationText, Dtype, Model, Text, dtype_named, widths
 from tensormill.cli.progress import progress_bar
 
 
@@ -23,12 +23,7 @@ def compare(
         Path | None, typer.Option("--output", "-o", help="Directory of compare.html and compare.json.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a comparison that lies there.")] = False,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--calibration", help="Text file to calibrate on; repeatable. Default: standard library."
-        ),
-    ] = None,
+    calibration: CalibrationText = None,
     text: Text = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 16,
     max_tokens: Annotated[int, typer.Option(help="Evaluate on at most so many tokens; 0 takes all.")] = 8192,

@@ -17,6 +17,10 @@ Text = Annotated[
     list[Path] | None,
     typer.Option("--text", help="Text file to evaluate on; repeatable. Default: held-out standard library."),
 ]
+CalibrationText = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", help="Text file to calibrate on; repeatable. Default: standard library."),
+]
 MaxTokens = Annotated[int, typer.Option(help="Evaluate on at most so many tokens; 0 takes all.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the checkpoint's.")]
 
@@ -40,12 +44,7 @@ def compress(
         typer.Option(help="compressed-tensors, awq, gptq or gptq_v2. Default: compressed-tensors."),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that lies there.")] = False,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--calibration", help="Text file to calibrate on; repeatable. Default: standard library."
-        ),
-    ] = None,
+    calibration: CalibrationText = None,
     text: Text = None,
     max_tokens: MaxTokens = 65536,
     evaluate: Annotated[bool, typer.Option(help="Measure quality and speed.")] = True,

@@ -140,9 +140,16 @@ def open_model(
     """
     if gguf.is_gguf(resolve_path(path_or_builtin)):
         with _quiet_transformers():
-            return gguf.open_gguf(
-                resolve_path(path_or_builtin), device=_device(device), dtype=dtype, check_finite=check_finite
+            opened, tokenizer = gguf.open_gguf(
+                resolve_path(path_or_builtin), device=_device(device), dtype=dtype
             )
+        if check_finite:
+            for name, tensor in opened.named_parameters():
+                if not _is_finite(tensor.detach()):
+                    raise CheckpointError(
+                        f"{name} in {path_or_builtin} has NaN or infinity, expected finite weights; get a sound copy"
+                    )
+        return opened, tokenizer
     info = inspect_checkpoint(path_or_builtin)
     if info.quantization is not None:
         raise CheckpointError(_already_quantized(info))

@@ -34,17 +34,14 @@ from tensormill.compress.report import (
 from tensormill.compress.speed import Speed
 from tensormill.compress.stages import Progress, Stages
 from tensormill.compress.structure import discover
-from tensormill.compress.sweep import ORIGINAL, Measured, plan, sweep
+from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, ORIGINAL, SAMPLES, Measured, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-METHODS = ("rtn", "gptq", "awq")
 BITS = (2, 3, 4)
-# A comparison shows trends and takes minutes: less text and fewer calibration windows than one compression.
-MAX_TOKENS, SAMPLES = 8192, 16
 FILES = ("compare.json", "compare.html")
 
 
@@ -282,7 +279,7 @@ class MethodComparison:
 def compare(
     model: str | os.PathLike[str],
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = METHODS_COMPARED,
     bits: Sequence[int] = BITS,
     group_size: int = 128,
     symmetric: bool = False,

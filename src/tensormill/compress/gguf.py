@@ -32,8 +32,6 @@ _STRING, _ARRAY = 8, 9
 # struct format of the metadata's scalar types, by their number in the file.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_DIMENSIONS = 4
-# Elements whose finiteness is tested at a time: bounds the temporary to 16 MiB.
-_SCAN_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,6 @@ def open_gguf(
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    check_finite: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Opens a GGUF file as an ordinary model, dequantized, after checking its header.
 
@@ -129,15 +126,14 @@ def open_gguf(
         path: The file; nothing else in its directory is meant.
         device: Where the model goes.
         dtype: Of the weights; None takes float32, which holds every dequantized number exactly.
-        check_finite: Refuse NaN and infinity.
 
     Returns:
         The model in evaluation mode, without a trace of GGUF in its configuration, and its tokenizer, or None if the
         file has no vocabulary.
 
     Raises:
-        CheckpointError: As `read_header`; or transformers can't read the architecture, or a tensor is missing, has
-            another shape, or isn't finite.
+        CheckpointError: As `read_header`; or transformers can't read the architecture, or a tensor is missing or has
+            another shape.
     """
     import transformers
 
@@ -177,8 +173,6 @@ def open_gguf(
             "download it again"
         )
     _forget_origin(model)
-    if check_finite:
-        _check_finite(file, model.named_parameters())
     return model.to(device).eval(), tokenizer
 
 
@@ -209,15 +203,6 @@ def _without_bars() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = bar
-
-
-def _check_finite(file: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    for name, tensor in tensors:
-        parts = tensor.detach().reshape(-1).split(_SCAN_ELEMENTS)
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
-            raise CheckpointError(
-                f"{name} in {file} has NaN or infinity, expected finite weights; get a sound copy"
-            )
 
 
 class _Truncated(Exception):

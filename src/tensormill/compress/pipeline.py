@@ -33,18 +33,13 @@ from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
 from tensormill.compress.stages import Progress, Stages
-from tensormill.compress.sweep import calibration_for, plan, sweep
+from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, SAMPLES, calibration_for, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
 from tensormill.errors import InvalidArgument, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CURVE_BITS = (2, 3, 4)
-CURVE_METHODS = ("rtn", "gptq", "awq")
-# A curve shows trends: fewer calibration windows and less text than the report's own figures.
-_CURVE_SAMPLES, _CURVE_TOKENS = 16, 8192
 
 
 def compress(
@@ -163,18 +158,16 @@ def compress(
         stages.enter("curve", "curve")
         last = steps[-1].config
         shared = {n: getattr(last, n) for n in ("group_size", "symmetric", "tail", "skip", "only")}
+        tokens = min(max_tokens or MAX_TOKENS, MAX_TOKENS)
         points = sweep(
             original, tokenizer, heldout,
-            plan(CURVE_METHODS, sorted(set(curve)), calibration_samples=_CURVE_SAMPLES, **shared),
-            calibration_text=calibration_text, max_tokens=min(max_tokens or _CURVE_TOKENS, _CURVE_TOKENS),
-            progress=stages,
+            plan(METHODS_COMPARED, sorted(set(curve)), calibration_samples=SAMPLES, **shared),
+            calibration_text=calibration_text, max_tokens=tokens, progress=stages,
         )  # fmt: skip
         fields["curve"] = [
             CurvePoint(one.method, one.bits_per_weight, one.evaluation.perplexity) for one in points
         ]
-        fields["curve_setting"] = (
-            f"{_CURVE_SAMPLES} calibration windows, the text's first {_CURVE_TOKENS} tokens"
-        )
+        fields["curve_setting"] = f"{SAMPLES} calibration windows, at most the text's first {tokens} tokens"
     stages.enter("write", f"writing {target}")
     layers = [layer for made in reports for layer in made.layers]
     report: CompressionReport | None = None

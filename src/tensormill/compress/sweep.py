@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ORIGINAL = "original"
+METHODS_COMPARED = ("rtn", "gptq", "awq")
+# A sweep shows trends and takes minutes: less text and fewer calibration windows than one compression.
+SAMPLES, MAX_TOKENS = 16, 8192
 
 
 @dataclass(frozen=True)

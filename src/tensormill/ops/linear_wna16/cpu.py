@@ -11,7 +11,7 @@ from tensormill.roofline import has_fast_matmul
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Tokens up to which decoding in vector registers beats a product with dequantized panels: with AVX2 they are even at
-# 64, float32 being the fast type of both.
+# 64 for float32 activations.
 _MOST_DECODED_TOKENS = 8
 _MOST_DECODED_TOKENS_AVX2 = 64
 _AVX2 = 1  # of _cpu.instruction_set()

@@ -442,11 +442,11 @@ def _mix_heads(block: nn.Module, mapping: ScaleMapping, factor: float, generator
         along = (vectors * directions.unsqueeze(-1)).sum(dim=1, keepdim=True)
         return vectors + (strength - 1) * along * directions.unsqueeze(-1)
 
-    start = producer.out_features - channels
+    chosen = mapping.rows(producer.out_features, channels)
     for values in (producer.weight, producer.bias):
         if values is not None:
-            rows = values.data[start:]
-            rows.copy_(mixed(rows.double().reshape(heads, size, -1), factor).reshape(rows.shape))
+            rows = values.data[chosen].double()
+            values.data[chosen] = mixed(rows.reshape(heads, size, -1), factor).reshape(rows.shape).to(values)
     for name in mapping.consumers:
         weight = linear_in(block, name).weight
         by_head = weight.data.double().T.reshape(heads, mapping.repeats, size, -1).transpose(0, 1)

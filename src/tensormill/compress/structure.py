@@ -49,6 +49,8 @@ class ScaleMapping:
         repeats: consumer channels per producer channel: 1, or query heads per key-value head.
         head_dim: size of the runs of channels (heads) that may even be mixed with one another; 0 if they may
             only be scaled.
+        stride: rows of a linear producer from the end of one scaled head to the end of the next, where other
+            rows lie between (a query and a key per head); 0 where the scaled rows are its last ones.
     """
 
     producer: str
@@ -58,6 +60,15 @@ class ScaleMapping:
     offset: float = 0.0
     repeats: int = 1
     head_dim: int = 0
+    stride: int = 0
+
+    def rows(self, out_features: int, channels: int) -> slice | Tensor:
+        """Which of a linear producer's `out_features` rows are the `channels` that are scaled, in order."""
+        if not self.stride:
+            return slice(out_features - channels, out_features)
+        first = torch.arange(channels // self.head_dim).unsqueeze(1) * self.stride
+        within = torch.arange(self.stride - self.head_dim, self.stride)
+        return (first + within).flatten()
 
     def expand(self, scale: Tensor) -> Tensor:
         """Scales of the consumers' columns (K,) from those of the producer's channels (K / repeats,)."""
@@ -424,13 +435,14 @@ class _Probe:
     def find_scores(self) -> tuple[str, ...]:
         """Linears that only meet in a product: doubling one and halving the other changes nothing.
 
-        (Or doubling one alone, where a norm of its own follows.)
+        With the sign changed too: else a norm that follows each of two unrelated layers would hide the
+        factors.
         """
         scores = set()
         for group in self.input_groups:
             for index, first in enumerate(group):
                 for second in group[index + 1 :]:
-                    if self._unchanged(outputs={first: 2.0, second: 0.5}):
+                    if self._unchanged(outputs={first: -2.0, second: -0.5}):
                         scores |= {first, second}
         return tuple(name for name in self.linears if name in scores)
 
@@ -449,25 +461,31 @@ class _Probe:
             return None
         rows = self.parts[producer].out_features
         columns = self.parts[consumers[0]].in_features
-        for channels, repeats, head_dim in _channel_layouts(rows, columns, self.head_dims):
+        for channels, repeats, head_dim, stride in _channel_layouts(rows, columns, self.head_dims):
             edge = ScaleMapping(
-                producer, consumers, _common_parent(consumers), "linear", repeats=repeats, head_dim=head_dim
+                producer,
+                consumers,
+                _common_parent(consumers),
+                "linear",
+                repeats=repeats,
+                head_dim=head_dim,
+                stride=stride,
             )
             factors = self._factors(channels)
-            # A fused projection (query, key and value, or gate and up) keeps the scaled part in its last
-            # rows.
-            scaled = torch.cat([factors.new_ones(rows - channels), factors])
+            # A fused projection keeps the scaled part in its last rows (query, key and value, or gate and
+            # up), or in the last of each head's.
+            scaled = factors.new_ones(rows)
+            scaled[edge.rows(rows, channels)] = factors
             if self._cancels(producer, scaled, consumers, edge.expand(factors)):
-                if repeats > 1:
+                if repeats > 1 or stride:
                     return edge
-                mixable = [
-                    size for size in self.head_dims if self._mixes(producer, consumers, channels, size)
-                ]
+                mixable = [size for size in self.head_dims if self._mixes(edge, channels, size)]
                 return replace(edge, head_dim=max(mixable, default=0))
         return None
 
-    def _mixes(self, producer: str, consumers: tuple[str, ...], channels: int, size: int) -> bool:
+    def _mixes(self, edge: ScaleMapping, channels: int, size: int) -> bool:
         """Whether rotating runs of `size` channels cancels: only linear maps lie between, head by head."""
+        producer, consumers = edge.producer, edge.consumers
         if channels % size or size == 1:
             return False
         generator = torch.Generator().manual_seed(size)
@@ -556,26 +574,34 @@ def _in_float64(block: nn.Module) -> nn.Module:
     return block.double()
 
 
-def _channel_layouts(rows: int, columns: int, head_dims: list[int]) -> Iterator[tuple[int, int, int]]:
-    """How `rows` outputs of a linear may become `columns` inputs: (scaled rows, repeats, head_dim)."""
+def _channel_layouts(rows: int, columns: int, head_dims: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """How `rows` outputs of a linear may become `columns` inputs: (scaled rows, repeats, head_dim, stride)."""
     if rows >= columns:
-        yield columns, 1, 0
+        yield columns, 1, 0, 0
     for head_dim in head_dims:
         heads = columns // head_dim
         for repeats in range(2, heads + 1):
             if columns % (head_dim * repeats) == 0 and (
                 rows * repeats == columns or rows == columns + 2 * columns // repeats
             ):
-                yield columns // repeats, repeats, head_dim
+                yield columns // repeats, repeats, head_dim, 0
+        # Rows ordered by head: query, key and value (GPT-NeoX, BLOOM; Falcon, whose heads share some), key
+        # and value (multi-head latent attention).
+        for repeats in range(1, heads + 1):
+            if columns % (head_dim * repeats):
+                continue
+            stride, rest = divmod(rows, heads // repeats)
+            if not rest and (stride == (repeats + 2) * head_dim or (repeats == 1 and stride > head_dim)):
+                yield columns // repeats, repeats, head_dim, stride
 
 
 def _head_dims(model: nn.Module, block: nn.Module) -> list[int]:
     """Sizes that a head could have, by attributes and the configuration."""
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
-    sizes = [getattr(part, "head_dim", None) for part in block.modules()] + [
-        getattr(config, "head_dim", None)
-    ]
+    sizes = [getattr(config, "head_dim", None)]
+    for part in block.modules():
+        sizes += [value for name, value in vars(part).items() if name.endswith("head_dim")]
     if getattr(config, "num_attention_heads", None):
         sizes.append(config.hidden_size // config.num_attention_heads)
     return sorted({size for size in sizes if isinstance(size, int) and size > 0})

@@ -1,0 +1,177 @@
+"""Every architecture on the list of docs/compress.md, from its edges to the logits of its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from architectures import CONFIGS, VOCABULARY, architecture_model
+from packed_models import relative_error
+from safetensors.torch import load_file
+from test_compressed_tensors import PLAIN
+from test_fold import change, fold_all, outputs
+from torch import nn
+
+from tensormill.compress import awq, gptq, rtn
+from tensormill.compress.calibration import Calibration
+from tensormill.compress.checkpoint import load, save_compressed
+from tensormill.compress.formats.checkpoint_format import compressed_linears
+from tensormill.compress.formats.float16_scales import round_scales
+from tensormill.compress.structure import discover
+
+GATED = [
+    "input_layernorm -> self_attn.q_proj + self_attn.k_proj + self_attn.v_proj",
+    "self_attn.v_proj -> self_attn.o_proj",
+    "post_attention_layernorm -> mlp.gate_proj + mlp.up_proj",
+    "mlp.up_proj -> mlp.down_proj",
+]
+POST_NORMS = [edge.replace("post_attention", "pre_feedforward") for edge in GATED]
+NEOX = [
+    "input_layernorm -> attention.query_key_value",
+    "attention.query_key_value -> attention.dense",
+    "post_attention_layernorm -> mlp.dense_h_to_4h",
+]
+# Edges of the blocks by first block of each kind.
+EDGES = {
+    "llama": {0: GATED},
+    "qwen3": {0: GATED},
+    "gemma2": {0: POST_NORMS},
+    "gemma3": {0: POST_NORMS},
+    "gpt_neox": {0: NEOX},
+    "gpt_neox_sequential": {0: NEOX},
+    "phi3": {
+        0: [
+            "input_layernorm -> self_attn.qkv_proj",
+            "self_attn.qkv_proj -> self_attn.o_proj",
+            "post_attention_layernorm -> mlp.gate_up_proj",
+            "mlp.gate_up_proj -> mlp.down_proj",
+        ]
+    },
+}
+# Gemma's norms multiply by their weight in float32, whatever the model's dtype.
+ROUNDING = {"gemma2": 1e-6, "gemma3": 1e-6}
+
+TOKENS = torch.randint(0, VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(3))
+SMALL = {"group_size": 16, "n_grid": 4, "clip_grid": 8}
+
+
+def compressed(name: str, **settings) -> nn.Module:
+    model = architecture_model(name)
+    awq.apply(model, awq.AWQConfig(**{**SMALL, **settings}), Calibration(TOKENS))
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(TOKENS[:2]).logits.float()
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_are_found(name):
+    blocks = discover(architecture_model(name)).blocks
+    kinds = sorted(EDGES[name])
+    for index, block in enumerate(blocks):
+        kind = max(first for first in kinds if first <= index)
+        assert [str(edge) for edge in block.mappings] == EDGES[name][kind]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", EDGES)
+def test_folding_changes_nothing(name, seed):
+    model = architecture_model(name, seed=seed, dtype=torch.float64)
+    structure = discover(model)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    before = outputs(model, structure)
+    fold_all(model, structure)
+    assert change(before, outputs(model, structure)) < ROUNDING.get(name, 1e-10)
+    changed = sum(not torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert (
+        changed >= sum(1 + len(edge.consumers) for block in structure.blocks for edge in block.mappings) / 2
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Every architecture compressed with AWQ and saved, with and without zero points, and its logits."""
+    root = tmp_path_factory.mktemp("architectures")
+    models = {
+        f"{name}-{'sym' if symmetric else 'asym'}": compressed(name, symmetric=symmetric)
+        for name in EDGES
+        for symmetric in (True, False)
+    }
+    folders = {name: save_compressed(model, None, None, root / name) for name, model in models.items()}
+    return folders, {name: logits(model) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def plain_logits(saved, tmp_path_factory):
+    """Logits of plain transformers with compressed-tensors, in a process that never sees tensormill."""
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path_factory.mktemp("plain") / "logits.safetensors"
+    folders = {name: str(folder) for name, folder in saved[0].items()}
+    request = json.dumps([folders, TOKENS[:2].tolist(), str(out)])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN], input=request, text=True, capture_output=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out)
+
+
+CASES = [f"{name}-{kind}" for name in EDGES for kind in ("sym", "asym")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_transformers_computes_the_same_logits(case, saved, plain_logits):
+    assert relative_error(plain_logits[case], saved[1][case]) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_load_computes_the_same_logits(case, saved):
+    assert relative_error(logits(load(saved[0][case])), saved[1][case]) < 1e-5
+
+
+@pytest.mark.parametrize("format", ["awq", "gptq"])
+@pytest.mark.parametrize("name", EDGES)
+def test_the_other_formats_hold_the_same_model(name, format, tmp_path):
+    model = architecture_model(name)
+    rtn.apply(model, rtn.RTNConfig(group_size=32, symmetric=True))
+    round_scales(model)
+    found = load(save_compressed(model, None, None, tmp_path / format, format=format))
+    assert set(compressed_linears(found)) == set(compressed_linears(model))
+    assert relative_error(logits(found), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_methods_beat_rounding_on_the_calibration_data(name):
+    """Both minimize a layer's output error, so a wrong Gram matrix would show here."""
+    reports = [
+        awq.apply(architecture_model(name), awq.AWQConfig(bits=3, **SMALL), Calibration(TOKENS)),
+        gptq.apply(
+            architecture_model(name),
+            gptq.GPTQConfig(bits=3, group_size=16, inputs="original"),
+            Calibration(TOKENS),
+        ),
+    ]
+    for report in reports:
+        assert len(report.layers) == sum(
+            len(block.linears) for block in discover(architecture_model(name)).blocks
+        )
+        assert sum(layer.nmse for layer in report.layers) < 0.9 * sum(
+            layer.loss_rtn for layer in report.layers
+        )
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_eight_bits_hardly_change_the_model(name):
+    """A scale lost between two layers would."""
+    expected = logits(architecture_model(name))
+    assert relative_error(logits(compressed(name, bits=8, symmetric=True)), expected) < 0.03
+
+
+def test_every_architecture_is_covered():
+    assert set(EDGES) <= set(CONFIGS)

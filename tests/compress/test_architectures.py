@@ -19,6 +19,7 @@ from torch import nn
 from tensormill.compress import awq, gptq, rtn
 from tensormill.compress.calibration import Calibration
 from tensormill.compress.checkpoint import load, save_compressed
+from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.formats.checkpoint_format import compressed_linears
 from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.structure import discover
@@ -52,11 +53,64 @@ EDGES = {
         ]
     },
 }
-# Gemma's norms multiply by their weight in float32, whatever the model's dtype.
-ROUNDING = {"gemma2": 1e-6, "gemma3": 1e-6}
+MOE = {
+    "qwen2_moe": {
+        0: GATED,
+        1: [
+            *GATED[:2],
+            "post_attention_layernorm -> mlp.shared_expert.gate_proj + mlp.shared_expert.up_proj + "
+            "mlp.experts.*.gate_proj + mlp.experts.*.up_proj + mlp.gate + mlp.shared_expert_gate",
+            "mlp.shared_expert.up_proj -> mlp.shared_expert.down_proj",
+            *(f"mlp.experts.{index}.up_proj -> mlp.experts.{index}.down_proj" for index in range(4)),
+        ],
+    },
+    "qwen3_moe": {
+        0: [
+            *GATED[:2],
+            "post_attention_layernorm -> mlp.experts.*.gate_proj + mlp.experts.*.up_proj + mlp.gate",
+            *(f"mlp.experts.{index}.up_proj -> mlp.experts.{index}.down_proj" for index in range(4)),
+        ]
+    },
+    "mixtral": {
+        0: [
+            *GATED[:2],
+            "post_attention_layernorm -> mlp.experts.*.w1 + mlp.experts.*.w3 + mlp.gate",
+            *(f"mlp.experts.{index}.w3 -> mlp.experts.{index}.w2" for index in range(4)),
+        ]
+    },
+    "deepseek_v3": {
+        0: [
+            *(
+                latent := [
+                    "input_layernorm -> self_attn.q_a_proj + self_attn.kv_a_proj_with_mqa",
+                    "self_attn.q_a_layernorm -> self_attn.q_b_proj",
+                    "self_attn.kv_a_layernorm -> self_attn.kv_b_proj",
+                    "self_attn.kv_b_proj -> self_attn.o_proj",
+                ]
+            ),
+            *GATED[2:],
+        ],
+        1: [
+            *latent,
+            "post_attention_layernorm -> mlp.experts.*.gate_proj + mlp.experts.*.up_proj + "
+            "mlp.shared_experts.gate_proj + mlp.shared_experts.up_proj + mlp.gate",
+            *(f"mlp.experts.{index}.up_proj -> mlp.experts.{index}.down_proj" for index in range(8)),
+            "mlp.shared_experts.up_proj -> mlp.shared_experts.down_proj",
+        ],
+    },
+}
+EDGES |= MOE
+# Gemma's norms and all routers compute in float32, whatever the model's dtype.
+ROUNDING = dict.fromkeys(["gemma2", "gemma3", *MOE], 1e-6)
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(3))
 SMALL = {"group_size": 16, "n_grid": 4, "clip_grid": 8}
+
+
+def opened(name: str, **options) -> nn.Module:
+    model = architecture_model(name, **options)
+    unfuse_experts(model)
+    return model
 
 
 def compressed(name: str, **settings) -> nn.Module:
@@ -72,7 +126,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", EDGES)
 def test_edges_are_found(name):
-    blocks = discover(architecture_model(name)).blocks
+    blocks = discover(opened(name)).blocks
     kinds = sorted(EDGES[name])
     for index, block in enumerate(blocks):
         kind = max(first for first in kinds if first <= index)
@@ -82,7 +136,7 @@ def test_edges_are_found(name):
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", EDGES)
 def test_folding_changes_nothing(name, seed):
-    model = architecture_model(name, seed=seed, dtype=torch.float64)
+    model = opened(name, seed=seed, dtype=torch.float64)
     structure = discover(model)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     before = outputs(model, structure)
@@ -158,9 +212,7 @@ def test_methods_beat_rounding_on_the_calibration_data(name):
         ),
     ]
     for report in reports:
-        assert len(report.layers) == sum(
-            len(block.linears) for block in discover(architecture_model(name)).blocks
-        )
+        assert len(report.layers) == sum(len(block.linears) for block in discover(opened(name)).blocks)
         assert sum(layer.nmse for layer in report.layers) < 0.9 * sum(
             layer.loss_rtn for layer in report.layers
         )

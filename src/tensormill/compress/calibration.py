@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.experts import expert_lists
 from tensormill.compress.fold import fold
 from tensormill.compress.precision import computing_dtype, gram_precision, widened
 from tensormill.compress.structure import (
@@ -37,6 +38,9 @@ Progress = Callable[[str, float], None]
 # Tokens that run through a block at once: enough to fill the device, few enough that an MLP's intermediate
 # activations stay small beside its weights.
 _CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+#: Tokens per input feature below which an expert is observed on all tokens of its layer.
+MIN_TOKENS_PER_FEATURE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,14 @@ class InputStatistics:
         gram: (K, K) float32, the mean over tokens of x x^T.
         mean_abs: (K,) float32, the mean over tokens of |x|.
         tokens: how many tokens were seen.
+        routed: of an expert that too few tokens were routed to: how many. The statistics are then those of
+            all tokens that reach its layer.
     """
 
     gram: Tensor
     mean_abs: Tensor
     tokens: int
+    routed: int | None = None
 
     @property
     def second_moment(self) -> Tensor:
@@ -135,7 +142,14 @@ class InputStatistics:
 
     def divided(self, scale: Tensor) -> InputStatistics:
         """The statistics of x / scale, for scale (K,)."""
-        return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
+        gram = self.gram / torch.outer(scale, scale)
+        return InputStatistics(gram, self.mean_abs / scale, self.tokens, self.routed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a layer's report says of them: nothing, unless an expert saw too few tokens."""
+        if self.routed is None:
+            return {}
+        return {"calibrated_on": "all tokens of the layer", "routed_tokens": self.routed}
 
 
 class GramAccumulator:
@@ -150,6 +164,7 @@ class GramAccumulator:
         self.gram = torch.zeros(features, features, device=device)
         self.abs_sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
+        self.finished: InputStatistics | None = None
         self.panel = 384 if device.type == "cpu" else 2048
 
     def add(self, x: Tensor) -> None:
@@ -164,10 +179,12 @@ class GramAccumulator:
                 self.gram[rows, start:].addmm_(x[:, rows].T, x[:, start:])
 
     def finish(self) -> InputStatistics:
-        """The means over all tokens."""
-        upper = self.gram.triu_().div_(self.tokens)
-        gram = upper + upper.triu(1).T
-        return InputStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens)
+        """The means over all tokens; one object however often it is asked for."""
+        if self.finished is None:
+            upper = self.gram.triu_().div_(self.tokens)
+            gram = upper + upper.triu(1).T
+            self.finished = InputStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens)
+        return self.finished
 
 
 @dataclass
@@ -216,6 +233,10 @@ class CalibrationBlock:
             capture: modules whose inputs are kept in `captured` as calls, one per chunk.
             capture_samples: over how many samples at least, in whole chunks.
 
+        An expert is observed on the tokens routed to it. Where these are fewer than an eighth of the layer's
+        input features, they say too little about the inputs' covariance, and a second run shows it all tokens
+        that reach its layer.
+
         Returns:
             Statistics by linear; those that read the same tensor share one object.
 
@@ -263,17 +284,83 @@ class CalibrationBlock:
                 chunk += 1
         if linears is None:
             self.outputs = outputs
+        starved = {
+            group[0]: seen
+            for group in groups
+            if self._list_of(group[0])
+            and (seen := getattr(accumulators.get(group[0]), "tokens", 0))
+            < MIN_TOKENS_PER_FEATURE * linear_in(self.module, group[0]).in_features
+        }
+        if starved:
+            accumulators |= self._show_all(list(starved))
         return {
-            name: statistics for group in groups for name, statistics in self._finish(group, accumulators)
+            name: statistics
+            for group in groups
+            for name, statistics in self._finish(group, accumulators, starved.get(group[0]))
         }
 
+    def _list_of(self, name: str) -> str | None:
+        """The list of experts that a linear belongs to."""
+        lists = (path for path, _ in expert_lists(self.module))
+        return next((path for path in lists if name.startswith(f"{path}.")), None)
+
+    def _show_all(self, linears: Sequence[str]) -> dict[str, GramAccumulator]:
+        """What linears of experts read when every token of their layer is sent to them."""
+        accumulators: dict[str, GramAccumulator] = {}
+        by_list: dict[str, list[str]] = {}
+        for name in linears:
+            by_list.setdefault(str(self._list_of(name)), []).append(name)
+
+        def show(path: str, names: Sequence[str]) -> Callable[..., None]:
+            experts = self.module.get_submodule(path)
+
+            def gather(name: str, shared: GramAccumulator, source: Tensor) -> Callable[..., None]:
+                def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                    x = args[0]
+                    if x is source:
+                        accumulators[name] = shared
+                        return
+                    if name not in accumulators:
+                        accumulators[name] = GramAccumulator(x.shape[-1], x.device)
+                    accumulators[name].add(x)
+
+                return hook
+
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0].flatten(0, -2)
+                # What all experts of a layer read is one tensor, added up once.
+                if path not in entries:
+                    entries[path] = GramAccumulator(x.shape[-1], x.device)
+                entries[path].add(x)
+                with ExitStack() as stack:
+                    for name in names:
+                        part = self.module.get_submodule(name)
+                        hook = part.register_forward_pre_hook(gather(name, entries[path], x))
+                        stack.callback(hook.remove)
+                    for index in sorted({int(name[len(path) + 1 :].partition(".")[0]) for name in names}):
+                        experts.get_submodule(str(index))(x)
+
+            return hook
+
+        entries: dict[str, GramAccumulator] = {}
+        with ExitStack() as stack:
+            stack.enter_context(widened(self.module))
+            for path, names in by_list.items():
+                part = self.module.get_submodule(path)
+                stack.callback(part.register_forward_pre_hook(show(path, names)).remove)
+            for call, x in zip(self.calls, self.hidden, strict=True):
+                call.run(self.module, x)
+        return accumulators
+
     def _finish(
-        self, group: list[str], accumulators: dict[str, GramAccumulator]
+        self, group: list[str], accumulators: dict[str, GramAccumulator], routed: int | None = None
     ) -> Iterator[tuple[str, InputStatistics]]:
         names = " and ".join(self.full_name(name) for name in group)
         if group[0] not in accumulators:
             raise InvalidArgument(f"given calibration tokens that never reach {names}, expected other text")
         statistics = accumulators[group[0]].finish()
+        if routed is not None:
+            statistics = replace(statistics, routed=routed)
         if not torch.isfinite(statistics.gram).all():
             raise InvalidArgument(
                 f"given NaN or infinity in the input of {names}, expected finite activations; check the "

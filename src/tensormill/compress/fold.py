@@ -21,7 +21,8 @@ from tensormill.errors import InvalidArgument, ModelError
 def fold(
     block: nn.Module, mapping: ScaleMapping, scale: Tensor, *, stored_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Divide a producer's output by `scale` and multiply its consumers' columns, in place.
+    """Divide a producer's output by `scale` and multiply the columns of its consumers, routers included, in
+    place.
 
     Args:
         block: the module inside which the mapping's names lie.
@@ -56,7 +57,7 @@ def fold(
             f"given a {type(producer).__name__} as producer of {mapping}, expected a norm or nn.Linear"
         )
     columns = mapping.expand(scale)
-    for consumer in consumers:
+    for consumer in [*consumers, *map(block.get_submodule, mapping.readers)]:
         multiply_columns(consumer, columns)
     return columns
 
@@ -92,6 +93,6 @@ def divide_rows(linear: nn.Linear, scale: Tensor, rows: slice | Tensor) -> None:
             values.data[rows] = (found / scale.view(-1, *[1] * (found.dim() - 1))).to(values.dtype)
 
 
-def multiply_columns(linear: nn.Linear, scale: Tensor) -> None:
-    """Multiply the input channels of a linear layer by `scale` (in_features,)."""
+def multiply_columns(linear: Any, scale: Tensor) -> None:
+    """Multiply the input channels of a linear layer, or of a router's matrix, by `scale` (in_features,)."""
     linear.weight.data.copy_(linear.weight.data.to(scale.dtype) * scale)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.calibration import Calibration, Progress, stream_blocks
+from tensormill.compress.calibration import Calibration, InputStatistics, Progress, stream_blocks
+from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.formats.quantization import (
     QuantizedWeight,
     QuantSpec,
@@ -199,7 +200,9 @@ def apply(
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers.
     """
-    structure = structure or discover(model)
+    if structure is None:
+        unfuse_experts(model)
+        structure = discover(model)
     check_layers(model, structure, config)
     layers = list(round_outside(model, structure, config))
     for block in stream_blocks(
@@ -218,9 +221,9 @@ def apply(
         linears = None if config.inputs == "original" else block.structure.linears
         statistics = {} if config.true_sequential else block.observe(linears)
         for group in groups:
-            gram = (statistics or block.observe(group))[group[0]].gram
-            layers += _compress_group(block.module, block.name, group, gram, config)
-    return finish_report("gptq", config, layers)
+            seen = (statistics or block.observe(group))[group[0]]
+            layers += _compress_group(block.module, block.name, group, seen, config)
+    return finish_report("gptq", config, layers, structure.left_out)
 
 
 def _is_target(module: nn.Module, name: str) -> bool:
@@ -228,10 +231,11 @@ def _is_target(module: nn.Module, name: str) -> bool:
 
 
 def _compress_group(
-    module: nn.Module, block: str, names: list[str], gram: Tensor, config: GPTQConfig
+    module: nn.Module, block: str, names: list[str], seen: InputStatistics, config: GPTQConfig
 ) -> Iterator[LayerReport]:
     """Compress the linears that read one tensor together: their rows are independent."""
     start = time.perf_counter()
+    gram = seen.gram
     linears = [linear_in(module, name) for name in names]
     dtype = linears[0].weight.dtype
     spec = config.spec(dtype)
@@ -262,6 +266,7 @@ def _compress_group(
             nmse=output_error(weight, quantized.dequantize(torch.float32), gram),
             loss_rtn=output_error(weight, fake_quantize(weight, spec), gram),
             seconds=seconds,
+            details=seen.to_dict(),
         )
         replace_linear(module, name, quantized, dtype)
         yield report

@@ -18,6 +18,7 @@ import torch
 
 from tensormill.compress import checkpoint, gguf
 from tensormill.compress.evaluate import evaluate_models
+from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.footprint import (
     bits_per_weight,
     checkpoint_bytes,
@@ -33,6 +34,7 @@ from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
 from tensormill.compress.stages import Progress, Stages
+from tensormill.compress.structure import left_out
 from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, SAMPLES, calibration_for, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
@@ -113,6 +115,7 @@ def compress(
     reset_peak_memory(device)
     stages.enter("calibrate", f"opening {os.fspath(model)}")
     original, tokenizer = open_with_tokenizer(model, device, dtype)
+    unfuse_experts(original)
     layout.check_layers(_planned_layers(original, steps), original)
     heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
     gguf_source = source_fields(source, original)
@@ -223,10 +226,10 @@ def _scheme(config: WeightConfig) -> Scheme:
 
 def _planned_layers(model: torch.nn.Module, steps: Sequence[Step]) -> dict[str, Layer]:
     """What the steps will make of the model's linears, by name."""
-    layers = {}
+    layers, kept = {}, set(left_out(model))
     for step in steps:
         for name, module in model.named_modules():
-            if type(module) is torch.nn.Linear and step.config.touches(name):
+            if type(module) is torch.nn.Linear and name not in kept and step.config.touches(name):
                 step.config.spec().check(module.in_features, name)
                 layers[name] = Layer(_scheme(step.config), module.out_features, module.in_features)
     return layers

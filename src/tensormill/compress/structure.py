@@ -12,7 +12,8 @@ there would change the model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.experts import expert_lists, routers
 from tensormill.errors import ModelError
 
 # A block's output after an exact fold differs by rounding: about 1e-15 in float64, 1e-7 where a norm or
@@ -28,7 +30,7 @@ _UNCHANGED = 1e-5
 
 HOW_TO_PASS_MAPPINGS = (
     "pass mappings=[{'producer': 'input_layernorm', 'consumers': ['self_attn.q_proj', ...]}, ...] "
-    "with names as inside a block"
+    "with names as inside a block, '*' standing for an expert's number"
 )
 
 
@@ -49,6 +51,8 @@ class ScaleMapping:
         repeats: consumer channels per producer channel: 1, or query heads per key-value head.
         head_dim: size of the runs of channels (heads) that may even be mixed with one another; 0 if they may
             only be scaled.
+        readers: routers, which read the producer's output too and keep their precision: their columns take up
+            the scales as the consumers' do.
         stride: rows of a linear producer from the end of one scaled head to the end of the next, where other
             rows lie between (a query and a key per head); 0 where the scaled rows are its last ones.
     """
@@ -61,6 +65,7 @@ class ScaleMapping:
     repeats: int = 1
     head_dim: int = 0
     stride: int = 0
+    readers: tuple[str, ...] = ()
 
     def rows(self, out_features: int, channels: int) -> slice | Tensor:
         """Which of a linear producer's `out_features` rows are the `channels` that are scaled, in order."""
@@ -83,7 +88,7 @@ class ScaleMapping:
         return values.view(-1, self.repeats, self.head_dim).amax(dim=1).flatten()
 
     def __str__(self) -> str:
-        return f"{self.producer} -> {' + '.join(self.consumers)}"
+        return f"{self.producer} -> {' + '.join([*_abbreviated(self.consumers), *self.readers])}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class BlockStructure:
 
     Attributes:
         name: the block's name in the model.
-        linears: its `nn.Linear`s in the order in which they run.
+        linears: its `nn.Linear`s in the order in which they run, routers left out.
         input_groups: the same, grouped: linears of a group read the same tensor.
         mappings: edges along which scales can be moved.
         scores: linears whose output enters the model through products of two of them only (query and key).
@@ -107,17 +112,24 @@ class BlockStructure:
     returns_tuple: bool
 
     def __str__(self) -> str:
-        edges = "; ".join(map(str, self.mappings)) or "no edge"
-        groups = "; ".join(" + ".join(group) for group in self.input_groups)
+        edges = "; ".join(_abbreviated(map(str, self.mappings))) or "no edge"
+        groups = "; ".join(_abbreviated(" + ".join(group) for group in self.input_groups))
         return f"{self.name}: {edges} (linear layers by shared input: {groups})"
 
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """The blocks of a model in the order in which they run, and the linear layers outside them."""
+    """The blocks of a model in the order in which they run, and the linear layers outside them.
+
+    Attributes:
+        blocks: in order.
+        outside: linear layers of the language model that are in no block.
+        left_out: linear layers and routers that keep their precision, see `left_out`.
+    """
 
     blocks: tuple[BlockStructure, ...]
     outside: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The graph found, one entry per kind of block."""
@@ -166,7 +178,8 @@ class Stop(Exception):
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the model's blocks: the entries of the outermost `ModuleList` that holds most linear weights.
+    """Names of the model's blocks: the entries of the outermost `ModuleList` that holds most linear weights,
+    of those that lie nearest to the token embedding (a vision tower may be larger than the language model).
 
     Raises:
         ModelError: there is none.
@@ -194,8 +207,59 @@ def find_blocks(model: nn.Module) -> list[str]:
         for name, module in lists
         if not any(name.startswith(f"{other}.") for other in names if other != name)
     ]
-    name, blocks = max(outermost, key=lambda item: linear_weights(item[1]))
+    embedding = _embedding_name(model)
+    name, blocks = max(
+        outermost, key=lambda item: (len(_common_path(item[0], embedding)), linear_weights(item[1]))
+    )
     return [f"{name}.{index}" for index in range(len(blocks))]
+
+
+def left_out(model: nn.Module) -> tuple[str, ...]:
+    """Names of the linear layers and routers that no method touches, whatever its settings.
+
+    These are the routers of mixtures of experts and, in a model of several towers, everything but the
+    language model: the part that holds the token embedding and the blocks, and the output head.
+    """
+    kept = set(routers(model))
+    blocks = find_blocks(model)
+    root = _common_path(_embedding_name(model), blocks[0])
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    towers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(type(part) is nn.Linear for part in module.modules())
+        and _common_path(name, ".".join(root)) != root
+    ]
+    kept |= {
+        name
+        for name, module in model.named_modules()
+        if towers
+        and type(module) is nn.Linear
+        and module is not head
+        and _common_path(name, ".".join(root)) != root
+    }
+    return tuple(name for name, _ in model.named_modules() if name in kept)
+
+
+def _embedding_name(model: nn.Module) -> str:
+    """The name of the token embedding; "" if there is none."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+        embedding = max(tables, key=lambda part: part.num_embeddings, default=None)
+    return next((name for name, part in model.named_modules() if part is embedding), "")
+
+
+def _common_path(first: str, second: str) -> list[str]:
+    """The modules that hold both."""
+    common = []
+    for one, other in zip(first.split("."), second.split("."), strict=False):
+        if one != other:
+            break
+        common.append(one)
+    return common
 
 
 @torch.no_grad()
@@ -317,11 +381,12 @@ def discover(
         raise ModelError(
             f"given mappings that name no layers of a block, expected names like {blocks[0].linears[0]!r}"
         )
-    inside = {f"{block.name}.{linear}" for block in blocks for linear in block.linears}
+    kept = left_out(model)
+    inside = {f"{block.name}.{linear}" for block in blocks for linear in block.linears}.union(kept)
     outside = tuple(
         name for name, module in model.named_modules() if type(module) is nn.Linear and name not in inside
     )
-    return ModelStructure(tuple(blocks), outside)
+    return ModelStructure(tuple(blocks), outside, kept)
 
 
 @dataclass
@@ -354,6 +419,8 @@ class _Probe:
         scale = self.hidden.double().square().mean().sqrt().clamp(min=1e-3)
         self.hidden = self.hidden.double() + scale * noise
         self.parts = {name: part for name, part in self.module.named_modules() if name}
+        self.routers = tuple(routers(self.module))
+        self.lists = dict(expert_lists(self.module))
         self._trace()
         self.output = self.call.run(self.module, self.hidden)
         if not torch.isfinite(self.output).all():
@@ -366,9 +433,10 @@ class _Probe:
             )
 
     def _trace(self) -> None:
-        """Note which module gave the tensor that each linear reads."""
+        """Note which module gave the tensor that each linear, router and list of experts reads."""
         alive: list[Tensor] = []  # a freed tensor's address would be taken again
         inputs: dict[str, Any] = {}
+        called: dict[str, Any] = {}
         self.producer_of: dict[Any, str] = {}
 
         def key(tensor: Tensor) -> Any:
@@ -377,6 +445,8 @@ class _Probe:
 
         def note(name: str, part: nn.Module) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if args and isinstance(args[0], Tensor):
+                    called[name] = key(args[0])
                 if type(part) is nn.Linear:
                     inputs[name] = key(args[0])
                 elif isinstance(output, Tensor) and not any(True for _ in part.children()):
@@ -388,26 +458,109 @@ class _Probe:
             for name, part in self.parts.items():
                 stack.callback(part.register_forward_hook(note(name, part)).remove)
             self.call.run(self.module, self.hidden)
-        self.linears = list(inputs)
+
+        readers: dict[Any, list[str]] = {}
+        for name in self.routers:
+            readers.setdefault(called.get(name), []).append(name)
+            inputs.pop(name, None)
+        # Consumers of an edge read one tensor, experts the rows of it that are theirs; linears of an input
+        # group read the same rows.
+        together: dict[Any, list[str]] = {}
         groups: dict[Any, list[str]] = {}
+        done: set[str] = set()
         for name, tensor in inputs.items():
-            groups.setdefault(tensor, []).append(name)
+            path = self._list_of(name)
+            if path is None:
+                together.setdefault(tensor, []).append(name)
+                groups.setdefault(tensor, []).append(name)
+                continue
+            if path in done:
+                continue
+            done.add(path)
+            # The experts are alike, but a few tokens don't reach all of them.
+            seen = name.removeprefix(f"{path}.").partition(".")[0]
+            inner = {
+                linear.removeprefix(f"{path}.{seen}."): value
+                for linear, value in inputs.items()
+                if linear.startswith(f"{path}.{seen}.")
+            }
+            for index in range(len(self.lists[path])):
+                for linear, value in inner.items():
+                    full = f"{path}.{index}.{linear}"
+                    groups.setdefault((path, index, value), []).append(full)
+                    entry = value == called[f"{path}.{seen}"]
+                    together.setdefault(called[path] if entry else (path, index, value), []).append(full)
+        self.linears = [name for group in groups.values() for name in group]
         self.input_groups = tuple(map(tuple, groups.values()))
-        self.source_of_group = dict(zip(self.input_groups, map(self.producer_of.get, groups), strict=True))
+        # Linears by the tensor they read, routers that read it, and the module it comes from.
+        self.readings = [
+            (tuple(names), tuple(readers.get(tensor, ())), self.producer_of.get(tensor))
+            for tensor, names in together.items()
+        ]
+
+    def _list_of(self, name: str) -> str | None:
+        """The list of experts that a module belongs to."""
+        return next((path for path in self.lists if name.startswith(f"{path}.")), None)
+
+    def _siblings(self, name: str) -> list[str]:
+        """The modules with this one's place in every expert of its list; itself if it is in none."""
+        path = self._list_of(name)
+        if path is None:
+            return [name]
+        inside = name.removeprefix(f"{path}.").partition(".")[2]
+        return [f"{path}.{index}.{inside}" for index in range(len(self.lists[path]))]
 
     def find_mappings(self) -> list[ScaleMapping]:
-        """Every edge that passes the trial, at most one per group of linears with the same input."""
+        """Every edge that passes the trial, at most one for linears that read the same tensor."""
         found = []
-        for group in self.input_groups:
-            norm = self.source_of_group[group]
-            edge = self._norm_edge(norm, group) if norm else None
-            if edge is None:
-                earlier = self.linears[: self.linears.index(group[0])]
-                edges = (self._linear_edge(producer, group) for producer in earlier)
-                edge = next((candidate for candidate in edges if candidate), None)
+        # Experts are tried all at once, so that one which the few tokens don't reach has its edges too.
+        tried: dict[tuple[str, ...], ScaleMapping | None] = {}
+        for names, readers, norm in self.readings:
+            edge = self._norm_edge(norm, names, readers) if norm else None
+            path = self._list_of(names[0])
+            if edge is None and (path is None or self._list_of(names[-1]) == path):
+                pattern = tuple(self._siblings(names[0]))
+                if pattern in tried:
+                    first = tried[pattern]
+                    edge = None if first is None else self._of_expert(first, names[0])
+                else:
+                    edge = self._first_linear_edge(names)
+                    if path is not None:
+                        tried[pattern] = edge
             if edge:
                 found.append(edge)
         return found
+
+    def _first_linear_edge(self, names: tuple[str, ...]) -> ScaleMapping | None:
+        own = self._list_of(names[0])
+        for producer in self.linears[: self.linears.index(names[0])]:
+            path = self._list_of(producer)
+            # What experts give is weighted and added up before another layer reads it.
+            near = path is None if own is None else producer in self._expert_of(names[0])
+            if near and (edge := self._linear_edge(producer, names)):
+                return edge
+        return None
+
+    def _expert_of(self, name: str) -> list[str]:
+        """The linears of the expert that a linear belongs to."""
+        path = self._list_of(name)
+        index = name.removeprefix(f"{path}.").partition(".")[0]
+        return [linear for linear in self.linears if linear.startswith(f"{path}.{index}.")]
+
+    def _of_expert(self, edge: ScaleMapping, name: str) -> ScaleMapping:
+        """The edge found for one expert, with the names of the expert to which `name` belongs."""
+        path = self._list_of(name)
+        index = name.removeprefix(f"{path}.").partition(".")[0]
+
+        def renamed(other: str) -> str:
+            return f"{path}.{index}.{other.removeprefix(f'{path}.').partition('.')[2]}"
+
+        return replace(
+            edge,
+            producer=renamed(edge.producer),
+            consumers=tuple(map(renamed, edge.consumers)),
+            inspected=renamed(edge.inspected) if edge.inspected.startswith(f"{path}.") else edge.inspected,
+        )
 
     def check_mappings(self, mappings: Sequence[ScaleMapping | Mapping[str, Any]]) -> list[ScaleMapping]:
         """The given edges that name layers of this block, each tried."""
@@ -415,22 +568,47 @@ class _Probe:
         for mapping in mappings:
             try:
                 given = mapping if isinstance(mapping, Mapping) else vars(mapping)
-                producer, consumers = given["producer"], tuple(given["consumers"])
+                patterns = given["producer"], tuple(given["consumers"])
             except (KeyError, TypeError):
                 raise ModelError(
                     f"given mapping {mapping!r}, expected a dict; {HOW_TO_PASS_MAPPINGS}"
                 ) from None
-            if not {producer, *consumers} <= self.parts.keys():
-                continue
-            is_linear = type(self.parts[producer]) is nn.Linear
-            edge = (self._linear_edge if is_linear else self._norm_edge)(producer, consumers)
-            if edge is None:
-                raise ModelError(
-                    f"given mapping {producer} -> {' + '.join(consumers)}, which would change the output of "
-                    f"{self.name}, expected an edge along which scales cancel; or name all readers"
-                )
-            checked.append(edge)
+            for producer, names in self._expanded(*patterns):
+                consumers = tuple(name for name in names if name not in self.routers)
+                if not {producer, *consumers} <= self.parts.keys():
+                    continue
+                is_linear = type(self.parts[producer]) is nn.Linear
+                if is_linear:
+                    edge = self._linear_edge(producer, consumers)
+                else:
+                    edge = self._norm_edge(producer, consumers, self._readers_beside(consumers))
+                if edge is None:
+                    raise ModelError(
+                        f"given mapping {producer} -> {' + '.join(_abbreviated(consumers))}, which would change "
+                        f"the output of {self.name}, expected an edge along which scales cancel; or name all "
+                        "readers"
+                    )
+                checked.append(edge)
         return checked
+
+    def _expanded(self, producer: str, consumers: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Names for patterns; a producer's `*` is the same expert in its consumers."""
+        if "*" in producer:
+            pattern = re.compile(re.escape(producer).replace(r"\*", r"(\d+)"))
+            for match in filter(None, map(pattern.fullmatch, self.parts)):
+                yield match[0], tuple(name.replace("*", match[1]) for name in consumers)
+            return
+        names: list[str] = []
+        for name in consumers:
+            pattern = re.compile(re.escape(name).replace(r"\*", r"\d+"))
+            names += [part for part in self.linears if pattern.fullmatch(part)] if "*" in name else [name]
+        if names:
+            yield producer, tuple(names)
+
+    def _readers_beside(self, consumers: tuple[str, ...]) -> tuple[str, ...]:
+        """The routers that read what the consumers read."""
+        found = [readers for names, readers, _ in self.readings if not set(names).isdisjoint(consumers)]
+        return found[0] if len(found) == 1 else ()
 
     def find_scores(self) -> tuple[str, ...]:
         """Linears that only meet in a product: doubling one and halving the other changes nothing.
@@ -440,21 +618,28 @@ class _Probe:
         """
         scores = set()
         for group in self.input_groups:
+            if self._list_of(group[0]) is not None:
+                continue  # experts attend to nothing
             for index, first in enumerate(group):
                 for second in group[index + 1 :]:
                     if self._unchanged(outputs={first: -2.0, second: -0.5}):
                         scores |= {first, second}
         return tuple(name for name in self.linears if name in scores)
 
-    def _norm_edge(self, norm: str, consumers: tuple[str, ...]) -> ScaleMapping | None:
+    def _norm_edge(
+        self, norm: str, consumers: tuple[str, ...], readers: tuple[str, ...] = ()
+    ) -> ScaleMapping | None:
         weight = getattr(self.parts[norm], "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 1 or self._is_tied(norm, consumers):
+        if not isinstance(weight, Tensor) or weight.dim() != 1:
+            return None
+        if self._is_tied(norm, (*consumers, *readers)):
             return None
         offset = self._norm_offset(self.parts[norm])
         factors = self._factors(weight.numel())
-        if offset is None or not self._cancels(norm, factors, consumers, factors):
+        if offset is None or not self._cancels([norm], factors, consumers, factors, readers):
             return None
-        return ScaleMapping(norm, consumers, _common_parent(consumers), "norm", offset=offset)
+        parent = _common_parent(consumers)
+        return ScaleMapping(norm, consumers, parent, "norm", offset=offset, readers=readers)
 
     def _linear_edge(self, producer: str, consumers: tuple[str, ...]) -> ScaleMapping | None:
         if self._is_tied(producer, consumers):
@@ -476,8 +661,9 @@ class _Probe:
             # up), or in the last of each head's.
             scaled = factors.new_ones(rows)
             scaled[edge.rows(rows, channels)] = factors
-            if self._cancels(producer, scaled, consumers, edge.expand(factors)):
-                if repeats > 1 or stride:
+            alike = [sibling for name in consumers for sibling in self._siblings(name)]
+            if self._cancels(self._siblings(producer), scaled, alike, edge.expand(factors)):
+                if repeats > 1 or stride or self._list_of(producer) is not None:
                     return edge
                 mixable = [size for size in self.head_dims if self._mixes(edge, channels, size)]
                 return replace(edge, head_dim=max(mixable, default=0))
@@ -534,15 +720,32 @@ class _Probe:
         exponents = torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1
         return (2**exponents).to(self.hidden.device)
 
-    def _cancels(self, producer: str, scaled: Tensor, consumers: tuple[str, ...], divided: Tensor) -> bool:
+    def _cancels(
+        self,
+        producers: Sequence[str],
+        scaled: Tensor,
+        consumers: Sequence[str],
+        divided: Tensor,
+        readers: Sequence[str] = (),
+    ) -> bool:
         if any(self.parts[name].in_features != divided.numel() for name in consumers):
             return False
-        return not self._unchanged({producer: scaled}) and self._unchanged(
-            {producer: scaled}, dict.fromkeys(consumers, divided)
+        if any(self.parts[name].weight.shape[1] != divided.numel() for name in readers):
+            return False
+        outputs = dict.fromkeys(producers, scaled)
+        return not self._unchanged(outputs) and self._unchanged(
+            outputs, dict.fromkeys(consumers, divided), dict.fromkeys(readers, divided)
         )
 
-    def _unchanged(self, outputs: dict[str, Any], inputs: dict[str, Any] | None = None) -> bool:
-        """Whether the block gives the same when modules' outputs are multiplied and inputs divided."""
+    def _unchanged(
+        self,
+        outputs: dict[str, Any],
+        inputs: dict[str, Any] | None = None,
+        columns: dict[str, Any] | None = None,
+    ) -> bool:
+        """Whether the block gives the same when modules' outputs are multiplied, and inputs or weight columns
+        divided.
+        """
         with ExitStack() as stack:
             for name, factor in outputs.items():
                 hook = self.parts[name].register_forward_hook(
@@ -554,6 +757,10 @@ class _Probe:
                     lambda _m, args, factor=factor: args[0] / factor
                 )
                 stack.callback(hook.remove)
+            for name, factor in (columns or {}).items():
+                weight = self.parts[name].weight
+                stack.callback(setattr, weight, "data", weight.data)
+                weight.data = weight.data / factor
             return _difference(self.call.run(self.module, self.hidden), self.output) < _UNCHANGED
 
 
@@ -641,6 +848,14 @@ def _common_parent(names: tuple[str, ...]) -> str:
             break
         common.append(level[0])
     return ".".join(common)
+
+
+def _abbreviated(names: Iterable[str]) -> list[str]:
+    """Names with an expert's number replaced by `*`, each once; numbers stay where there is only one."""
+    names = list(names)
+    short = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
+    alike = {name: short.count(name) for name in short}
+    return list(dict.fromkeys(s if alike[s] > 1 else name for s, name in zip(short, names, strict=True)))
 
 
 def _difference(first: Tensor, second: Tensor) -> float:

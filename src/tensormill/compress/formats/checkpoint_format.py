@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.experts import routers
+
 if TYPE_CHECKING:
     from tensormill.ops.linear_wna16.module import LinearWNA16
 
@@ -109,6 +111,14 @@ def compressed_linears(model: nn.Module) -> dict[str, LinearWNA16]:
     """Name and module of every low-bit linear of a model."""
     low_bit = linear_class()
     return {name: module for name, module in model.named_modules() if isinstance(module, low_bit)}
+
+
+def uncompressed(model: nn.Module) -> list[str]:
+    """Names of the linear layers left as they are, and of the routers of experts, which some readers hold in
+    linear layers.
+    """
+    kept = set(routers(model))
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or name in kept]
 
 
 def compressed_layers(model: nn.Module) -> dict[str, Layer]:

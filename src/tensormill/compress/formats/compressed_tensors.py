@@ -35,6 +35,7 @@ from tensormill.compress.formats.checkpoint_format import (
     compressed_linears,
     linear_class,
     packed_state_dict,
+    uncompressed,
 )
 from tensormill.errors import CheckpointError, ModelError
 from tensormill.ops.bit_packing import (
@@ -145,7 +146,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         raise ModelError(
             "the model has no compressed linear, expected at least one; compress it before saving"
         )
-    ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    ignore = uncompressed(model)
     targets = [["Linear"]] if len(layers) == 1 else list(layers.values())
     config: dict[str, Any] = {
         "quant_method": METHOD,

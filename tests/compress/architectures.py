@@ -85,3 +85,32 @@ def randomize(model: nn.Module) -> nn.Module:
         else:
             tensor.mul_(5)
     return model
+
+
+IMAGE_TOKEN = 90
+IMAGE_SIDE, PATCH = 32, 8
+
+
+def vision_language_model(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """LLaVA with a vision tower that holds more weights than the language model."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIDE,
+        patch_size=PATCH,
+    )
+    text = transformers.LlamaConfig(**_SIZES)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    return randomize(model).to(dtype).eval()

@@ -8,10 +8,13 @@ time.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +32,9 @@ from tensormill.compress.structure import (
     discover,
     linear_in,
     record_calls,
+    text_config,
 )
+from tensormill.compress.text import read_texts
 from tensormill.errors import DataError, InvalidArgument, ModelError
 
 Progress = Callable[[str, float], None]
@@ -49,15 +54,20 @@ class Calibration:
 
     Attributes:
         tokens: (samples, length) int64.
+        inputs: what else the model is called with for each window, by keyword and with a batch dimension of 1
+            (pixel values, say); None for text alone.
+        lengths: how many tokens of each window count, from its beginning; None counts all.
 
     Raises:
-        DataError: no tokens.
+        DataError: no tokens, or inputs or lengths that don't fit them.
 
     >>> Calibration(torch.arange(1024).view(2, 512)).tokens.shape
     torch.Size([2, 512])
     """
 
     tokens: Tensor
+    inputs: Sequence[Mapping[str, Tensor]] | None = None
+    lengths: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or self.tokens.dtype != torch.int64 or self.tokens.numel() == 0:
@@ -65,6 +75,26 @@ class Calibration:
                 f"given calibration tokens of shape {tuple(self.tokens.shape)} and {self.tokens.dtype}, "
                 "expected a non-empty int64 tensor [samples, length]"
             )
+        samples, length = self.tokens.shape
+        for name, given in (("inputs", self.inputs), ("lengths", self.lengths)):
+            if given is not None and len(given) != samples:
+                raise DataError(
+                    f"given {name} of {len(given)} windows, expected {samples} as there are tokens"
+                )
+        if self.lengths is not None and not all(1 <= each <= length for each in self.lengths):
+            raise DataError(f"given lengths {list(self.lengths)[:8]}, expected 1 to {length} tokens each")
+
+    def chunks(self, samples: int) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+        """Tokens (batch, length) and further inputs, up to `samples` windows at a time: one where windows have
+        inputs or lengths of their own.
+        """
+        if self.inputs is None and self.lengths is None:
+            for tokens in torch.split(self.tokens, samples):
+                yield tokens, {}
+            return
+        for index, tokens in enumerate(self.tokens):
+            length = len(tokens) if self.lengths is None else self.lengths[index]
+            yield tokens[None, :length], {} if self.inputs is None else self.inputs[index]
 
     @classmethod
     def from_text(
@@ -98,6 +128,92 @@ class Calibration:
             )
         chosen = torch.arange(samples) * windows // samples
         return cls(torch.tensor(ids[: windows * length]).view(windows, length)[chosen])
+
+    @classmethod
+    def from_pairs(
+        cls, file: str | os.PathLike[str], processor: Any, *, samples: int = 128, length: int = 512
+    ) -> Calibration:
+        """Windows of an image and a text each, for models that read images.
+
+        Args:
+            file: JSON lines `{"image": path, "text": "..."}`, paths relative to the file.
+            processor: a transformers processor. Its chat template is used where it has one, else its image
+                token goes before texts that hold none.
+            samples: number of windows at most, spread evenly over the file.
+            length: tokens of a window at most; an image is never cut.
+
+        Raises:
+            DataError: a line or an image can't be read; names it.
+            InvalidArgument: Pillow isn't installed.
+        """
+        if samples < 1 or length < 1:
+            raise InvalidArgument(f"given {samples} samples of {length} tokens, expected at least 1 of each")
+        pairs = read_pairs(file)
+        count = min(samples, len(pairs))
+        windows, inputs = [], []
+        for index in range(count):
+            tokens, more = _process_pair(*pairs[index * len(pairs) // count], processor, length)
+            windows.append(tokens)
+            inputs.append(more)
+        lengths = [len(window) for window in windows]
+        return cls(torch.nn.utils.rnn.pad_sequence(windows, batch_first=True), inputs, lengths)
+
+
+def read_pairs(file: str | os.PathLike[str]) -> list[tuple[Path, str]]:
+    """Path of the image and text of every line `{"image": path, "text": "..."}` of a file.
+
+    Raises:
+        DataError: the file or a line can't be read, or an image doesn't exist.
+    """
+    pairs = []
+    for number, line in enumerate(read_texts([file])[str(file)].splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            image, text = entry["image"], entry["text"]
+        except (ValueError, KeyError, TypeError):
+            image = text = None
+        if not isinstance(image, str) or not isinstance(text, str):
+            raise DataError(f'line {number} of {file} is not {{"image": path, "text": "..."}}; correct it')
+        path = Path(file).parent / image
+        if not path.is_file():
+            raise DataError(f"line {number} of {file} names the image {image}, which doesn't exist")
+        pairs.append((path, text))
+    return pairs
+
+
+def _process_pair(path: Path, text: str, processor: Any, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tokens (length,), and what the model is called with besides."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise InvalidArgument(
+            "images are read with Pillow, which is not installed; pip install pillow"
+        ) from None
+    mark = getattr(processor, "image_token", None)
+    if mark is None or mark not in text:
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        elif mark is not None:
+            text = f"{mark}\n{text}"
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"the image {path} can't be read: {error}") from error
+    encoded = dict(processor(images=[image], text=[text], return_tensors="pt"))
+    tokens = encoded.pop("input_ids")
+    encoded.pop("attention_mask", None)
+    held = (tokens[0] == getattr(processor, "image_token_id", -1)).nonzero().flatten()
+    kept = min(tokens.shape[1], max(length, int(held.max()) + 1 if held.numel() else 0))
+    more = {
+        name: value[:, :kept] if value.shape == tokens.shape else value
+        for name, value in encoded.items()
+        if isinstance(value, Tensor)
+    }
+    return tokens[0, :kept], more
 
 
 def _spread(text: str, samples: int, length: int, tokenizer: Any) -> list[str]:
@@ -404,8 +520,13 @@ def stream_blocks(
     hidden: list[Tensor] = []
     calls: list[list[BlockCall]] = []
     returns_tuple = [block.returns_tuple for block in structure.blocks]
-    for tokens in torch.split(calibration.tokens, batch):
-        first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple)
+    stored = next(model.parameters()).dtype
+    for tokens, besides in calibration.chunks(batch):
+        more = {
+            name: value.to(home, stored) if value.is_floating_point() else value.to(home)
+            for name, value in besides.items()
+        }
+        first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple, more)
         hidden.append(first.to(device, dtype))
         calls.append(chunk_calls)
     training = model.training
@@ -436,7 +557,7 @@ def stream_blocks(
 
 
 def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    config = getattr(model, "config", None)
+    config = text_config(model)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and tokens.shape[1] > longest:
         raise DataError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensormill.compress import checkpoint, gguf
+from tensormill.compress.calibration import Calibration, read_pairs
 from tensormill.compress.evaluate import evaluate_models
 from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.footprint import (
@@ -52,6 +53,7 @@ def compress(
     format: str | None = None,
     recipe: str | os.PathLike[str] | None = None,
     calibration_text: Sequence[str | os.PathLike[str]] | None = None,
+    calibration_pairs: str | os.PathLike[str] | None = None,
     text: Sequence[str | os.PathLike[str]] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -74,6 +76,8 @@ def compress(
             before the model is evaluated.
         recipe: a YAML file with a list of steps.
         calibration_text: files to calibrate on; None takes sources of Python's standard library.
+        calibration_pairs: a file of images and texts to calibrate a model on that reads images, see
+            `Calibration.from_pairs`; instead of `calibration_text`.
         text: files to evaluate on; None takes held-out sources of the standard library.
         device: where to compute.
         dtype: of the weights while computing; None keeps the checkpoint's.
@@ -108,6 +112,11 @@ def compress(
     target = Path(output)
     source = checkpoint.resolve_path(model)
     checkpoint.check_output(target, source=source, overwrite=overwrite)
+    if calibration_pairs is not None and calibration_text is not None:
+        raise InvalidArgument("given calibration texts and pairs of image and text, expected one of them")
+    if calibration_pairs is not None:
+        read_pairs(calibration_pairs)
+    processor = None if calibration_pairs is None else checkpoint.open_processor(source)
     stages = Stages(
         progress, calibrate=4, compress=40, evaluate=40 if evaluate else 0, curve=40 * bool(curve), write=4
     )
@@ -126,7 +135,16 @@ def compress(
     reports = []
     for i, step in enumerate(steps):
         stages.enter("calibrate", f"calibrating {step.method}")
-        calibration = calibration_for(step, calibration_text, tokenizer)
+        if processor is None or step.method == "rtn":
+            calibration = calibration_for(step, calibration_text, tokenizer)
+        else:
+            assert calibration_pairs is not None
+            calibration = Calibration.from_pairs(
+                calibration_pairs,
+                processor,
+                samples=step.config.calibration_samples,
+                length=step.config.calibration_length,
+            )
         stages.enter("compress", step.method, i, len(steps))
         reports.append(METHODS[step.method][1](compressed, step.config, calibration, stages))
     if layout.scale_dtype == torch.float16:
@@ -145,6 +163,10 @@ def compress(
         "recipe": [{"method": made.method, **made.config} for made in reports],
         "environment": environment(device, seed=seed),
         "source": gguf_source,
+        "left_out": reports[-1].left_out,
+        "few_tokens": [
+            layer.name for made in reports for layer in made.layers if "routed_tokens" in layer.details
+        ],
     }
     evaluations, speeds = {}, {}
     if evaluate:

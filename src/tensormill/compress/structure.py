@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.experts import expert_lists, routers
+from tensormill.compress.experts import expert_lists, is_fused, routers
 from tensormill.errors import ModelError
 
 # A block's output after an exact fold differs by rounding: about 1e-15 in float64, 1e-7 where a norm or
@@ -264,7 +264,11 @@ def _common_path(first: str, second: str) -> list[str]:
 
 @torch.no_grad()
 def record_calls(
-    model: nn.Module, blocks: Sequence[str], tokens: Tensor, returns_tuple: Sequence[bool] | None = None
+    model: nn.Module,
+    blocks: Sequence[str],
+    tokens: Tensor,
+    returns_tuple: Sequence[bool] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, list[BlockCall], list[bool]]:
     """Run what comes before the blocks, and note what each block is called with.
 
@@ -276,6 +280,7 @@ def record_calls(
         blocks: names of its blocks, in order.
         tokens: (batch, length) int64.
         returns_tuple: whether each block returns a tuple; None runs one block of each kind to find out.
+        inputs: what else the model is called with, by keyword: pixel values, say.
 
     Returns:
         The first block's input (batch, length, hidden), each block's call, and whether it returns a tuple.
@@ -318,7 +323,7 @@ def record_calls(
     options = {"use_cache": False} if hasattr(model, "config") else {}
     try:
         with _evaluating(model):
-            model(tokens, **options)
+            model(tokens, **options, **(inputs or {}))
     except Stop:
         pass
     finally:
@@ -771,6 +776,10 @@ class _FrozenLinear(nn.Linear):
 def _in_float64(block: nn.Module) -> nn.Module:
     """A float64 copy of a block, compressed layers replaced by what their weights read as."""
     block = copy.deepcopy(block).eval()
+    for part in block.modules():
+        if is_fused(part) and hasattr(part, "config"):
+            # Experts that couldn't be taken apart: transformers' grouped product takes no float64.
+            setattr(part.config, "_experts_implementation", "eager")  # noqa: B010
     for name, part in list(block.named_modules()):
         if hasattr(part, "dequantize"):
             weight = part.dequantize(torch.float64)
@@ -804,8 +813,7 @@ def _channel_layouts(rows: int, columns: int, head_dims: list[int]) -> Iterator[
 
 def _head_dims(model: nn.Module, block: nn.Module) -> list[int]:
     """Sizes that a head could have, by attributes and the configuration."""
-    config: Any = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
+    config = text_config(model)
     sizes = [getattr(config, "head_dim", None)]
     for part in block.modules():
         sizes += [value for name, value in vars(part).items() if name.endswith("head_dim")]
@@ -820,8 +828,13 @@ def _vocabulary(model: nn.Module) -> int:
         raise ModelError(
             f"given a {type(model).__name__} without an nn.Embedding, expected a causal language model"
         )
-    config = getattr(model, "config", None)
-    return getattr(config, "vocab_size", None) or max(embeddings)
+    return getattr(text_config(model), "vocab_size", None) or max(embeddings)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's language part; None if it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def shared_parameters(model: nn.Module) -> set[int]:

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from architectures import VOCABULARY, architecture_model
-from packed_models import relative_error
+from packed_models import relative_error, save_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tensormill.compress import awq, calibration, gptq, rtn
+from tensormill.compress import awq, calibration, compress, gptq, rtn
 from tensormill.compress.calibration import Calibration, stream_blocks
 from tensormill.compress.checkpoint import load, save_compressed
 from tensormill.compress.experts import ExpertList, expert_lists, routers, unfuse_experts
@@ -271,6 +271,38 @@ def test_untouched_experts_are_read_by_plain_transformers(tmp_path):
     found = AutoModelForCausalLM.from_pretrained(folder)
     assert not list(expert_lists(found))
     assert relative_error(logits(found), logits(model)) < 1e-5
+
+
+def test_the_whole_job(tmp_path):
+    """Opened from disk, compressed beside its original and round-to-nearest, written, opened again."""
+    architecture_model("deepseek_v3", vocab_size=128).save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(" ".join(f"word{(7 * i * i + i) % 126}" for i in range(400)))
+    common = {
+        "calibration_text": [tmp_path / "text.txt"],
+        "text": [tmp_path / "text.txt"],
+        "max_tokens": 200,
+        "device": "cpu",
+    }
+    report = compress(
+        tmp_path / "source",
+        "awq",
+        output=tmp_path / "out",
+        group_size=16,
+        symmetric=True,
+        n_grid=4,
+        calibration_samples=4,
+        calibration_length=24,
+        **common,
+    )
+    assert report.perplexity["compressed"] > 1 and report.few_tokens
+    assert report.left_out == ("model.layers.1.mlp.gate", "model.layers.2.mlp.gate")
+    assert any("experts saw few calibration tokens" in finding.text for finding in report.findings())
+    found = load(tmp_path / "out")
+    tokens = TOKENS[:1]
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert relative_error(plain(tokens).logits, found(tokens).logits) < 1e-5
 
 
 def test_names_on_disk_are_the_checkpoints_own(tmp_path):

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from architectures import VOCABULARY, architecture_model
+import transformers
+from architectures import VOCABULARY, architecture_model, randomize
 from packed_models import relative_error, save_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -269,6 +270,58 @@ def test_untouched_experts_are_read_by_plain_transformers(tmp_path):
     stored = load_file(folder / "model.safetensors")
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in stored
     found = AutoModelForCausalLM.from_pretrained(folder)
+    assert not list(expert_lists(found))
+    assert relative_error(logits(found), logits(model)) < 1e-5
+
+
+def stacked_on_disk() -> nn.Module:
+    """An architecture whose checkpoints hold the experts of a layer in one tensor; it reads images too."""
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+        },
+        vision_config={
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "depth": 2,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    torch.manual_seed(0)
+    return randomize(transformers.AutoModelForImageTextToText.from_config(config)).eval()
+
+
+def test_architectures_that_store_experts_stacked(tmp_path):
+    """Experts left alone go back into one tensor; packed ones are announced as readable here only."""
+    model = stacked_on_disk()
+    skip = ["lm_head", "*.layers.0.mlp.*"]
+    rtn.apply(model, rtn.RTNConfig(group_size=16, symmetric=True, skip=skip))
+    with pytest.warns(UserWarning, match="from stacked tensors only"):
+        folder = save_compressed(model, None, None, tmp_path / "some")
+    names = load_file(folder / "model.safetensors").keys()
+    assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in names
+    assert "model.language_model.layers.1.mlp.experts.0.gate_proj.weight_packed" in names
+    assert relative_error(logits(load(folder)), logits(model)) < 1e-5
+
+    model = stacked_on_disk()
+    rtn.apply(model, rtn.RTNConfig(group_size=16, symmetric=True, only=["*.self_attn.*"]))
+    folder = save_compressed(model, None, None, tmp_path / "attention")
+    found = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     assert not list(expert_lists(found))
     assert relative_error(logits(found), logits(model)) < 1e-5
 

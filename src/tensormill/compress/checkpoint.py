@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormill.compress import gguf
+from tensormill.compress.experts import having_stacked
 from tensormill.compress.formats.checkpoint_format import (
     CheckpointFormat,
     compressed_linears,
@@ -644,7 +645,7 @@ def _save_pretrained(
         # The source's own file is copied afterwards; transformers refuses to write some of those it reads.
         model.generation_config = type(generation_config)()
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(), having_stacked(model, tensors):
             model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
     finally:
         if quantizer is not None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class ExpertList(nn.ModuleList):
 
 
 @torch.no_grad()
-def unfuse_experts(model: nn.Module) -> list[str]:
+def unfuse_experts(model: nn.Module, only: Collection[str] | None = None) -> list[str]:
     """Put an `ExpertList` in the place of every fused experts module, in place.
 
     The linear layers' weights are views of the fused tensors, so this takes no memory. On the meta device
@@ -88,6 +89,7 @@ def unfuse_experts(model: nn.Module) -> list[str]:
 
     Args:
         model: a model, or a part of one.
+        only: names of the modules to take apart; None means all.
 
     Returns:
         Names of the modules taken apart.
@@ -97,7 +99,7 @@ def unfuse_experts(model: nn.Module) -> list[str]:
     """
     found, left = [], []
     for path, module in list(model.named_modules()):
-        if not is_fused(module):
+        if not is_fused(module) or (only is not None and path not in only):
             continue
         experts = _take_apart(module, projection_names(model))
         if experts is None or not _same_function(module, experts, path):
@@ -149,14 +151,60 @@ def routers(model: nn.Module) -> list[str]:
 
 
 def projection_names(model: nn.Module) -> ProjectionNames:
-    """What checkpoints of this model call an expert's projections, by transformers' own table."""
+    """What checkpoints of this model call an expert's projections."""
+    return _names_on_disk(model) or _USUAL_NAMES
+
+
+def stored_stacked(model: nn.Module) -> bool:
+    """Whether checkpoints of this transformers model hold its experts stacked, as the model itself does, so
+    that transformers has no rule for reading them one by one.
+    """
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel) and _names_on_disk(model) is None
+
+
+def stack_experts(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two stacked tensors of the experts at `path`, from the linear layers' in `tensors`."""
+    gate, up, down = _USUAL_NAMES
+    count = sum(name.startswith(f"{path}.") and name.endswith(f".{down}.weight") for name in tensors)
+
+    def all_of(projection: str) -> Tensor:
+        return torch.stack([tensors[f"{path}.{index}.{projection}.weight"] for index in range(count)])
+
+    return {
+        f"{path}.gate_up_proj": torch.cat([all_of(gate), all_of(up)], dim=1),
+        f"{path}.down_proj": all_of(down),
+    }
+
+
+@contextmanager
+def having_stacked(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gives experts those of `tensors` that `stack_experts` made, as parameters: transformers looks at their
+    shapes while it writes them.
+    """
+    lent: list[tuple[ExpertList, str]] = []
+    for path, experts in expert_lists(model):
+        for name in ("gate_up_proj", "down_proj"):
+            if f"{path}.{name}" in tensors:
+                experts.register_parameter(name, nn.Parameter(tensors[f"{path}.{name}"], requires_grad=False))
+                lent.append((experts, name))
+    try:
+        yield
+    finally:
+        for experts, name in lent:
+            delattr(experts, name)
+
+
+def _names_on_disk(model: nn.Module) -> ProjectionNames | None:
+    """By transformers' own table of how it stacks what it reads; None if it reads stacked experts."""
     if "transformers" not in sys.modules:
-        return _USUAL_NAMES
+        return None
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     if not isinstance(model, PreTrainedModel):
-        return _USUAL_NAMES
+        return None
     found: dict[str, list[str]] = {}
     for entry in get_model_conversion_mapping(model, add_legacy=False):
         sources = [part.rsplit(".", 2) for part in entry.source_patterns]
@@ -165,7 +213,7 @@ def projection_names(model: nn.Module) -> ProjectionNames:
             found[target] = [part[1] for part in sources]
     gate_up, down = found.get("gate_up_proj", []), found.get("down_proj", [])
     if len(gate_up) != 2 or len(down) != 1:
-        return _USUAL_NAMES
+        return None
     return gate_up[0], gate_up[1], down[0]
 
 

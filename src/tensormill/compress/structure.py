@@ -706,7 +706,10 @@ class _Probe:
         weight, bias = norm.weight, getattr(norm, "bias", None)
         factors = self._factors(weight.numel())
         sample = self.hidden if self.hidden.shape[-1] == weight.numel() else factors.log().expand(1, 2, -1)
-        before: Tensor = norm(sample)
+        try:
+            before: Tensor = norm(sample)
+        except TypeError:  # it takes more than one input (a gated norm)
+            return None
         old_weight, old_bias = weight.data, torch.zeros(0) if bias is None else bias.data
         for offset in (0.0, 1.0):
             weight.data = (old_weight + offset) * factors - offset

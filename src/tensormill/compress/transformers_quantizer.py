@@ -183,7 +183,7 @@ def _unfuse_packed_experts(model: nn.Module, stored: Mapping[str, Stored], layou
     fused = [name for name, module in model.named_modules() if is_fused(module)]
     if not any(name.startswith(f"{path}.") for name in packed for path in fused):
         return False
-    unfuse_experts(model)
+    unfuse_experts(model, {path for path in fused if any(name.startswith(f"{path}.0.") for name in stored)})
     return True
 
 

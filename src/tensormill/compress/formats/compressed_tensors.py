@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.experts import expert_lists
+from tensormill.compress.experts import expert_lists, stored_stacked
 from tensormill.compress.formats.checkpoint_format import (
     FLOAT_DTYPES,
     Layer,
@@ -167,9 +167,14 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     if [scheme.symmetric for scheme in layers] == [False]:
         config["dequantize"] = True
     experts = tuple(f"{path}." for path, _ in expert_lists(model))
-    if any(
-        name.startswith(experts) for scheme, names in layers.items() for name in names if not scheme.symmetric
-    ):
+    packed = {scheme for scheme, names in layers.items() for name in names if name.startswith(experts)}
+    if packed and stored_stacked(model):
+        warnings.warn(
+            f"plain transformers reads the experts of {type(model).__name__} from stacked tensors only and would "
+            "take random numbers for those of this checkpoint; tensormill.load reads them",
+            stacklevel=2,
+        )
+    elif not all(scheme.symmetric for scheme in packed):
         warnings.warn(
             "experts with zero points can't be read by plain transformers, which drops the zero points when it "
             "stacks experts; tensormill.load reads them, and symmetric=True writes none",

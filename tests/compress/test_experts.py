@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tensormill.compress import awq, calibration, compress, gptq, rtn
+from tensormill.compress import awq, compress, gptq, rtn
 from tensormill.compress.calibration import Calibration, stream_blocks
 from tensormill.compress.checkpoint import load, save_compressed
 from tensormill.compress.experts import ExpertList, expert_lists, routers, unfuse_experts
 from tensormill.compress.formats.quantization import QuantSpec, fake_quantize
-from tensormill.compress.output_error import gram_loss, sample_loss
+from tensormill.compress.output_error import gram_loss, output_error, sample_loss
 from tensormill.compress.structure import discover
 from tensormill.errors import InvalidArgument, ModelError
 
@@ -110,11 +110,11 @@ def test_nan_in_the_experts_is_named():
         unfuse_experts(model)
 
 
-def observed(model: nn.Module, tokens: Tensor):
+def observed(model: nn.Module, tokens: Tensor, tokens_per_feature: float):
     """Statistics of the last block, and the block."""
     structure = discover(model)
     for block in stream_blocks(model, structure, Calibration(tokens)):
-        statistics = block.observe()
+        statistics = block.observe(tokens_per_feature=tokens_per_feature)
     return statistics, block
 
 
@@ -128,9 +128,8 @@ def routed(block, path: str) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in seen]), torch.cat([index for _, index in seen])
 
 
-def test_statistics_are_those_of_the_routed_tokens(monkeypatch):
-    monkeypatch.setattr(calibration, "MIN_TOKENS_PER_FEATURE", 0)
-    statistics, block = observed(opened("qwen3_moe"), TOKENS)
+def test_statistics_are_those_of_the_routed_tokens():
+    statistics, block = observed(opened("qwen3_moe"), TOKENS, 0)
     x, index = routed(block, "mlp.experts")
     for number, expert in enumerate(block.module.mlp.experts):
         own = x[(index == number).any(dim=1)]
@@ -143,9 +142,8 @@ def test_statistics_are_those_of_the_routed_tokens(monkeypatch):
         assert torch.allclose(statistics[f"mlp.experts.{number}.down_proj"].gram, gram, rtol=1e-3, atol=1e-4)
 
 
-def test_an_expert_of_few_tokens_is_shown_all_of_them(monkeypatch):
-    monkeypatch.setattr(calibration, "MIN_TOKENS_PER_FEATURE", 1.5)  # 96 tokens of 192 in gate and up
-    statistics, block = observed(opened("qwen3_moe"), TOKENS)
+def test_an_expert_of_few_tokens_is_shown_all_of_them():
+    statistics, block = observed(opened("qwen3_moe"), TOKENS, 1.5)  # 96 tokens of 192 in gate and up
     x, index = routed(block, "mlp.experts")
     counts = [(index == number).any(dim=1).sum().item() for number in range(4)]
     assert min(counts) < 96 < max(counts), "the test needs experts on both sides"
@@ -371,3 +369,22 @@ def test_names_on_disk_are_the_checkpoints_own(tmp_path):
         if name.endswith(".weight_packed")
     }
     assert packed < original and "model.layers.1.block_sparse_moe.experts.2.w3" in packed
+
+
+def test_gptq_on_few_tokens_of_its_own_would_lose_to_rounding():
+    """Why it takes all tokens of a layer for an expert with fewer than two per feature."""
+    torch.manual_seed(0)
+    size, spec = 128, QuantSpec(3, 32)
+    channels = torch.linalg.qr(torch.randn(size, size))[0] * torch.arange(1, size + 1).float() ** -0.25
+    own = channels @ torch.diag(torch.randn(size).div(2).exp())
+    true, weight = own @ own.T, torch.randn(48, size)
+
+    def error(gram: Tensor) -> float:
+        return output_error(weight, gptq.gptq_quantize(weight, gram, spec).dequantize(torch.float32), true)
+
+    rounded = output_error(weight, fake_quantize(weight, spec), true)
+    few = torch.randn(size // 2, size) @ own.T
+    many = torch.randn(8 * size, size) @ own.T
+    layer = 0.9 * channels @ channels.T + 0.1 * true
+    assert error(few.T @ few / len(few)) > rounded > error(layer)
+    assert error(many.T @ many / len(many)) < error(layer)

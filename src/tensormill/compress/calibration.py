@@ -44,8 +44,11 @@ Progress = Callable[[str, float], None]
 # activations stay small beside its weights.
 _CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}
 
-#: Tokens per input feature below which an expert is observed on all tokens of its layer.
-MIN_TOKENS_PER_FEATURE = 1 / 8
+# Tokens per input feature below which an expert is observed on all tokens of its layer. On Gaussian inputs
+# (256 features, 3 bits) AWQ's scales and ranges from an expert's own tokens are better than those from all
+# tokens from 1/16 on where the expert's channels differ a lot from the layer's (a factor of e, say), from 1 on
+# where they hardly do.
+_TOKENS_PER_FEATURE = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -339,7 +342,12 @@ class CalibrationBlock:
 
     @torch.no_grad()
     def observe(
-        self, linears: Sequence[str] | None = None, *, capture: Sequence[str] = (), capture_samples: int = 0
+        self,
+        linears: Sequence[str] | None = None,
+        *,
+        capture: Sequence[str] = (),
+        capture_samples: int = 0,
+        tokens_per_feature: float = _TOKENS_PER_FEATURE,
     ) -> dict[str, InputStatistics]:
         """Run the block on all chunks, and gather statistics of what linear layers read.
 
@@ -348,10 +356,9 @@ class CalibrationBlock:
                 fewer the run ends at the last of them.
             capture: modules whose inputs are kept in `captured` as calls, one per chunk.
             capture_samples: over how many samples at least, in whole chunks.
-
-        An expert is observed on the tokens routed to it. Where these are fewer than an eighth of the layer's
-        input features, they say too little about the inputs' covariance, and a second run shows it all tokens
-        that reach its layer.
+            tokens_per_feature: an expert is observed on the tokens routed to it. Where these are fewer than
+                so many for each input feature, they say too little about the inputs' covariance, and a second
+                run shows the expert all tokens that reach its layer.
 
         Returns:
             Statistics by linear; those that read the same tensor share one object.
@@ -405,7 +412,7 @@ class CalibrationBlock:
             for group in groups
             if self._list_of(group[0])
             and (seen := getattr(accumulators.get(group[0]), "tokens", 0))
-            < MIN_TOKENS_PER_FEATURE * linear_in(self.module, group[0]).in_features
+            < tokens_per_feature * linear_in(self.module, group[0]).in_features
         }
         if starved:
             accumulators |= self._show_all(list(starved))

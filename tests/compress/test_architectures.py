@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from architectures import CONFIGS, VOCABULARY, architecture_model
 from packed_models import relative_error
 from safetensors.torch import load_file
@@ -248,3 +249,65 @@ def test_eight_bits_hardly_change_the_model(name):
 
 def test_every_architecture_is_covered():
     assert set(EDGES) <= set(CONFIGS)
+
+
+OTHERS = {
+    "bloom": ("BloomConfig", {"n_head": 4, "n_layer": 2}),
+    "cohere": ("CohereConfig", {}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "head_dim": 16,
+        },
+    ),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+    "gptj": ("GPTJConfig", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "num_hidden_layers": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "starcoder2": ("Starcoder2Config", {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the experts in:UserWarning")
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_are_compressed_and_loaded(name, tmp_path, monkeypatch):
+    """Fewer checks than above: the fold, the search, and our own loading."""
+    if not hasattr(transformers, OTHERS[name][0]):
+        pytest.skip(f"this transformers has no {name}")
+    monkeypatch.setitem(CONFIGS, name, OTHERS[name])
+    model = opened(name, dtype=torch.float64)
+    if name == "gpt_oss":
+        model.set_experts_implementation("eager")  # the grouped product takes no float64
+    structure = discover(model)
+    before = outputs(model, structure)
+    fold_all(model, structure)
+    # Norms and routers in float32, through up to four layers.
+    assert change(before, outputs(model, structure)) < 1e-5
+    model = architecture_model(name)
+    report = awq.apply(model, awq.AWQConfig(symmetric=True, **SMALL), Calibration(TOKENS))
+    assert any("producer" in layer.details for layer in report.layers)
+    assert sum(layer.nmse for layer in report.layers) < sum(layer.loss_rtn for layer in report.layers)
+    folder = save_compressed(model, None, None, tmp_path / "packed")
+    assert relative_error(logits(load(folder)), logits(model)) < 1e-5

@@ -8,7 +8,7 @@ import torch
 import transformers
 from architectures import VOCABULARY, architecture_model, randomize
 from packed_models import relative_error, save_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -270,6 +270,18 @@ def test_untouched_experts_are_read_by_plain_transformers(tmp_path):
     found = AutoModelForCausalLM.from_pretrained(folder)
     assert not list(expert_lists(found))
     assert relative_error(logits(found), logits(model)) < 1e-5
+
+
+def test_the_usual_names_are_read_too(tmp_path):
+    """llm-compressor's linearize_moe writes them for Mixtral."""
+    model = architecture_model("mixtral")
+    rtn.apply(model, rtn.RTNConfig(group_size=16, symmetric=True))
+    folder = save_compressed(model, None, None, tmp_path / "mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    for name, other in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        tensors = {key.replace(f".{name}.", f".{other}."): value for key, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert relative_error(logits(load(folder)), logits(model)) < 1e-5
 
 
 def stacked_on_disk() -> nn.Module:

@@ -24,7 +24,8 @@ from tensormill.errors import InvalidArgument
 ProjectionNames = tuple[str, str, str]
 """What the projections of an expert are called: gate, up, down."""
 
-_USUAL_NAMES: ProjectionNames = ("gate_proj", "up_proj", "down_proj")
+#: Where an architecture has no others.
+USUAL_NAMES: ProjectionNames = ("gate_proj", "up_proj", "down_proj")
 
 # The two compute the same products; half precision may add them in another order. A wrong layout (gate and up
 # exchanged, rows interleaved, a clamped activation) is off by more than 0.1.
@@ -80,7 +81,9 @@ class ExpertList(nn.ModuleList):
 
 
 @torch.no_grad()
-def unfuse_experts(model: nn.Module, only: Collection[str] | None = None) -> list[str]:
+def unfuse_experts(
+    model: nn.Module, only: Collection[str] | None = None, names: ProjectionNames | None = None
+) -> list[str]:
     """Put an `ExpertList` in the place of every fused experts module, in place.
 
     The linear layers' weights are views of the fused tensors, so this takes no memory. On the meta device
@@ -90,6 +93,7 @@ def unfuse_experts(model: nn.Module, only: Collection[str] | None = None) -> lis
     Args:
         model: a model, or a part of one.
         only: names of the modules to take apart; None means all.
+        names: of an expert's projections; None takes those of the model's checkpoints.
 
     Returns:
         Names of the modules taken apart.
@@ -98,10 +102,11 @@ def unfuse_experts(model: nn.Module, only: Collection[str] | None = None) -> lis
         InvalidArgument: a fused weight holds NaN or infinity.
     """
     found, left = [], []
+    names = names or projection_names(model)
     for path, module in list(model.named_modules()):
         if not is_fused(module) or (only is not None and path not in only):
             continue
-        experts = _take_apart(module, projection_names(model))
+        experts = _take_apart(module, names)
         if experts is None or not _same_function(module, experts, path):
             left.append(path)
             continue
@@ -152,7 +157,7 @@ def routers(model: nn.Module) -> list[str]:
 
 def projection_names(model: nn.Module) -> ProjectionNames:
     """What checkpoints of this model call an expert's projections."""
-    return _names_on_disk(model) or _USUAL_NAMES
+    return _names_on_disk(model) or USUAL_NAMES
 
 
 def stored_stacked(model: nn.Module) -> bool:
@@ -166,7 +171,7 @@ def stored_stacked(model: nn.Module) -> bool:
 
 def stack_experts(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The two stacked tensors of the experts at `path`, from the linear layers' in `tensors`."""
-    gate, up, down = _USUAL_NAMES
+    gate, up, down = USUAL_NAMES
     count = sum(name.startswith(f"{path}.") and name.endswith(f".{down}.weight") for name in tensors)
 
     def all_of(projection: str) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tensormill.compress.experts import is_fused, unfuse_experts
+from tensormill.compress.experts import USUAL_NAMES, is_fused, unfuse_experts
 from tensormill.compress.formats.checkpoint_format import (
     CheckpointFormat,
     Stored,
@@ -183,7 +183,10 @@ def _unfuse_packed_experts(model: nn.Module, stored: Mapping[str, Stored], layou
     fused = [name for name, module in model.named_modules() if is_fused(module)]
     if not any(name.startswith(f"{path}.") for name in packed for path in fused):
         return False
-    unfuse_experts(model, {path for path in fused if any(name.startswith(f"{path}.0.") for name in stored)})
+    apart = {path for path in fused if any(name.startswith(f"{path}.0.") for name in stored)}
+    # llm-compressor may write the usual names where the architecture's checkpoints have others.
+    usual = any(name.startswith(f"{path}.0.{USUAL_NAMES[2]}.") for name in stored for path in apart)
+    unfuse_experts(model, apart, USUAL_NAMES if usual else None)
     return True
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tensormill.compress import awq, compress, gptq, rtn
-from tensormill.compress.calibration import Calibration, stream_blocks
+from tensormill.compress.calibration import Calibration, CalibrationBlock, stream_blocks
 from tensormill.compress.checkpoint import load, save_compressed
 from tensormill.compress.experts import ExpertList, expert_lists, routers, unfuse_experts
 from tensormill.compress.formats.quantization import QuantSpec, fake_quantize
@@ -366,6 +366,22 @@ def test_the_whole_job(tmp_path):
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert relative_error(plain(tokens).logits, found(tokens).logits) < 1e-5
+
+
+def test_true_sequential_observes_all_experts_at_once(monkeypatch):
+    runs: list[list[str]] = []
+    observe = CalibrationBlock.observe
+
+    def counting(self, linears=None, **options):
+        runs.append(list(linears))
+        return observe(self, linears, **options)
+
+    monkeypatch.setattr(CalibrationBlock, "observe", counting)
+    config = gptq.GPTQConfig(bits=3, group_size=16, true_sequential=True)
+    report = gptq.apply(architecture_model("qwen3_moe"), config, Calibration(TOKENS))
+    assert [len(names) for names in runs] == [3, 1, 8, 4] * 2
+    assert len(report.layers) == 32
+    assert sum(layer.nmse for layer in report.layers) < 0.8 * sum(layer.loss_rtn for layer in report.layers)
 
 
 def test_names_on_disk_are_the_checkpoints_own(tmp_path):

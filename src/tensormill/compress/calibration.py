@@ -410,7 +410,7 @@ class CalibrationBlock:
         starved = {
             group[0]: seen
             for group in groups
-            if self._list_of(group[0])
+            if self.list_of_experts(group[0])
             and (seen := getattr(accumulators.get(group[0]), "tokens", 0))
             < tokens_per_feature * linear_in(self.module, group[0]).in_features
         }
@@ -422,8 +422,8 @@ class CalibrationBlock:
             for name, statistics in self._finish(group, accumulators, starved.get(group[0]))
         }
 
-    def _list_of(self, name: str) -> str | None:
-        """The list of experts that a linear belongs to."""
+    def list_of_experts(self, name: str) -> str | None:
+        """The list of experts that a linear belongs to, None if it belongs to none."""
         lists = (path for path, _ in expert_lists(self.module))
         return next((path for path in lists if name.startswith(f"{path}.")), None)
 
@@ -432,7 +432,7 @@ class CalibrationBlock:
         accumulators: dict[str, GramAccumulator] = {}
         by_list: dict[str, list[str]] = {}
         for name in linears:
-            by_list.setdefault(str(self._list_of(name)), []).append(name)
+            by_list.setdefault(str(self.list_of_experts(name)), []).append(name)
 
         def show(path: str, names: Sequence[str]) -> Callable[..., None]:
             experts = self.module.get_submodule(path)

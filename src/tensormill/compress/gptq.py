@@ -15,11 +15,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.calibration import Calibration, InputStatistics, Progress, stream_blocks
+from tensormill.compress.calibration import (
+    Calibration,
+    CalibrationBlock,
+    InputStatistics,
+    Progress,
+    stream_blocks,
+)
 from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.formats.quantization import (
     QuantizedWeight,
@@ -228,10 +235,23 @@ def apply(
         statistics = (
             {} if config.true_sequential else block.observe(linears, tokens_per_feature=_TOKENS_PER_FEATURE)
         )
-        for group in groups:
-            seen = (statistics or block.observe(group, tokens_per_feature=_TOKENS_PER_FEATURE))[group[0]]
-            layers += _compress_group(block.module, block.name, group, seen, config)
+        for together in _stages(block, groups):
+            seen = statistics or block.observe(
+                [name for group in together for name in group], tokens_per_feature=_TOKENS_PER_FEATURE
+            )
+            for group in together:
+                layers += _compress_group(block.module, block.name, group, seen[group[0]], config)
     return finish_report("gptq", config, layers, structure.left_out)
+
+
+def _stages(block: CalibrationBlock, groups: list[list[str]]) -> list[list[list[str]]]:
+    """Groups to compress before the next ones are observed: one at a time, but all experts at once."""
+    stages: dict[Any, list[list[str]]] = {}
+    for group in groups:
+        path = block.list_of_experts(group[0])
+        place = group[0] if path is None else group[0].removeprefix(f"{path}.").partition(".")[2]
+        stages.setdefault((path, place), []).append(group)
+    return list(stages.values())
 
 
 def _is_target(module: nn.Module, name: str) -> bool:

@@ -40,6 +40,7 @@ from tensormill.compress.formats.quantization import (
     quantize_weight,
     split_groups,
 )
+from tensormill.compress.gptq import gptq_quantize
 from tensormill.compress.methods import (
     LayerReport,
     MethodReport,
@@ -83,6 +84,10 @@ class AWQConfig(WeightConfig):
         clip_max_shrink: how much of a group's range may be cut away, from 0 to below 1 (0.5 there).
         clip_scores: clip query and key projections too. The paper's code doesn't, since their errors meet in
             a product; here clipping is kept only in rows whose whole error it lowers, and then it helps.
+        rounding: how codes are chosen once scales and ranges are: "nearest", the paper's; "gptq" lets the columns
+            still to come absorb each one's error (the paper's combination with GPTQ), on the same grids. Costs
+            a factorization for each input and N K^2 operations for each linear.
+        damping: as GPTQ's, for that rounding.
         mappings: "auto", or a list of `{"producer": name, "consumers": [names]}`, names as inside a block.
     """
 
@@ -95,6 +100,8 @@ class AWQConfig(WeightConfig):
     clip_grid: int = 40
     clip_max_shrink: float = 0.7
     clip_scores: bool = True
+    rounding: str = "nearest"
+    damping: float = 0.01
     mappings: Literal["auto"] | Sequence[Mapping[str, Any]] = "auto"
 
     def __post_init__(self) -> None:
@@ -110,6 +117,9 @@ class AWQConfig(WeightConfig):
             raise InvalidArgument(
                 f"given objective={self.objective!r}, expected 'gram', 'linear' or 'module'"
             )
+        if self.rounding not in ("nearest", "gptq"):
+            raise InvalidArgument(f"given rounding={self.rounding!r}, expected 'nearest' or 'gptq'")
+        check_number(self, "damping", 1e-8, 1.0)
         if self.mappings != "auto" and (isinstance(self.mappings, str) or not self.mappings):
             raise InvalidArgument(
                 f"given mappings={self.mappings!r}, expected 'auto'; or {HOW_TO_PASS_MAPPINGS}"
@@ -329,7 +339,11 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
             clip = keep_helpful_rows(weight, clip, gram, spec)
             largest = split_groups(weight, spec).abs().amax(dim=-1)
             details[name]["clipped_groups"] = (clip < largest).float().mean().item()
-        quantized = quantize_weight(weight, spec, clip)
+        if config.rounding == "gptq":
+            limit = split_groups(weight, spec).abs().amax(dim=-1) if clip is None else clip
+            quantized = gptq_quantize(weight, gram, spec, limit, damping=config.damping)
+        else:
+            quantized = quantize_weight(weight, spec, clip)
         error = output_error(weight, quantized.dequantize(torch.float32), gram)
         replace_linear(module, name, quantized, dtypes[f"{name}.weight"])
         seconds[name] += time.perf_counter() - start

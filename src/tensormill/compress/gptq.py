@@ -76,7 +76,13 @@ class GPTQConfig(WeightConfig):
 
 
 def gptq_quantize(
-    weight: Tensor, gram: Tensor, spec: QuantSpec, *, damping: float = 0.01, act_order: bool = False
+    weight: Tensor,
+    gram: Tensor,
+    spec: QuantSpec,
+    clip: Tensor | None = None,
+    *,
+    damping: float = 0.01,
+    act_order: bool = False,
 ) -> QuantizedWeight:
     """Quantize a weight so that its output changes least on inputs with this Gram matrix.
 
@@ -85,6 +91,8 @@ def gptq_quantize(
         gram: (K, K) float32, the mean over tokens of x x^T. The columns of inputs that are always zero are
             rounded to nearest.
         spec: the quantizer.
+        clip: (N, G) largest magnitudes that the groups' grids represent; None takes them from the weights as they
+            are when their turn comes.
         damping: fraction of the diagonal's mean that is added to it; raised tenfold until the matrix is
             regular.
         act_order: process columns by falling diagonal.
@@ -102,7 +110,11 @@ def gptq_quantize(
     grid: tuple[Tensor, Tensor] | None = None
     if act_order:
         order = gram.diagonal().argsort(descending=True)
-        grid = group_grid(split_groups(weight.float(), spec), spec)
+    if act_order or clip is not None:
+        groups = split_groups(weight.float(), spec)
+        if clip is not None:
+            groups = groups.clamp(-clip.float().unsqueeze(-1), clip.float().unsqueeze(-1))
+        grid = group_grid(groups, spec)
     factor = inverse_factor(gram[order][:, order], damping)
     # Transposed, so that a column is contiguous.
     remaining = weight.float().T[order].contiguous()

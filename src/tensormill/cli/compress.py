@@ -45,6 +45,12 @@ def compress(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that lies there.")] = False,
     calibration: CalibrationText = None,
+    calibration_pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help='Lines {"image": path, "text": "..."} to calibrate on, for models that read images.'
+        ),
+    ] = None,
     text: Text = None,
     max_tokens: MaxTokens = 65536,
     evaluate: Annotated[bool, typer.Option(help="Measure quality and speed.")] = True,
@@ -71,6 +77,7 @@ def compress(
             format=format,
             recipe=recipe,
             calibration_text=calibration,
+            calibration_pairs=calibration_pairs,
             text=text,
             device=where,
             dtype=dtype_named(dtype),

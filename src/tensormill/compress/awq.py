@@ -18,7 +18,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ from tensormill.compress.calibration import (
     stream_blocks,
 )
 from tensormill.compress.clipping import gram_blocks, keep_helpful_rows, search_clip
+from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.fold import fold
 from tensormill.compress.formats.quantization import (
     QuantSpec,
@@ -268,7 +270,9 @@ def apply(
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers, or no edge along which scales can move.
     """
-    structure = structure or discover(model, config.mappings)
+    if structure is None:
+        unfuse_experts(model)
+        structure = discover(model, config.mappings)
     if not any(block.mappings for block in structure.blocks):
         raise ModelError(
             f"given a {type(model).__name__} without an edge along which scales can be moved, "
@@ -278,7 +282,7 @@ def apply(
     layers = list(round_outside(model, structure, config))
     for block in stream_blocks(model, structure, calibration, device=device, progress=progress):
         layers += _compress_block(block, config)
-    return finish_report("awq", config, layers)
+    return finish_report("awq", config, layers, structure.left_out)
 
 
 def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerReport]:
@@ -320,8 +324,7 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
             seconds[name] += (time.perf_counter() - start) / len(names)
     for mapping, scale in searches:
         columns = fold(module, mapping, scale, stored_dtype=dtypes.get(f"{mapping.producer}.weight"))
-        divided = statistics[mapping.consumers[0]].divided(columns)
-        statistics.update(dict.fromkeys(mapping.consumers, divided))
+        divide_statistics(statistics, mapping.consumers, columns)
 
     layers = []
     for name, linear in targets.items():
@@ -339,6 +342,7 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
             clip = keep_helpful_rows(weight, clip, gram, spec)
             largest = split_groups(weight, spec).abs().amax(dim=-1)
             details[name]["clipped_groups"] = (clip < largest).float().mean().item()
+        details[name] |= statistics[name].to_dict()
         if config.rounding == "gptq":
             limit = split_groups(weight, spec).abs().amax(dim=-1) if clip is None else clip
             quantized = gptq_quantize(weight, gram, spec, limit, damping=config.damping)
@@ -375,18 +379,22 @@ def _search_mapping(
     names = [name for name in mapping.consumers if name in targets]
     linears, spec = [targets[name] for name in names], specs[names[0]]
     weights = [linear.weight.data for linear in linears]
-    seen = statistics[names[0]]
-    if config.objective == "gram" or (config.objective == "module" and mapping.inspected in names):
-        per_column = gram_loss(weights, seen.gram, spec)
+    seen = [statistics[name] for name in names]
+    # An expert counts as often as it is chosen.
+    counts = [each.tokens if each.routed is None else each.routed for each in seen]
+    shares = [count / max(counts) if any(counts) else 1.0 for count in counts]
+    calls = [call.to(torch.float32) for call in block.captured.get(mapping.inspected, ())]
+    module = block.module.get_submodule(mapping.inspected)
+    inputs = _inputs_of(linears, module, calls) if config.objective == "linear" else []
+    if config.objective == "module" and mapping.inspected not in names:
+        per_column = module_loss(module, linears, calls, spec)
+    elif any(x.numel() for x in inputs):
+        per_column = sample_loss(weights, inputs, spec, shares)
     else:
-        calls = [call.to(torch.float32) for call in block.captured[mapping.inspected]]
-        module = block.module.get_submodule(mapping.inspected)
-        if config.objective == "module":
-            per_column = module_loss(module, linears, calls, spec)
-        else:
-            per_column = sample_loss(weights, _inputs_of(linears[0], module, calls), spec)
+        # An expert that the sample doesn't reach has the statistics of all tokens.
+        per_column = gram_loss(weights, [each.gram for each in seen], spec, shares)
     return search_scales(
-        mapping.reduce(seen.mean_abs),
+        mapping.reduce(_mean_abs(seen)),
         mapping.reduce(weight_magnitude(weights, spec)),
         lambda scales: per_column(torch.stack([mapping.expand(scale) for scale in scales])),
         n_grid=config.n_grid,
@@ -395,16 +403,38 @@ def _search_mapping(
     )
 
 
-def _inputs_of(linear: nn.Linear, module: nn.Module, calls: Sequence[BlockCall]) -> Tensor:
-    """(tokens, K) what a linear layer reads when `module`, which holds it, is called."""
-    inputs: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].flatten(0, -2)))
-    try:
+def _mean_abs(seen: Sequence[InputStatistics]) -> Tensor:
+    """(K,) the mean of |x| over all tokens that some linears see."""
+    distinct = list({id(each.gram): each for each in seen}.values())
+    total = sum(each.tokens for each in distinct)
+    return torch.stack([each.mean_abs * (each.tokens / total) for each in distinct]).sum(dim=0)
+
+
+def divide_statistics(statistics: dict[str, InputStatistics], names: Sequence[str], columns: Tensor) -> None:
+    """Divide the inputs of some linears by `columns` (K,); a matrix that they share stays shared."""
+    left = list(names)
+    while left:
+        # One after the other: the matrices of many experts mustn't be held twice.
+        gram = statistics[left[0]].gram
+        alike = [name for name in left if statistics[name].gram is gram]
+        divided = statistics[alike[0]].divided(columns)
+        for name in alike:
+            statistics[name] = replace(divided, routed=statistics[name].routed)
+        left = [name for name in left if name not in alike]
+
+
+def _inputs_of(linears: Sequence[nn.Linear], module: nn.Module, calls: Sequence[BlockCall]) -> list[Tensor]:
+    """(tokens, K) what each linear layer reads when `module`, which holds them, is called."""
+    inputs: list[list[Tensor]] = [[linear.weight.new_zeros(0, linear.in_features)] for linear in linears]
+    with ExitStack() as stack:
+        for linear, read in zip(linears, inputs, strict=True):
+            hook = linear.register_forward_pre_hook(
+                lambda _module, args, read=read: read.append(args[0].flatten(0, -2))
+            )
+            stack.callback(hook.remove)
         for call in calls:
             module(*call.args, **call.kwargs)
-    finally:
-        hook.remove()
-    return torch.cat(inputs)
+    return [torch.cat(read) for read in inputs]
 
 
 def _describe(mapping: ScaleMapping, search: ScaleSearch) -> dict[str, Any]:

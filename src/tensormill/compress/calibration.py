@@ -8,15 +8,19 @@ time.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.experts import expert_lists
 from tensormill.compress.fold import fold
 from tensormill.compress.precision import computing_dtype, gram_precision, widened
 from tensormill.compress.structure import (
@@ -28,7 +32,9 @@ from tensormill.compress.structure import (
     discover,
     linear_in,
     record_calls,
+    text_config,
 )
+from tensormill.compress.text import read_texts
 from tensormill.errors import DataError, InvalidArgument, ModelError
 
 Progress = Callable[[str, float], None]
@@ -38,6 +44,12 @@ Progress = Callable[[str, float], None]
 # activations stay small beside its weights.
 _CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}
 
+# Tokens per input feature below which an expert is observed on all tokens of its layer. On Gaussian inputs
+# (256 features, 3 bits) AWQ's scales and ranges from an expert's own tokens are better than those from all
+# tokens from 1/16 on where the expert's channels differ a lot from the layer's (a factor of e, say), from 1 on
+# where they hardly do.
+_TOKENS_PER_FEATURE = 1 / 4
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -45,15 +57,20 @@ class Calibration:
 
     Attributes:
         tokens: (samples, length) int64.
+        inputs: what else the model is called with for each window, by keyword and with a batch dimension of 1
+            (pixel values, say); None for text alone.
+        lengths: how many tokens of each window count, from its beginning; None counts all.
 
     Raises:
-        DataError: no tokens.
+        DataError: no tokens, or inputs or lengths that don't fit them.
 
     >>> Calibration(torch.arange(1024).view(2, 512)).tokens.shape
     torch.Size([2, 512])
     """
 
     tokens: Tensor
+    inputs: Sequence[Mapping[str, Tensor]] | None = None
+    lengths: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or self.tokens.dtype != torch.int64 or self.tokens.numel() == 0:
@@ -61,6 +78,26 @@ class Calibration:
                 f"given calibration tokens of shape {tuple(self.tokens.shape)} and {self.tokens.dtype}, "
                 "expected a non-empty int64 tensor [samples, length]"
             )
+        samples, length = self.tokens.shape
+        for name, given in (("inputs", self.inputs), ("lengths", self.lengths)):
+            if given is not None and len(given) != samples:
+                raise DataError(
+                    f"given {name} of {len(given)} windows, expected {samples} as there are tokens"
+                )
+        if self.lengths is not None and not all(1 <= each <= length for each in self.lengths):
+            raise DataError(f"given lengths {list(self.lengths)[:8]}, expected 1 to {length} tokens each")
+
+    def chunks(self, samples: int) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+        """Tokens (batch, length) and further inputs, up to `samples` windows at a time: one where windows have
+        inputs or lengths of their own.
+        """
+        if self.inputs is None and self.lengths is None:
+            for tokens in torch.split(self.tokens, samples):
+                yield tokens, {}
+            return
+        for index, tokens in enumerate(self.tokens):
+            length = len(tokens) if self.lengths is None else self.lengths[index]
+            yield tokens[None, :length], {} if self.inputs is None else self.inputs[index]
 
     @classmethod
     def from_text(
@@ -95,6 +132,92 @@ class Calibration:
         chosen = torch.arange(samples) * windows // samples
         return cls(torch.tensor(ids[: windows * length]).view(windows, length)[chosen])
 
+    @classmethod
+    def from_pairs(
+        cls, file: str | os.PathLike[str], processor: Any, *, samples: int = 128, length: int = 512
+    ) -> Calibration:
+        """Windows of an image and a text each, for models that read images.
+
+        Args:
+            file: JSON lines `{"image": path, "text": "..."}`, paths relative to the file.
+            processor: a transformers processor. Its chat template is used where it has one, else its image
+                token goes before texts that hold none.
+            samples: number of windows at most, spread evenly over the file.
+            length: tokens of a window at most; an image is never cut.
+
+        Raises:
+            DataError: a line or an image can't be read; names it.
+            InvalidArgument: Pillow isn't installed.
+        """
+        if samples < 1 or length < 1:
+            raise InvalidArgument(f"given {samples} samples of {length} tokens, expected at least 1 of each")
+        pairs = read_pairs(file)
+        count = min(samples, len(pairs))
+        windows, inputs = [], []
+        for index in range(count):
+            tokens, more = _process_pair(*pairs[index * len(pairs) // count], processor, length)
+            windows.append(tokens)
+            inputs.append(more)
+        lengths = [len(window) for window in windows]
+        return cls(torch.nn.utils.rnn.pad_sequence(windows, batch_first=True), inputs, lengths)
+
+
+def read_pairs(file: str | os.PathLike[str]) -> list[tuple[Path, str]]:
+    """Path of the image and text of every line `{"image": path, "text": "..."}` of a file.
+
+    Raises:
+        DataError: the file or a line can't be read, or an image doesn't exist.
+    """
+    pairs = []
+    for number, line in enumerate(read_texts([file])[str(file)].splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            image, text = entry["image"], entry["text"]
+        except (ValueError, KeyError, TypeError):
+            image = text = None
+        if not isinstance(image, str) or not isinstance(text, str):
+            raise DataError(f'line {number} of {file} is not {{"image": path, "text": "..."}}; correct it')
+        path = Path(file).parent / image
+        if not path.is_file():
+            raise DataError(f"line {number} of {file} names the image {image}, which doesn't exist")
+        pairs.append((path, text))
+    return pairs
+
+
+def _process_pair(path: Path, text: str, processor: Any, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tokens (length,), and what the model is called with besides."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise InvalidArgument(
+            "images are read with Pillow, which is not installed; pip install pillow"
+        ) from None
+    mark = getattr(processor, "image_token", None)
+    if mark is None or mark not in text:
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        elif mark is not None:
+            text = f"{mark}\n{text}"
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"the image {path} can't be read: {error}") from error
+    encoded = dict(processor(images=[image], text=[text], return_tensors="pt"))
+    tokens = encoded.pop("input_ids")
+    encoded.pop("attention_mask", None)
+    held = (tokens[0] == getattr(processor, "image_token_id", -1)).nonzero().flatten()
+    kept = min(tokens.shape[1], max(length, int(held.max()) + 1 if held.numel() else 0))
+    more = {
+        name: value[:, :kept] if value.shape == tokens.shape else value
+        for name, value in encoded.items()
+        if isinstance(value, Tensor)
+    }
+    return tokens[0, :kept], more
+
 
 def _spread(text: str, samples: int, length: int, tokenizer: Any) -> list[str]:
     """Evenly spread slices of about the wanted number of tokens: long texts aren't tokenized whole."""
@@ -122,11 +245,14 @@ class InputStatistics:
         gram: (K, K) float32, the mean over tokens of x x^T.
         mean_abs: (K,) float32, the mean over tokens of |x|.
         tokens: how many tokens were seen.
+        routed: of an expert that too few tokens were routed to: how many. The statistics are then those of
+            all tokens that reach its layer.
     """
 
     gram: Tensor
     mean_abs: Tensor
     tokens: int
+    routed: int | None = None
 
     @property
     def second_moment(self) -> Tensor:
@@ -135,7 +261,14 @@ class InputStatistics:
 
     def divided(self, scale: Tensor) -> InputStatistics:
         """The statistics of x / scale, for scale (K,)."""
-        return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
+        gram = self.gram / torch.outer(scale, scale)
+        return InputStatistics(gram, self.mean_abs / scale, self.tokens, self.routed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a layer's report says of them: nothing, unless an expert saw too few tokens."""
+        if self.routed is None:
+            return {}
+        return {"calibrated_on": "all tokens of the layer", "routed_tokens": self.routed}
 
 
 class GramAccumulator:
@@ -150,6 +283,7 @@ class GramAccumulator:
         self.gram = torch.zeros(features, features, device=device)
         self.abs_sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
+        self.finished: InputStatistics | None = None
         self.panel = 384 if device.type == "cpu" else 2048
 
     def add(self, x: Tensor) -> None:
@@ -164,10 +298,12 @@ class GramAccumulator:
                 self.gram[rows, start:].addmm_(x[:, rows].T, x[:, start:])
 
     def finish(self) -> InputStatistics:
-        """The means over all tokens."""
-        upper = self.gram.triu_().div_(self.tokens)
-        gram = upper + upper.triu(1).T
-        return InputStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens)
+        """The means over all tokens; one object however often it is asked for."""
+        if self.finished is None:
+            upper = self.gram.triu_().div_(self.tokens)
+            gram = upper + upper.triu(1).T
+            self.finished = InputStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens)
+        return self.finished
 
 
 @dataclass
@@ -206,7 +342,12 @@ class CalibrationBlock:
 
     @torch.no_grad()
     def observe(
-        self, linears: Sequence[str] | None = None, *, capture: Sequence[str] = (), capture_samples: int = 0
+        self,
+        linears: Sequence[str] | None = None,
+        *,
+        capture: Sequence[str] = (),
+        capture_samples: int = 0,
+        tokens_per_feature: float = _TOKENS_PER_FEATURE,
     ) -> dict[str, InputStatistics]:
         """Run the block on all chunks, and gather statistics of what linear layers read.
 
@@ -215,6 +356,9 @@ class CalibrationBlock:
                 fewer the run ends at the last of them.
             capture: modules whose inputs are kept in `captured` as calls, one per chunk.
             capture_samples: over how many samples at least, in whole chunks.
+            tokens_per_feature: an expert is observed on the tokens routed to it. Where these are fewer than
+                so many for each input feature, they say too little about the inputs' covariance, and a second
+                run shows the expert all tokens that reach its layer.
 
         Returns:
             Statistics by linear; those that read the same tensor share one object.
@@ -263,17 +407,83 @@ class CalibrationBlock:
                 chunk += 1
         if linears is None:
             self.outputs = outputs
+        starved = {
+            group[0]: seen
+            for group in groups
+            if self.list_of_experts(group[0])
+            and (seen := getattr(accumulators.get(group[0]), "tokens", 0))
+            < tokens_per_feature * linear_in(self.module, group[0]).in_features
+        }
+        if starved:
+            accumulators |= self._show_all(list(starved))
         return {
-            name: statistics for group in groups for name, statistics in self._finish(group, accumulators)
+            name: statistics
+            for group in groups
+            for name, statistics in self._finish(group, accumulators, starved.get(group[0]))
         }
 
+    def list_of_experts(self, name: str) -> str | None:
+        """The list of experts that a linear belongs to, None if it belongs to none."""
+        lists = (path for path, _ in expert_lists(self.module))
+        return next((path for path in lists if name.startswith(f"{path}.")), None)
+
+    def _show_all(self, linears: Sequence[str]) -> dict[str, GramAccumulator]:
+        """What linears of experts read when every token of their layer is sent to them."""
+        accumulators: dict[str, GramAccumulator] = {}
+        by_list: dict[str, list[str]] = {}
+        for name in linears:
+            by_list.setdefault(str(self.list_of_experts(name)), []).append(name)
+
+        def show(path: str, names: Sequence[str]) -> Callable[..., None]:
+            experts = self.module.get_submodule(path)
+
+            def gather(name: str, shared: GramAccumulator, source: Tensor) -> Callable[..., None]:
+                def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                    x = args[0]
+                    if x is source:
+                        accumulators[name] = shared
+                        return
+                    if name not in accumulators:
+                        accumulators[name] = GramAccumulator(x.shape[-1], x.device)
+                    accumulators[name].add(x)
+
+                return hook
+
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0].flatten(0, -2)
+                # What all experts of a layer read is one tensor, added up once.
+                if path not in entries:
+                    entries[path] = GramAccumulator(x.shape[-1], x.device)
+                entries[path].add(x)
+                with ExitStack() as stack:
+                    for name in names:
+                        part = self.module.get_submodule(name)
+                        hook = part.register_forward_pre_hook(gather(name, entries[path], x))
+                        stack.callback(hook.remove)
+                    for index in sorted({int(name[len(path) + 1 :].partition(".")[0]) for name in names}):
+                        experts.get_submodule(str(index))(x)
+
+            return hook
+
+        entries: dict[str, GramAccumulator] = {}
+        with ExitStack() as stack:
+            stack.enter_context(widened(self.module))
+            for path, names in by_list.items():
+                part = self.module.get_submodule(path)
+                stack.callback(part.register_forward_pre_hook(show(path, names)).remove)
+            for call, x in zip(self.calls, self.hidden, strict=True):
+                call.run(self.module, x)
+        return accumulators
+
     def _finish(
-        self, group: list[str], accumulators: dict[str, GramAccumulator]
+        self, group: list[str], accumulators: dict[str, GramAccumulator], routed: int | None = None
     ) -> Iterator[tuple[str, InputStatistics]]:
         names = " and ".join(self.full_name(name) for name in group)
         if group[0] not in accumulators:
             raise InvalidArgument(f"given calibration tokens that never reach {names}, expected other text")
         statistics = accumulators[group[0]].finish()
+        if routed is not None:
+            statistics = replace(statistics, routed=routed)
         if not torch.isfinite(statistics.gram).all():
             raise InvalidArgument(
                 f"given NaN or infinity in the input of {names}, expected finite activations; check the "
@@ -317,8 +527,13 @@ def stream_blocks(
     hidden: list[Tensor] = []
     calls: list[list[BlockCall]] = []
     returns_tuple = [block.returns_tuple for block in structure.blocks]
-    for tokens in torch.split(calibration.tokens, batch):
-        first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple)
+    stored = next(model.parameters()).dtype
+    for tokens, besides in calibration.chunks(batch):
+        more = {
+            name: value.to(home, stored) if value.is_floating_point() else value.to(home)
+            for name, value in besides.items()
+        }
+        first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple, more)
         hidden.append(first.to(device, dtype))
         calls.append(chunk_calls)
     training = model.training
@@ -349,7 +564,7 @@ def stream_blocks(
 
 
 def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    config = getattr(model, "config", None)
+    config = text_config(model)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and tokens.shape[1] > longest:
         raise DataError(
@@ -442,11 +657,11 @@ def _mix_heads(block: nn.Module, mapping: ScaleMapping, factor: float, generator
         along = (vectors * directions.unsqueeze(-1)).sum(dim=1, keepdim=True)
         return vectors + (strength - 1) * along * directions.unsqueeze(-1)
 
-    start = producer.out_features - channels
+    chosen = mapping.rows(producer.out_features, channels)
     for values in (producer.weight, producer.bias):
         if values is not None:
-            rows = values.data[start:]
-            rows.copy_(mixed(rows.double().reshape(heads, size, -1), factor).reshape(rows.shape))
+            rows = values.data[chosen].double()
+            values.data[chosen] = mixed(rows.reshape(heads, size, -1), factor).reshape(rows.shape).to(values)
     for name in mapping.consumers:
         weight = linear_in(block, name).weight
         by_head = weight.data.double().T.reshape(heads, mapping.repeats, size, -1).transpose(0, 1)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormill.compress import gguf
+from tensormill.compress.experts import having_stacked
 from tensormill.compress.formats.checkpoint_format import (
     CheckpointFormat,
     compressed_linears,
@@ -318,6 +319,24 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         raise CheckpointError(f"the tokenizer in {path} can't be read: {_one_line(error)}") from error
 
 
+def open_processor(path: Path) -> Any:
+    """The processor of a model that reads images: it turns an image and a text into the model's inputs.
+
+    Raises:
+        CheckpointError: the directory has none, or its files are damaged or need remote code.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        with _quiet_transformers():
+            found = AutoProcessor.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"the processor in {path} can't be read: {_one_line(error)}") from error
+    if getattr(found, "image_processor", None) is None:
+        raise CheckpointError(f"{path} has no processor of images, expected preprocessor_config.json")
+    return found
+
+
 def save_compressed(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -499,7 +518,7 @@ def _device(device: str | torch.device) -> torch.device:
 def _from_pretrained(
     info: CheckpointInfo, device: torch.device, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     loaded: Any
     model_type = info.config["model_type"]
@@ -509,13 +528,20 @@ def _from_pretrained(
         raise CheckpointError(
             f"{info.path} has the model type {model_type!r}, which this transformers doesn't know; upgrade it"
         )
-    if CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
+    kind = CONFIG_MAPPING[model_type]
+    # A model with a vision tower may be known as a causal model too, without the tower.
+    classes: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    if isinstance(info.config.get("vision_config"), dict):
+        classes.reverse()
+    known = [one for one in classes if kind in one._model_mapping]
+    if not known:
         raise CheckpointError(
-            f"{info.path} has the model type {model_type!r}, expected a causal language model"
+            f"{info.path} has the model type {model_type!r}, expected a causal language model, or one that "
+            "reads images and writes text"
         )
     try:
         with _quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = known[0].from_pretrained(
                 info.path,
                 dtype=dtype or "auto",
                 trust_remote_code=False,
@@ -619,7 +645,7 @@ def _save_pretrained(
         # The source's own file is copied afterwards; transformers refuses to write some of those it reads.
         model.generation_config = type(generation_config)()
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(), having_stacked(model, tensors):
             model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
     finally:
         if quantizer is not None:

@@ -19,6 +19,7 @@ import torch
 
 from tensormill.compress import checkpoint
 from tensormill.compress.evaluate import max_positions
+from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.methods import check_layers
 from tensormill.compress.output import check_files, write_files
 from tensormill.compress.page import render_page
@@ -339,6 +340,7 @@ def compare(
     stages = Stages(progress, open=5, sweep=94, write=1)
     stages.enter("open", f"opening {os.fspath(model)}")
     original, tokenizer = open_with_tokenizer(model, device, dtype)
+    unfuse_experts(original)
     check_layers(original, discover(original), steps[0].config)
     length = steps[0].config.calibration_length
     length = min(length, max_positions(original) or length)

@@ -21,7 +21,8 @@ from tensormill.errors import InvalidArgument, ModelError
 def fold(
     block: nn.Module, mapping: ScaleMapping, scale: Tensor, *, stored_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Divide a producer's output by `scale` and multiply its consumers' columns, in place.
+    """Divide a producer's output by `scale` and multiply the columns of its consumers, routers included, in
+    place.
 
     Args:
         block: the module inside which the mapping's names lie.
@@ -50,13 +51,13 @@ def fold(
     if mapping.kind == "norm":
         scale = divide_norm(producer, scale, mapping.offset, stored_dtype)
     elif isinstance(producer, nn.Linear):
-        divide_rows(producer, scale)
+        divide_rows(producer, scale, mapping.rows(producer.out_features, scale.numel()))
     else:
         raise ModelError(
             f"given a {type(producer).__name__} as producer of {mapping}, expected a norm or nn.Linear"
         )
     columns = mapping.expand(scale)
-    for consumer in consumers:
+    for consumer in [*consumers, *map(block.get_submodule, mapping.readers)]:
         multiply_columns(consumer, columns)
     return columns
 
@@ -80,19 +81,18 @@ def divide_norm(norm: Any, scale: Tensor, offset: float, stored_dtype: torch.dty
     return scale
 
 
-def divide_rows(linear: nn.Linear, scale: Tensor) -> None:
-    """Divide the last `len(scale)` output channels of a linear layer.
+def divide_rows(linear: nn.Linear, scale: Tensor, rows: slice | Tensor) -> None:
+    """Divide the output channels `rows` of a linear layer, which are as many as `scale` has numbers.
 
-    The last ones, because fused projections keep there what passes on linearly (value after query and key, up
-    after gate); in all other layers they are all.
+    Not all of them: fused projections also hold rows that don't pass on linearly (query and key, gate), see
+    `ScaleMapping.rows`.
     """
-    start = linear.out_features - scale.numel()
     for values in (linear.weight, linear.bias):
         if values is not None:
-            rows = values.data[start:]
-            rows.copy_(rows.to(scale.dtype) / scale.view(-1, *[1] * (rows.dim() - 1)))
+            found = values.data[rows].to(scale.dtype)
+            values.data[rows] = (found / scale.view(-1, *[1] * (found.dim() - 1))).to(values.dtype)
 
 
-def multiply_columns(linear: nn.Linear, scale: Tensor) -> None:
-    """Multiply the input channels of a linear layer by `scale` (in_features,)."""
+def multiply_columns(linear: Any, scale: Tensor) -> None:
+    """Multiply the input channels of a linear layer, or of a router's matrix, by `scale` (in_features,)."""
     linear.weight.data.copy_(linear.weight.data.to(scale.dtype) * scale)

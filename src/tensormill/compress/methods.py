@@ -114,22 +114,30 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class MethodReport:
-    """What a method did to a model: its name, its settings, and a report for each layer it touched."""
+    """What a method did to a model: its name, its settings, and a report for each layer it touched.
+
+    `left_out` names linear layers and routers that keep their precision whatever the settings: vision towers,
+    projectors, what chooses experts.
+    """
 
     method: str
     config: dict[str, Any]
     layers: list[LayerReport]
+    left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dicts and lists that JSON can hold."""
         return asdict(self)
 
 
-def finish_report(method: str, config: WeightConfig, layers: list[LayerReport]) -> MethodReport:
+def finish_report(
+    method: str, config: WeightConfig, layers: list[LayerReport], left_out: Sequence[str] = ()
+) -> MethodReport:
     """The report of a method; warns if it touched nothing."""
     if not layers:
         warnings.warn(f"{method} compressed no layer: every linear layer was skipped", stacklevel=3)
-    return MethodReport(method, {item.name: getattr(config, item.name) for item in fields(config)}, layers)
+    settings = {item.name: getattr(config, item.name) for item in fields(config)}
+    return MethodReport(method, settings, layers, tuple(left_out))
 
 
 def check_layers(model: nn.Module, structure: ModelStructure, config: WeightConfig) -> None:

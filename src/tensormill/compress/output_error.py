@@ -70,7 +70,12 @@ def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor
     return join_groups(rounded, weight.shape[1]).div(factors).sub_(weight)
 
 
-def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec) -> ScaleLoss:
+def gram_loss(
+    weights: Sequence[Tensor],
+    gram: Tensor | Sequence[Tensor],
+    spec: QuantSpec,
+    shares: Sequence[float] | None = None,
+) -> ScaleLoss:
     """The sum of linears' normalized squared output errors, exact for all tokens of a Gram matrix.
 
     Normalized, since a query's output can be far larger than a value's without mattering more. On the
@@ -78,39 +83,56 @@ def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec) -> Scale
     original.
 
     Args:
-        weights: of the linears that read the same input, (N, K) float32 each.
-        gram: (K, K) float32, the mean over tokens of x x^T.
+        weights: of the linears whose inputs are scaled together, (N, K) float32 each.
+        gram: (K, K) float32, the mean over tokens of x x^T; or one for each linear, where some see other
+            tokens than others (experts).
         spec: the quantizer.
+        shares: how much each linear counts, the share of tokens that it sees; None counts all alike.
     """
-    limit = search_numbers(gram.device)
-    energies = [((weight @ gram) * weight).sum().clamp(min=1e-30) for weight in weights]
+    grams = [gram] * len(weights) if isinstance(gram, Tensor) else list(gram)
+    counts = [1.0] * len(weights) if shares is None else list(shares)
+    device = grams[0].device
+    limit = search_numbers(device)
+    energies = [
+        ((weight @ seen) * weight).sum().clamp(min=1e-30) for weight, seen in zip(weights, grams, strict=True)
+    ]
 
     def loss(scales: Tensor) -> Tensor:
-        total = torch.zeros(len(scales), device=gram.device)
-        for weight, energy in zip(weights, energies, strict=True):
+        total = torch.zeros(len(scales), device=device)
+        for weight, seen, energy, count in zip(weights, grams, energies, counts, strict=True):
             for rows in torch.split(weight, max(1, limit // weight.shape[1])):
                 step = max(1, limit // rows.numel())
                 for start in range(0, len(scales), step):
                     # d S d^T, summed over rows: the mean over tokens of |d x|^2.
                     d = scaled_difference(rows, scales[start : start + step], spec)
-                    with search_precision(gram.device):
-                        errors = ((d @ gram) * d).sum(dim=(1, 2))
-                    total[start : start + step] += errors / energy
+                    with search_precision(device):
+                        errors = ((d @ seen) * d).sum(dim=(1, 2))
+                    total[start : start + step] += errors * (count / energy)
         return total
 
     return loss
 
 
-def sample_loss(weights: Sequence[Tensor], x: Tensor, spec: QuantSpec) -> ScaleLoss:
-    """As `gram_loss`, on tokens x (tokens, K)."""
-    energies = [(x @ weight.T).square().sum().clamp(min=1e-30) for weight in weights]
+def sample_loss(
+    weights: Sequence[Tensor],
+    x: Tensor | Sequence[Tensor],
+    spec: QuantSpec,
+    shares: Sequence[float] | None = None,
+) -> ScaleLoss:
+    """As `gram_loss`, on tokens x (tokens, K), or on other ones for each linear."""
+    inputs = [x] * len(weights) if isinstance(x, Tensor) else list(x)
+    counts = [1.0] * len(weights) if shares is None else list(shares)
+    energies = [
+        (seen @ weight.T).square().sum().clamp(min=1e-30)
+        for weight, seen in zip(weights, inputs, strict=True)
+    ]
 
     def loss(scales: Tensor) -> Tensor:
-        total = torch.zeros(len(scales), device=x.device)
+        total = torch.zeros(len(scales), device=scales.device)
         for index, scale in enumerate(scales):
-            for weight, energy in zip(weights, energies, strict=True):
+            for weight, seen, energy, count in zip(weights, inputs, energies, counts, strict=True):
                 difference = scaled_difference(weight, scale[None], spec)[0]
-                total[index] += (x @ difference.T).square().sum() / energy
+                total[index] += (seen @ difference.T).square().sum() * (count / energy)
         return total
 
     return loss

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensormill.compress import checkpoint, gguf
+from tensormill.compress.calibration import Calibration, read_pairs
 from tensormill.compress.evaluate import evaluate_models
+from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.footprint import (
     bits_per_weight,
     checkpoint_bytes,
@@ -33,6 +35,7 @@ from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
 from tensormill.compress.stages import Progress, Stages
+from tensormill.compress.structure import left_out
 from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, SAMPLES, calibration_for, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
@@ -50,6 +53,7 @@ def compress(
     format: str | None = None,
     recipe: str | os.PathLike[str] | None = None,
     calibration_text: Sequence[str | os.PathLike[str]] | None = None,
+    calibration_pairs: str | os.PathLike[str] | None = None,
     text: Sequence[str | os.PathLike[str]] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -72,6 +76,8 @@ def compress(
             before the model is evaluated.
         recipe: a YAML file with a list of steps.
         calibration_text: files to calibrate on; None takes sources of Python's standard library.
+        calibration_pairs: a file of images and texts to calibrate a model on that reads images, see
+            `Calibration.from_pairs`; instead of `calibration_text`.
         text: files to evaluate on; None takes held-out sources of the standard library.
         device: where to compute.
         dtype: of the weights while computing; None keeps the checkpoint's.
@@ -106,6 +112,11 @@ def compress(
     target = Path(output)
     source = checkpoint.resolve_path(model)
     checkpoint.check_output(target, source=source, overwrite=overwrite)
+    if calibration_pairs is not None and calibration_text is not None:
+        raise InvalidArgument("given calibration texts and pairs of image and text, expected one of them")
+    if calibration_pairs is not None:
+        read_pairs(calibration_pairs)
+    processor = None if calibration_pairs is None else checkpoint.open_processor(source)
     stages = Stages(
         progress, calibrate=4, compress=40, evaluate=40 if evaluate else 0, curve=40 * bool(curve), write=4
     )
@@ -113,6 +124,7 @@ def compress(
     reset_peak_memory(device)
     stages.enter("calibrate", f"opening {os.fspath(model)}")
     original, tokenizer = open_with_tokenizer(model, device, dtype)
+    unfuse_experts(original)
     layout.check_layers(_planned_layers(original, steps), original)
     heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
     gguf_source = source_fields(source, original)
@@ -123,7 +135,16 @@ def compress(
     reports = []
     for i, step in enumerate(steps):
         stages.enter("calibrate", f"calibrating {step.method}")
-        calibration = calibration_for(step, calibration_text, tokenizer)
+        if processor is None or step.method == "rtn":
+            calibration = calibration_for(step, calibration_text, tokenizer)
+        else:
+            assert calibration_pairs is not None
+            calibration = Calibration.from_pairs(
+                calibration_pairs,
+                processor,
+                samples=step.config.calibration_samples,
+                length=step.config.calibration_length,
+            )
         stages.enter("compress", step.method, i, len(steps))
         reports.append(METHODS[step.method][1](compressed, step.config, calibration, stages))
     if layout.scale_dtype == torch.float16:
@@ -142,6 +163,10 @@ def compress(
         "recipe": [{"method": made.method, **made.config} for made in reports],
         "environment": environment(device, seed=seed),
         "source": gguf_source,
+        "left_out": reports[-1].left_out,
+        "few_tokens": [
+            layer.name for made in reports for layer in made.layers if "routed_tokens" in layer.details
+        ],
     }
     evaluations, speeds = {}, {}
     if evaluate:
@@ -223,10 +248,10 @@ def _scheme(config: WeightConfig) -> Scheme:
 
 def _planned_layers(model: torch.nn.Module, steps: Sequence[Step]) -> dict[str, Layer]:
     """What the steps will make of the model's linears, by name."""
-    layers = {}
+    layers, kept = {}, set(left_out(model))
     for step in steps:
         for name, module in model.named_modules():
-            if type(module) is torch.nn.Linear and step.config.touches(name):
+            if type(module) is torch.nn.Linear and name not in kept and step.config.touches(name):
                 step.config.spec().check(module.in_features, name)
                 layers[name] = Layer(_scheme(step.config), module.out_features, module.in_features)
     return layers

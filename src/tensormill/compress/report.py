@@ -13,7 +13,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +140,9 @@ class CompressionReport:
         environment: Versions, device, date and seed, see `environment`.
         source: Of a GGUF file: its size, its types with their shares of the weights, and the dtype that it was
             dequantized to.
+        left_out: Linear layers and routers that keep their precision whatever the settings.
+        few_tokens: Layers of experts that few calibration tokens were routed to, and that were therefore
+            calibrated on all tokens of their block.
     """
 
     model: str
@@ -165,6 +168,8 @@ class CompressionReport:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Sequence[str] = ()
+    few_tokens: Sequence[str] = ()
 
     @classmethod
     def from_evaluations(
@@ -284,6 +289,8 @@ class CompressionReport:
             "recipe": self.recipe,
             "environment": dict(self.environment),
             "source": dict(self.source),
+            "left_out": list(self.left_out),
+            "few_tokens": list(self.few_tokens),
         }
         result: dict[str, Any] = plain({**contract, **more})
         return result
@@ -375,6 +382,7 @@ class CompressionReport:
         found = [
             self._size_finding(),
             *self._source_findings(),
+            *self._coverage_findings(),
             *self._original_findings(),
             *self._rtn_findings(),
             *self._agreement_findings(),
@@ -411,6 +419,18 @@ class CompressionReport:
         if self.bytes_after >= size:
             sizes = f"{format_bytes(size)} {_ARROW} {format_bytes(self.bytes_after)}"
             found.append(Finding("warning", f"Not smaller than the GGUF file itself: {sizes}."))
+        return found
+
+    def _coverage_findings(self) -> list[Finding]:
+        found = []
+        if self.left_out:
+            text = f"{_counted(self.left_out, 'layer')} at full precision by design (vision, routers)"
+            found.append(Finding("note", f"{text}: {_first_of(self.left_out)}."))
+        if self.few_tokens:
+            text = f"{_counted(self.few_tokens, 'layer')} of experts saw few calibration tokens"
+            found.append(
+                Finding("note", f"{text} and took those of the whole block: {_first_of(self.few_tokens)}.")
+            )
         return found
 
     def _original_findings(self) -> list[Finding]:
@@ -703,6 +723,14 @@ def describe_source(source: Mapping[str, Any], stored: int) -> str:
         f"The original is a GGUF file of {format_bytes(source['file_bytes'])}{before}: {source['types']}. "
         f'It was dequantized to {source["dtype"]}, and "original" means that form, of {format_bytes(stored)}.'
     )
+
+
+def _counted(names: Sequence[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"
+
+
+def _first_of(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (" and others" if len(names) > most else "")
 
 
 def _layer_losses(layers: Iterable[Any]) -> list[LayerLoss]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tensormill.compress.calibration import Calibration, InputStatistics, Progress, stream_blocks
+from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.formats.quantization import quantize_weight
 from tensormill.compress.methods import (
     LayerReport,
@@ -59,7 +60,9 @@ def apply(
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers.
     """
-    structure = structure or discover(model)
+    if structure is None:
+        unfuse_experts(model)
+        structure = discover(model)
     check_layers(model, structure, config)
     layers = list(round_outside(model, structure, config))
     for name, block, module, statistics in _blocks(model, structure, calibration, progress, device):
@@ -70,16 +73,18 @@ def apply(
             start = time.perf_counter()
             dtype = linear.weight.dtype
             quantized = quantize_weight(linear.weight.detach(), config.spec(dtype))
-            error = None
+            error, details = None, {}
             if statistics is not None:
-                gram = statistics[linear_name].gram
+                gram, details = statistics[linear_name].gram, statistics[linear_name].to_dict()
                 error = output_error(linear.weight.float(), quantized.dequantize(torch.float32), gram)
             replace_linear(module, linear_name, quantized, dtype)
             seconds = time.perf_counter() - start
             layers.append(
-                LayerReport(f"{name}.{linear_name}", config.bits, config.group_size, error, error, seconds)
+                LayerReport(
+                    f"{name}.{linear_name}", config.bits, config.group_size, error, error, seconds, details
+                )
             )
-    return finish_report("rtn", config, layers)
+    return finish_report("rtn", config, layers, structure.left_out)
 
 
 def _blocks(

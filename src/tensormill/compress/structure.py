@@ -12,7 +12,8 @@ there would change the model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.experts import expert_lists, is_fused, routers
 from tensormill.errors import ModelError
 
 # A block's output after an exact fold differs by rounding: about 1e-15 in float64, 1e-7 where a norm or
@@ -28,7 +30,7 @@ _UNCHANGED = 1e-5
 
 HOW_TO_PASS_MAPPINGS = (
     "pass mappings=[{'producer': 'input_layernorm', 'consumers': ['self_attn.q_proj', ...]}, ...] "
-    "with names as inside a block"
+    "with names as inside a block, '*' standing for an expert's number"
 )
 
 
@@ -49,6 +51,10 @@ class ScaleMapping:
         repeats: consumer channels per producer channel: 1, or query heads per key-value head.
         head_dim: size of the runs of channels (heads) that may even be mixed with one another; 0 if they may
             only be scaled.
+        readers: routers, which read the producer's output too and keep their precision: their columns take up
+            the scales as the consumers' do.
+        stride: rows of a linear producer from the end of one scaled head to the end of the next, where other
+            rows lie between (a query and a key per head); 0 where the scaled rows are its last ones.
     """
 
     producer: str
@@ -58,6 +64,16 @@ class ScaleMapping:
     offset: float = 0.0
     repeats: int = 1
     head_dim: int = 0
+    stride: int = 0
+    readers: tuple[str, ...] = ()
+
+    def rows(self, out_features: int, channels: int) -> slice | Tensor:
+        """Which of a linear producer's `out_features` rows are the `channels` that are scaled, in order."""
+        if not self.stride:
+            return slice(out_features - channels, out_features)
+        first = torch.arange(channels // self.head_dim).unsqueeze(1) * self.stride
+        within = torch.arange(self.stride - self.head_dim, self.stride)
+        return (first + within).flatten()
 
     def expand(self, scale: Tensor) -> Tensor:
         """Scales of the consumers' columns (K,) from those of the producer's channels (K / repeats,)."""
@@ -72,7 +88,7 @@ class ScaleMapping:
         return values.view(-1, self.repeats, self.head_dim).amax(dim=1).flatten()
 
     def __str__(self) -> str:
-        return f"{self.producer} -> {' + '.join(self.consumers)}"
+        return f"{self.producer} -> {' + '.join([*_abbreviated(self.consumers), *self.readers])}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,7 @@ class BlockStructure:
 
     Attributes:
         name: the block's name in the model.
-        linears: its `nn.Linear`s in the order in which they run.
+        linears: its `nn.Linear`s in the order in which they run, routers left out.
         input_groups: the same, grouped: linears of a group read the same tensor.
         mappings: edges along which scales can be moved.
         scores: linears whose output enters the model through products of two of them only (query and key).
@@ -96,17 +112,24 @@ class BlockStructure:
     returns_tuple: bool
 
     def __str__(self) -> str:
-        edges = "; ".join(map(str, self.mappings)) or "no edge"
-        groups = "; ".join(" + ".join(group) for group in self.input_groups)
+        edges = "; ".join(_abbreviated(map(str, self.mappings))) or "no edge"
+        groups = "; ".join(_abbreviated(" + ".join(group) for group in self.input_groups))
         return f"{self.name}: {edges} (linear layers by shared input: {groups})"
 
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """The blocks of a model in the order in which they run, and the linear layers outside them."""
+    """The blocks of a model in the order in which they run, and the linear layers outside them.
+
+    Attributes:
+        blocks: in order.
+        outside: linear layers of the language model that are in no block.
+        left_out: linear layers and routers that keep their precision, see `left_out`.
+    """
 
     blocks: tuple[BlockStructure, ...]
     outside: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The graph found, one entry per kind of block."""
@@ -155,7 +178,8 @@ class Stop(Exception):
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the model's blocks: the entries of the outermost `ModuleList` that holds most linear weights.
+    """Names of the model's blocks: the entries of the outermost `ModuleList` that holds most linear weights,
+    of those that lie nearest to the token embedding (a vision tower may be larger than the language model).
 
     Raises:
         ModelError: there is none.
@@ -183,13 +207,68 @@ def find_blocks(model: nn.Module) -> list[str]:
         for name, module in lists
         if not any(name.startswith(f"{other}.") for other in names if other != name)
     ]
-    name, blocks = max(outermost, key=lambda item: linear_weights(item[1]))
+    embedding = _embedding_name(model)
+    name, blocks = max(
+        outermost, key=lambda item: (len(_common_path(item[0], embedding)), linear_weights(item[1]))
+    )
     return [f"{name}.{index}" for index in range(len(blocks))]
+
+
+def left_out(model: nn.Module) -> tuple[str, ...]:
+    """Names of the linear layers and routers that no method touches, whatever its settings.
+
+    These are the routers of mixtures of experts and, in a model of several towers, everything but the
+    language model: the part that holds the token embedding and the blocks, and the output head.
+    """
+    kept = set(routers(model))
+    blocks = find_blocks(model)
+    root = _common_path(_embedding_name(model), blocks[0])
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    towers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(type(part) is nn.Linear for part in module.modules())
+        and _common_path(name, ".".join(root)) != root
+    ]
+    kept |= {
+        name
+        for name, module in model.named_modules()
+        if towers
+        and type(module) is nn.Linear
+        and module is not head
+        and _common_path(name, ".".join(root)) != root
+    }
+    return tuple(name for name, _ in model.named_modules() if name in kept)
+
+
+def _embedding_name(model: nn.Module) -> str:
+    """The name of the token embedding; "" if there is none."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+        embedding = max(tables, key=lambda part: part.num_embeddings, default=None)
+    return next((name for name, part in model.named_modules() if part is embedding), "")
+
+
+def _common_path(first: str, second: str) -> list[str]:
+    """The modules that hold both."""
+    common = []
+    for one, other in zip(first.split("."), second.split("."), strict=False):
+        if one != other:
+            break
+        common.append(one)
+    return common
 
 
 @torch.no_grad()
 def record_calls(
-    model: nn.Module, blocks: Sequence[str], tokens: Tensor, returns_tuple: Sequence[bool] | None = None
+    model: nn.Module,
+    blocks: Sequence[str],
+    tokens: Tensor,
+    returns_tuple: Sequence[bool] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, list[BlockCall], list[bool]]:
     """Run what comes before the blocks, and note what each block is called with.
 
@@ -201,6 +280,7 @@ def record_calls(
         blocks: names of its blocks, in order.
         tokens: (batch, length) int64.
         returns_tuple: whether each block returns a tuple; None runs one block of each kind to find out.
+        inputs: what else the model is called with, by keyword: pixel values, say.
 
     Returns:
         The first block's input (batch, length, hidden), each block's call, and whether it returns a tuple.
@@ -243,7 +323,7 @@ def record_calls(
     options = {"use_cache": False} if hasattr(model, "config") else {}
     try:
         with _evaluating(model):
-            model(tokens, **options)
+            model(tokens, **options, **(inputs or {}))
     except Stop:
         pass
     finally:
@@ -306,11 +386,12 @@ def discover(
         raise ModelError(
             f"given mappings that name no layers of a block, expected names like {blocks[0].linears[0]!r}"
         )
-    inside = {f"{block.name}.{linear}" for block in blocks for linear in block.linears}
+    kept = left_out(model)
+    inside = {f"{block.name}.{linear}" for block in blocks for linear in block.linears}.union(kept)
     outside = tuple(
         name for name, module in model.named_modules() if type(module) is nn.Linear and name not in inside
     )
-    return ModelStructure(tuple(blocks), outside)
+    return ModelStructure(tuple(blocks), outside, kept)
 
 
 @dataclass
@@ -343,6 +424,8 @@ class _Probe:
         scale = self.hidden.double().square().mean().sqrt().clamp(min=1e-3)
         self.hidden = self.hidden.double() + scale * noise
         self.parts = {name: part for name, part in self.module.named_modules() if name}
+        self.routers = tuple(routers(self.module))
+        self.lists = dict(expert_lists(self.module))
         self._trace()
         self.output = self.call.run(self.module, self.hidden)
         if not torch.isfinite(self.output).all():
@@ -355,9 +438,10 @@ class _Probe:
             )
 
     def _trace(self) -> None:
-        """Note which module gave the tensor that each linear reads."""
+        """Note which module gave the tensor that each linear, router and list of experts reads."""
         alive: list[Tensor] = []  # a freed tensor's address would be taken again
         inputs: dict[str, Any] = {}
+        called: dict[str, Any] = {}
         self.producer_of: dict[Any, str] = {}
 
         def key(tensor: Tensor) -> Any:
@@ -366,6 +450,8 @@ class _Probe:
 
         def note(name: str, part: nn.Module) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if args and isinstance(args[0], Tensor):
+                    called[name] = key(args[0])
                 if type(part) is nn.Linear:
                     inputs[name] = key(args[0])
                 elif isinstance(output, Tensor) and not any(True for _ in part.children()):
@@ -377,26 +463,109 @@ class _Probe:
             for name, part in self.parts.items():
                 stack.callback(part.register_forward_hook(note(name, part)).remove)
             self.call.run(self.module, self.hidden)
-        self.linears = list(inputs)
+
+        readers: dict[Any, list[str]] = {}
+        for name in self.routers:
+            readers.setdefault(called.get(name), []).append(name)
+            inputs.pop(name, None)
+        # Consumers of an edge read one tensor, experts the rows of it that are theirs; linears of an input
+        # group read the same rows.
+        together: dict[Any, list[str]] = {}
         groups: dict[Any, list[str]] = {}
+        done: set[str] = set()
         for name, tensor in inputs.items():
-            groups.setdefault(tensor, []).append(name)
+            path = self._list_of(name)
+            if path is None:
+                together.setdefault(tensor, []).append(name)
+                groups.setdefault(tensor, []).append(name)
+                continue
+            if path in done:
+                continue
+            done.add(path)
+            # The experts are alike, but a few tokens don't reach all of them.
+            seen = name.removeprefix(f"{path}.").partition(".")[0]
+            inner = {
+                linear.removeprefix(f"{path}.{seen}."): value
+                for linear, value in inputs.items()
+                if linear.startswith(f"{path}.{seen}.")
+            }
+            for index in range(len(self.lists[path])):
+                for linear, value in inner.items():
+                    full = f"{path}.{index}.{linear}"
+                    groups.setdefault((path, index, value), []).append(full)
+                    entry = value == called[f"{path}.{seen}"]
+                    together.setdefault(called[path] if entry else (path, index, value), []).append(full)
+        self.linears = [name for group in groups.values() for name in group]
         self.input_groups = tuple(map(tuple, groups.values()))
-        self.source_of_group = dict(zip(self.input_groups, map(self.producer_of.get, groups), strict=True))
+        # Linears by the tensor they read, routers that read it, and the module it comes from.
+        self.readings = [
+            (tuple(names), tuple(readers.get(tensor, ())), self.producer_of.get(tensor))
+            for tensor, names in together.items()
+        ]
+
+    def _list_of(self, name: str) -> str | None:
+        """The list of experts that a module belongs to."""
+        return next((path for path in self.lists if name.startswith(f"{path}.")), None)
+
+    def _siblings(self, name: str) -> list[str]:
+        """The modules with this one's place in every expert of its list; itself if it is in none."""
+        path = self._list_of(name)
+        if path is None:
+            return [name]
+        inside = name.removeprefix(f"{path}.").partition(".")[2]
+        return [f"{path}.{index}.{inside}" for index in range(len(self.lists[path]))]
 
     def find_mappings(self) -> list[ScaleMapping]:
-        """Every edge that passes the trial, at most one per group of linears with the same input."""
+        """Every edge that passes the trial, at most one for linears that read the same tensor."""
         found = []
-        for group in self.input_groups:
-            norm = self.source_of_group[group]
-            edge = self._norm_edge(norm, group) if norm else None
-            if edge is None:
-                earlier = self.linears[: self.linears.index(group[0])]
-                edges = (self._linear_edge(producer, group) for producer in earlier)
-                edge = next((candidate for candidate in edges if candidate), None)
+        # Experts are tried all at once, so that one which the few tokens don't reach has its edges too.
+        tried: dict[tuple[str, ...], ScaleMapping | None] = {}
+        for names, readers, norm in self.readings:
+            edge = self._norm_edge(norm, names, readers) if norm else None
+            path = self._list_of(names[0])
+            if edge is None and (path is None or self._list_of(names[-1]) == path):
+                pattern = tuple(self._siblings(names[0]))
+                if pattern in tried:
+                    first = tried[pattern]
+                    edge = None if first is None else self._of_expert(first, names[0])
+                else:
+                    edge = self._first_linear_edge(names)
+                    if path is not None:
+                        tried[pattern] = edge
             if edge:
                 found.append(edge)
         return found
+
+    def _first_linear_edge(self, names: tuple[str, ...]) -> ScaleMapping | None:
+        own = self._list_of(names[0])
+        for producer in self.linears[: self.linears.index(names[0])]:
+            path = self._list_of(producer)
+            # What experts give is weighted and added up before another layer reads it.
+            near = path is None if own is None else producer in self._expert_of(names[0])
+            if near and (edge := self._linear_edge(producer, names)):
+                return edge
+        return None
+
+    def _expert_of(self, name: str) -> list[str]:
+        """The linears of the expert that a linear belongs to."""
+        path = self._list_of(name)
+        index = name.removeprefix(f"{path}.").partition(".")[0]
+        return [linear for linear in self.linears if linear.startswith(f"{path}.{index}.")]
+
+    def _of_expert(self, edge: ScaleMapping, name: str) -> ScaleMapping:
+        """The edge found for one expert, with the names of the expert to which `name` belongs."""
+        path = self._list_of(name)
+        index = name.removeprefix(f"{path}.").partition(".")[0]
+
+        def renamed(other: str) -> str:
+            return f"{path}.{index}.{other.removeprefix(f'{path}.').partition('.')[2]}"
+
+        return replace(
+            edge,
+            producer=renamed(edge.producer),
+            consumers=tuple(map(renamed, edge.consumers)),
+            inspected=renamed(edge.inspected) if edge.inspected.startswith(f"{path}.") else edge.inspected,
+        )
 
     def check_mappings(self, mappings: Sequence[ScaleMapping | Mapping[str, Any]]) -> list[ScaleMapping]:
         """The given edges that name layers of this block, each tried."""
@@ -404,70 +573,110 @@ class _Probe:
         for mapping in mappings:
             try:
                 given = mapping if isinstance(mapping, Mapping) else vars(mapping)
-                producer, consumers = given["producer"], tuple(given["consumers"])
+                patterns = given["producer"], tuple(given["consumers"])
             except (KeyError, TypeError):
                 raise ModelError(
                     f"given mapping {mapping!r}, expected a dict; {HOW_TO_PASS_MAPPINGS}"
                 ) from None
-            if not {producer, *consumers} <= self.parts.keys():
-                continue
-            is_linear = type(self.parts[producer]) is nn.Linear
-            edge = (self._linear_edge if is_linear else self._norm_edge)(producer, consumers)
-            if edge is None:
-                raise ModelError(
-                    f"given mapping {producer} -> {' + '.join(consumers)}, which would change the output of "
-                    f"{self.name}, expected an edge along which scales cancel; or name all readers"
-                )
-            checked.append(edge)
+            for producer, names in self._expanded(*patterns):
+                consumers = tuple(name for name in names if name not in self.routers)
+                if not {producer, *consumers} <= self.parts.keys():
+                    continue
+                is_linear = type(self.parts[producer]) is nn.Linear
+                if is_linear:
+                    edge = self._linear_edge(producer, consumers)
+                else:
+                    edge = self._norm_edge(producer, consumers, self._readers_beside(consumers))
+                if edge is None:
+                    raise ModelError(
+                        f"given mapping {producer} -> {' + '.join(_abbreviated(consumers))}, which would change "
+                        f"the output of {self.name}, expected an edge along which scales cancel; or name all "
+                        "readers"
+                    )
+                checked.append(edge)
         return checked
+
+    def _expanded(self, producer: str, consumers: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Names for patterns; a producer's `*` is the same expert in its consumers."""
+        if "*" in producer:
+            pattern = re.compile(re.escape(producer).replace(r"\*", r"(\d+)"))
+            for match in filter(None, map(pattern.fullmatch, self.parts)):
+                yield match[0], tuple(name.replace("*", match[1]) for name in consumers)
+            return
+        names: list[str] = []
+        for name in consumers:
+            pattern = re.compile(re.escape(name).replace(r"\*", r"\d+"))
+            names += [part for part in self.linears if pattern.fullmatch(part)] if "*" in name else [name]
+        if names:
+            yield producer, tuple(names)
+
+    def _readers_beside(self, consumers: tuple[str, ...]) -> tuple[str, ...]:
+        """The routers that read what the consumers read."""
+        found = [readers for names, readers, _ in self.readings if not set(names).isdisjoint(consumers)]
+        return found[0] if len(found) == 1 else ()
 
     def find_scores(self) -> tuple[str, ...]:
         """Linears that only meet in a product: doubling one and halving the other changes nothing.
 
-        (Or doubling one alone, where a norm of its own follows.)
+        With the sign changed too: else a norm that follows each of two unrelated layers would hide the
+        factors.
         """
         scores = set()
         for group in self.input_groups:
+            if self._list_of(group[0]) is not None:
+                continue  # experts attend to nothing
             for index, first in enumerate(group):
                 for second in group[index + 1 :]:
-                    if self._unchanged(outputs={first: 2.0, second: 0.5}):
+                    if self._unchanged(outputs={first: -2.0, second: -0.5}):
                         scores |= {first, second}
         return tuple(name for name in self.linears if name in scores)
 
-    def _norm_edge(self, norm: str, consumers: tuple[str, ...]) -> ScaleMapping | None:
+    def _norm_edge(
+        self, norm: str, consumers: tuple[str, ...], readers: tuple[str, ...] = ()
+    ) -> ScaleMapping | None:
         weight = getattr(self.parts[norm], "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 1 or self._is_tied(norm, consumers):
+        if not isinstance(weight, Tensor) or weight.dim() != 1:
+            return None
+        if self._is_tied(norm, (*consumers, *readers)):
             return None
         offset = self._norm_offset(self.parts[norm])
         factors = self._factors(weight.numel())
-        if offset is None or not self._cancels(norm, factors, consumers, factors):
+        if offset is None or not self._cancels([norm], factors, consumers, factors, readers):
             return None
-        return ScaleMapping(norm, consumers, _common_parent(consumers), "norm", offset=offset)
+        parent = _common_parent(consumers)
+        return ScaleMapping(norm, consumers, parent, "norm", offset=offset, readers=readers)
 
     def _linear_edge(self, producer: str, consumers: tuple[str, ...]) -> ScaleMapping | None:
         if self._is_tied(producer, consumers):
             return None
         rows = self.parts[producer].out_features
         columns = self.parts[consumers[0]].in_features
-        for channels, repeats, head_dim in _channel_layouts(rows, columns, self.head_dims):
+        for channels, repeats, head_dim, stride in _channel_layouts(rows, columns, self.head_dims):
             edge = ScaleMapping(
-                producer, consumers, _common_parent(consumers), "linear", repeats=repeats, head_dim=head_dim
+                producer,
+                consumers,
+                _common_parent(consumers),
+                "linear",
+                repeats=repeats,
+                head_dim=head_dim,
+                stride=stride,
             )
             factors = self._factors(channels)
-            # A fused projection (query, key and value, or gate and up) keeps the scaled part in its last
-            # rows.
-            scaled = torch.cat([factors.new_ones(rows - channels), factors])
-            if self._cancels(producer, scaled, consumers, edge.expand(factors)):
-                if repeats > 1:
+            # A fused projection keeps the scaled part in its last rows (query, key and value, or gate and
+            # up), or in the last of each head's.
+            scaled = factors.new_ones(rows)
+            scaled[edge.rows(rows, channels)] = factors
+            alike = [sibling for name in consumers for sibling in self._siblings(name)]
+            if self._cancels(self._siblings(producer), scaled, alike, edge.expand(factors)):
+                if repeats > 1 or stride or self._list_of(producer) is not None:
                     return edge
-                mixable = [
-                    size for size in self.head_dims if self._mixes(producer, consumers, channels, size)
-                ]
+                mixable = [size for size in self.head_dims if self._mixes(edge, channels, size)]
                 return replace(edge, head_dim=max(mixable, default=0))
         return None
 
-    def _mixes(self, producer: str, consumers: tuple[str, ...], channels: int, size: int) -> bool:
+    def _mixes(self, edge: ScaleMapping, channels: int, size: int) -> bool:
         """Whether rotating runs of `size` channels cancels: only linear maps lie between, head by head."""
+        producer, consumers = edge.producer, edge.consumers
         if channels % size or size == 1:
             return False
         generator = torch.Generator().manual_seed(size)
@@ -497,7 +706,10 @@ class _Probe:
         weight, bias = norm.weight, getattr(norm, "bias", None)
         factors = self._factors(weight.numel())
         sample = self.hidden if self.hidden.shape[-1] == weight.numel() else factors.log().expand(1, 2, -1)
-        before: Tensor = norm(sample)
+        try:
+            before: Tensor = norm(sample)
+        except TypeError:  # it takes more than one input (a gated norm)
+            return None
         old_weight, old_bias = weight.data, torch.zeros(0) if bias is None else bias.data
         for offset in (0.0, 1.0):
             weight.data = (old_weight + offset) * factors - offset
@@ -516,15 +728,32 @@ class _Probe:
         exponents = torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1
         return (2**exponents).to(self.hidden.device)
 
-    def _cancels(self, producer: str, scaled: Tensor, consumers: tuple[str, ...], divided: Tensor) -> bool:
+    def _cancels(
+        self,
+        producers: Sequence[str],
+        scaled: Tensor,
+        consumers: Sequence[str],
+        divided: Tensor,
+        readers: Sequence[str] = (),
+    ) -> bool:
         if any(self.parts[name].in_features != divided.numel() for name in consumers):
             return False
-        return not self._unchanged({producer: scaled}) and self._unchanged(
-            {producer: scaled}, dict.fromkeys(consumers, divided)
+        if any(self.parts[name].weight.shape[1] != divided.numel() for name in readers):
+            return False
+        outputs = dict.fromkeys(producers, scaled)
+        return not self._unchanged(outputs) and self._unchanged(
+            outputs, dict.fromkeys(consumers, divided), dict.fromkeys(readers, divided)
         )
 
-    def _unchanged(self, outputs: dict[str, Any], inputs: dict[str, Any] | None = None) -> bool:
-        """Whether the block gives the same when modules' outputs are multiplied and inputs divided."""
+    def _unchanged(
+        self,
+        outputs: dict[str, Any],
+        inputs: dict[str, Any] | None = None,
+        columns: dict[str, Any] | None = None,
+    ) -> bool:
+        """Whether the block gives the same when modules' outputs are multiplied, and inputs or weight columns
+        divided.
+        """
         with ExitStack() as stack:
             for name, factor in outputs.items():
                 hook = self.parts[name].register_forward_hook(
@@ -536,6 +765,10 @@ class _Probe:
                     lambda _m, args, factor=factor: args[0] / factor
                 )
                 stack.callback(hook.remove)
+            for name, factor in (columns or {}).items():
+                weight = self.parts[name].weight
+                stack.callback(setattr, weight, "data", weight.data)
+                weight.data = weight.data / factor
             return _difference(self.call.run(self.module, self.hidden), self.output) < _UNCHANGED
 
 
@@ -546,6 +779,10 @@ class _FrozenLinear(nn.Linear):
 def _in_float64(block: nn.Module) -> nn.Module:
     """A float64 copy of a block, compressed layers replaced by what their weights read as."""
     block = copy.deepcopy(block).eval()
+    for part in block.modules():
+        if is_fused(part) and hasattr(part, "config"):
+            # Experts that couldn't be taken apart: transformers' grouped product takes no float64.
+            setattr(part.config, "_experts_implementation", "eager")  # noqa: B010
     for name, part in list(block.named_modules()):
         if hasattr(part, "dequantize"):
             weight = part.dequantize(torch.float64)
@@ -556,26 +793,33 @@ def _in_float64(block: nn.Module) -> nn.Module:
     return block.double()
 
 
-def _channel_layouts(rows: int, columns: int, head_dims: list[int]) -> Iterator[tuple[int, int, int]]:
-    """How `rows` outputs of a linear may become `columns` inputs: (scaled rows, repeats, head_dim)."""
+def _channel_layouts(rows: int, columns: int, head_dims: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """How `rows` outputs of a linear may become `columns` inputs: (scaled rows, repeats, head_dim, stride)."""
     if rows >= columns:
-        yield columns, 1, 0
+        yield columns, 1, 0, 0
     for head_dim in head_dims:
         heads = columns // head_dim
         for repeats in range(2, heads + 1):
             if columns % (head_dim * repeats) == 0 and (
                 rows * repeats == columns or rows == columns + 2 * columns // repeats
             ):
-                yield columns // repeats, repeats, head_dim
+                yield columns // repeats, repeats, head_dim, 0
+        # Rows ordered by head: query, key and value (GPT-NeoX, BLOOM; Falcon, whose heads share some), key
+        # and value (multi-head latent attention).
+        for repeats in range(1, heads + 1):
+            if columns % (head_dim * repeats):
+                continue
+            stride, rest = divmod(rows, heads // repeats)
+            if not rest and (stride == (repeats + 2) * head_dim or (repeats == 1 and stride > head_dim)):
+                yield columns // repeats, repeats, head_dim, stride
 
 
 def _head_dims(model: nn.Module, block: nn.Module) -> list[int]:
     """Sizes that a head could have, by attributes and the configuration."""
-    config: Any = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
-    sizes = [getattr(part, "head_dim", None) for part in block.modules()] + [
-        getattr(config, "head_dim", None)
-    ]
+    config = text_config(model)
+    sizes = [getattr(config, "head_dim", None)]
+    for part in block.modules():
+        sizes += [value for name, value in vars(part).items() if name.endswith("head_dim")]
     if getattr(config, "num_attention_heads", None):
         sizes.append(config.hidden_size // config.num_attention_heads)
     return sorted({size for size in sizes if isinstance(size, int) and size > 0})
@@ -587,8 +831,13 @@ def _vocabulary(model: nn.Module) -> int:
         raise ModelError(
             f"given a {type(model).__name__} without an nn.Embedding, expected a causal language model"
         )
-    config = getattr(model, "config", None)
-    return getattr(config, "vocab_size", None) or max(embeddings)
+    return getattr(text_config(model), "vocab_size", None) or max(embeddings)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's language part; None if it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
@@ -615,6 +864,14 @@ def _common_parent(names: tuple[str, ...]) -> str:
             break
         common.append(level[0])
     return ".".join(common)
+
+
+def _abbreviated(names: Iterable[str]) -> list[str]:
+    """Names with an expert's number replaced by `*`, each once; numbers stay where there is only one."""
+    names = list(names)
+    short = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
+    alike = {name: short.count(name) for name in short}
+    return list(dict.fromkeys(s if alike[s] > 1 else name for s, name in zip(short, names, strict=True)))
 
 
 def _difference(first: Tensor, second: Tensor) -> float:

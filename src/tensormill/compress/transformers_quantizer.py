@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tensormill.compress.experts import USUAL_NAMES, is_fused, unfuse_experts
 from tensormill.compress.formats.checkpoint_format import (
     CheckpointFormat,
     Stored,
@@ -91,18 +92,25 @@ def make_entries(
         """Puts placeholders for linears before the weights are read, and low-bit linears for these after."""
 
         requires_calibration = True
+        unfused = False
         quantization_config: Any
 
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:
             return None
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            stored = _stored_tensors(kwargs.get("checkpoint_files"))
+            stored = _as_the_model_says(model, _stored_tensors(kwargs.get("checkpoint_files")))
             dtype = kwargs.get("dtype") or model.dtype
             layout = self.quantization_config.layout
+            self.unfused = _unfuse_packed_experts(model, stored, layout)
             for name, scheme in layout.schemes(model, stored, self.quantization_config.packed).items():
                 linear = model.get_submodule(name)
                 _replace(model, name, _PackedPlaceholder(name, linear, layout, scheme, stored, dtype))
+
+        def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+            # Experts taken apart have the checkpoint's names: nothing is to be merged.
+            kept = [one for one in weight_conversions if not (self.unfused and _merges_experts(one))]
+            return kept + self.get_weight_conversions()
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             for name, module in list(model.named_modules()):
@@ -152,6 +160,40 @@ def _stored_tensors(files: Iterable[str] | None) -> dict[str, Stored]:
         if str(file).endswith(".safetensors"):
             stored.update(read_header(Path(file)))
     return stored
+
+
+def _as_the_model_says(model: Any, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """A checkpoint's tensors under the names that the model has for them, as transformers renames them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    found = {}
+    for name, tensor in stored.items():
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        found[name] = tensor
+    return found
+
+
+def _unfuse_packed_experts(model: nn.Module, stored: Mapping[str, Stored], layout: CheckpointFormat) -> bool:
+    """Take the experts of a model apart if the checkpoint has packed ones; whether it was done."""
+    parts = tuple(f".{part}" for part in layout.parts)
+    packed = [name for name in stored if name.endswith(parts)]
+    fused = [name for name, module in model.named_modules() if is_fused(module)]
+    if not any(name.startswith(f"{path}.") for name in packed for path in fused):
+        return False
+    apart = {path for path in fused if any(name.startswith(f"{path}.0.") for name in stored)}
+    # llm-compressor may write the usual names where the architecture's checkpoints have others.
+    usual = any(name.startswith(f"{path}.0.{USUAL_NAMES[2]}.") for name in stored for path in apart)
+    unfuse_experts(model, apart, USUAL_NAMES if usual else None)
+    return True
+
+
+def _merges_experts(conversion: Any) -> bool:
+    return hasattr(conversion, "operations") and all(
+        "experts.*." in pattern for pattern in conversion.source_patterns
+    )
 
 
 class _PackedPlaceholder(nn.Module):

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tensormill.compress.formats.checkpoint_format import Layer, Scheme, compressed_linears
+from tensormill.compress.formats.checkpoint_format import Layer, Scheme, compressed_linears, uncompressed
 from tensormill.compress.formats.uniform import (
     UniformFormat,
     check_multiple,
@@ -91,7 +91,7 @@ class AutoAWQFormat(UniformFormat):
 
     def quantization_config(self, model: nn.Module) -> dict[str, Any]:
         scheme = self.model_scheme(model)
-        left = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        left = uncompressed(model)
         for skipped in left:
             for name in compressed_linears(model):
                 if skipped in name:

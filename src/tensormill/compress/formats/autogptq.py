@@ -36,7 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from tensormill.compress.formats.autoawq import output_layer
-from tensormill.compress.formats.checkpoint_format import Layer, Scheme, Stored, compressed_linears
+from tensormill.compress.formats.checkpoint_format import (
+    Layer,
+    Scheme,
+    Stored,
+    compressed_linears,
+    uncompressed,
+)
 from tensormill.compress.formats.uniform import (
     UniformFormat,
     check_multiple,
@@ -158,9 +164,7 @@ class GPTQFormat(UniformFormat):
     def quantization_config(self, model: nn.Module) -> dict[str, Any]:
         scheme = self.model_scheme(model)
         output = output_layer(model)
-        left = [
-            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != output
-        ]
+        left = [name for name in uncompressed(model) if name != output]
         config: dict[str, Any] = {
             "quant_method": self.method,
             "checkpoint_format": self.name,

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.experts import expert_lists, routers, stack_experts, stored_stacked
+
 if TYPE_CHECKING:
     from tensormill.ops.linear_wna16.module import LinearWNA16
 
@@ -111,6 +113,14 @@ def compressed_linears(model: nn.Module) -> dict[str, LinearWNA16]:
     return {name: module for name, module in model.named_modules() if isinstance(module, low_bit)}
 
 
+def uncompressed(model: nn.Module) -> list[str]:
+    """Names of the linear layers left as they are, and of the routers of experts, which some readers hold in
+    linear layers.
+    """
+    kept = set(routers(model))
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or name in kept]
+
+
 def compressed_layers(model: nn.Module) -> dict[str, Layer]:
     """The layer of every low-bit linear of a model, by name."""
     return {
@@ -124,7 +134,10 @@ def compressed_layers(model: nn.Module) -> dict[str, Layer]:
 def packed_state_dict(
     model: nn.Module, pack: Callable[[LinearWNA16, str], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The model's tensors under their names on disk, in the model's order, low-bit linears as `pack` says."""
+    """The model's tensors under their names on disk, in the model's order, low-bit linears as `pack` says.
+
+    Experts that are left as they are go back to one tensor where the architecture's checkpoints have one.
+    """
     compressed = compressed_linears(model)
     owner = {
         key: name
@@ -140,6 +153,12 @@ def packed_state_dict(
         elif name not in packed:
             packed.add(name)
             tensors.update({f"{name}.{part}": value for part, value in pack(compressed[name], name).items()})
+    for path, _ in expert_lists(model):
+        if stored_stacked(model) and not any(name.startswith(f"{path}.") for name in compressed):
+            stacked = stack_experts(path, tensors)
+            tensors = {
+                key: value for key, value in tensors.items() if not key.startswith(f"{path}.")
+            } | stacked
     return tensors
 
 

@@ -19,6 +19,7 @@ none. Releases before 0.19 packed 3, 5, 6 and 7 bits with gaps (`tensormill.ops.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.experts import expert_lists, stored_stacked
 from tensormill.compress.formats.checkpoint_format import (
     FLOAT_DTYPES,
     Layer,
@@ -35,6 +37,7 @@ from tensormill.compress.formats.checkpoint_format import (
     compressed_linears,
     linear_class,
     packed_state_dict,
+    uncompressed,
 )
 from tensormill.errors import CheckpointError, ModelError
 from tensormill.ops.bit_packing import (
@@ -133,7 +136,9 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     With zero points, `dequantize` asks plain transformers to unpack while it loads. Its default route sizes
     packed zero points as if they were not packed and refuses them (transformers 5.23 with compressed-tensors
     0.18 to 0.20); other versions and other readers ignore the key. That route knows only one scheme, so a
-    checkpoint that has several of them and zero points is for `tensormill.load`.
+    checkpoint that has several of them and zero points is for `tensormill.load`. So is one with experts that
+    have zero points (a warning says it): transformers 5.17 and 5.23 stack experts from packed codes and scales
+    alone. Symmetric experts are read by both.
 
     Raises:
         ModelError: nothing is compressed, or a layer's groups can't be expressed.
@@ -145,7 +150,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         raise ModelError(
             "the model has no compressed linear, expected at least one; compress it before saving"
         )
-    ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    ignore = uncompressed(model)
     targets = [["Linear"]] if len(layers) == 1 else list(layers.values())
     config: dict[str, Any] = {
         "quant_method": METHOD,
@@ -161,6 +166,20 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     }
     if [scheme.symmetric for scheme in layers] == [False]:
         config["dequantize"] = True
+    experts = tuple(f"{path}." for path, _ in expert_lists(model))
+    packed = {scheme for scheme, names in layers.items() for name in names if name.startswith(experts)}
+    if packed and stored_stacked(model):
+        warnings.warn(
+            f"plain transformers reads the experts of {type(model).__name__} from stacked tensors only and would "
+            "take random numbers for those of this checkpoint; tensormill.load reads them",
+            stacklevel=2,
+        )
+    elif not all(scheme.symmetric for scheme in packed):
+        warnings.warn(
+            "experts with zero points can't be read by plain transformers, which drops the zero points when it "
+            "stacks experts; tensormill.load reads them, and symmetric=True writes none",
+            stacklevel=2,
+        )
     return config
 
 

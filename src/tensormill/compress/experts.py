@@ -1,0 +1,278 @@
+"""Mixtures of experts: takes the experts of a layer apart into linear layers, each calibrated and stored by
+itself.
+
+transformers keeps the experts of a layer in two tensors, `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I),
+which no method for linear layers sees, while checkpoints name the weights of each expert. `unfuse_experts`
+puts an `ExpertList` in the place of such a module: the same function and, on disk, the checkpoint's own
+names. Which modules these are is told by shapes and then tried: the two must give the same output.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormill.errors import InvalidArgument
+
+ProjectionNames = tuple[str, str, str]
+"""What the projections of an expert are called: gate, up, down."""
+
+#: Where an architecture has no others.
+USUAL_NAMES: ProjectionNames = ("gate_proj", "up_proj", "down_proj")
+
+# The two compute the same products; half precision may add them in another order. A wrong layout (gate and up
+# exchanged, rows interleaved, a clamped activation) is off by more than 0.1.
+_SAME = 2e-2
+
+
+class Expert(nn.Module):
+    """A gated MLP: `down(activation(gate(x)) * up(x))`.
+
+    Args:
+        gate, up, down: its projections, (I, H), (I, H) and (H, I).
+        activation: applied to the gate.
+        names: what the projections are called.
+    """
+
+    def __init__(
+        self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: nn.Module, names: ProjectionNames
+    ) -> None:
+        super().__init__()
+        for name, projection in zip(names, (gate, up, down), strict=True):
+            self.add_module(name, projection)
+        self.act_fn = activation
+        self._names = names
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, H) of (tokens, H)."""
+        gate, up, down = (getattr(self, name) for name in self._names)
+        result: Tensor = down(self.act_fn(gate(x)) * up(x))
+        return result
+
+
+class ExpertList(nn.ModuleList):
+    """The experts of one layer. Each runs on the tokens that the router chose it for."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            hidden_states: (tokens, H).
+            top_k_index: (tokens, k) int64, the experts of each token.
+            top_k_weights: (tokens, k), their weights.
+
+        Returns:
+            (tokens, H).
+        """
+        output = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self):
+            token, place = torch.where(top_k_index == index)
+            if token.numel():
+                value = expert(hidden_states[token]) * top_k_weights[token, place, None]
+                output.index_add_(0, token, value.to(output.dtype))
+        return output
+
+
+@torch.no_grad()
+def unfuse_experts(
+    model: nn.Module, only: Collection[str] | None = None, names: ProjectionNames | None = None
+) -> list[str]:
+    """Put an `ExpertList` in the place of every fused experts module, in place.
+
+    The linear layers' weights are views of the fused tensors, so this takes no memory. On the meta device
+    shapes alone decide; elsewhere the function is compared on random tokens, and a module that computes
+    something else (biases, a clamped or interleaved gate) stays as it is, with a warning.
+
+    Args:
+        model: a model, or a part of one.
+        only: names of the modules to take apart; None means all.
+        names: of an expert's projections; None takes those of the model's checkpoints.
+
+    Returns:
+        Names of the modules taken apart.
+
+    Raises:
+        InvalidArgument: a fused weight holds NaN or infinity.
+    """
+    found, left = [], []
+    names = names or projection_names(model)
+    for path, module in list(model.named_modules()):
+        if not is_fused(module) or (only is not None and path not in only):
+            continue
+        experts = _take_apart(module, names)
+        if experts is None or not _same_function(module, experts, path):
+            left.append(path)
+            continue
+        experts.train(module.training)
+        owner, _, last = path.rpartition(".")
+        setattr(model.get_submodule(owner), last, experts)
+        found.append(path)
+    if left:
+        warnings.warn(
+            f"the experts in {left[0]} ({type(model.get_submodule(left[0])).__name__}"
+            f"{f', and {len(left) - 1} more' if len(left) > 1 else ''}) are not gated MLPs stored as "
+            "[gate; up] without biases; they stay uncompressed",
+            stacklevel=2,
+        )
+    return found
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module holds the weights of several experts in 3-D tensors, by their shapes."""
+    stacked = [value for value in module.parameters(recurse=False) if value.dim() == 3]
+    return len(stacked) >= 2 and len({value.shape[0] for value in stacked}) == 1
+
+
+def expert_lists(model: nn.Module) -> Iterator[tuple[str, ExpertList]]:
+    """Name and module of every `ExpertList`."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertList):
+            yield name, module
+
+
+def routers(model: nn.Module) -> list[str]:
+    """Names of what chooses and weighs experts, beside every `ExpertList`: it keeps its precision.
+
+    These are the modules with a matrix of one row for each expert, and linear layers with as many outputs, or
+    with only one (the weight of a shared expert).
+    """
+    found = []
+    for path, experts in expert_lists(model):
+        owner = path.rpartition(".")[0]
+        for name, part in model.get_submodule(owner).named_modules(prefix=owner):
+            weight = getattr(part, "weight", None)
+            if name.startswith(f"{path}.") or not isinstance(weight, Tensor) or weight.dim() != 2:
+                continue
+            if weight.shape[0] in ((1, len(experts)) if isinstance(part, nn.Linear) else (len(experts),)):
+                found.append(name)
+    return found
+
+
+def projection_names(model: nn.Module) -> ProjectionNames:
+    """What checkpoints of this model call an expert's projections."""
+    return _names_on_disk(model) or USUAL_NAMES
+
+
+def stored_stacked(model: nn.Module) -> bool:
+    """Whether checkpoints of this transformers model hold its experts stacked, as the model itself does, so
+    that transformers has no rule for reading them one by one.
+    """
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel) and _names_on_disk(model) is None
+
+
+def stack_experts(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two stacked tensors of the experts at `path`, from the linear layers' in `tensors`."""
+    gate, up, down = USUAL_NAMES
+    count = sum(name.startswith(f"{path}.") and name.endswith(f".{down}.weight") for name in tensors)
+
+    def all_of(projection: str) -> Tensor:
+        return torch.stack([tensors[f"{path}.{index}.{projection}.weight"] for index in range(count)])
+
+    return {
+        f"{path}.gate_up_proj": torch.cat([all_of(gate), all_of(up)], dim=1),
+        f"{path}.down_proj": all_of(down),
+    }
+
+
+@contextmanager
+def having_stacked(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gives experts those of `tensors` that `stack_experts` made, as parameters: transformers looks at their
+    shapes while it writes them.
+    """
+    lent: list[tuple[ExpertList, str]] = []
+    for path, experts in expert_lists(model):
+        for name in ("gate_up_proj", "down_proj"):
+            if f"{path}.{name}" in tensors:
+                experts.register_parameter(name, nn.Parameter(tensors[f"{path}.{name}"], requires_grad=False))
+                lent.append((experts, name))
+    try:
+        yield
+    finally:
+        for experts, name in lent:
+            delattr(experts, name)
+
+
+def _names_on_disk(model: nn.Module) -> ProjectionNames | None:
+    """By transformers' own table of how it stacks what it reads; None if it reads stacked experts."""
+    if "transformers" not in sys.modules:
+        return None
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    found: dict[str, list[str]] = {}
+    for entry in get_model_conversion_mapping(model, add_legacy=False):
+        sources = [part.rsplit(".", 2) for part in entry.source_patterns]
+        if all(len(part) == 3 and part[0].endswith("experts.*") for part in sources):
+            target = entry.target_patterns[0].rpartition(".")[2]
+            found[target] = [part[1] for part in sources]
+    gate_up, down = found.get("gate_up_proj", []), found.get("down_proj", [])
+    if len(gate_up) != 2 or len(down) != 1:
+        return None
+    return gate_up[0], gate_up[1], down[0]
+
+
+def _take_apart(module: Any, names: ProjectionNames) -> ExpertList | None:
+    """The experts of a fused module, or None if its tensors have other shapes."""
+    weights = dict(module.named_parameters(recurse=False))
+    if set(weights) != {"gate_up_proj", "down_proj"} or not isinstance(
+        getattr(module, "act_fn", None), nn.Module
+    ):
+        return None
+    gate_up, down = weights["gate_up_proj"], weights["down_proj"]
+    count, hidden, inner = down.shape
+    if gate_up.shape != (count, 2 * inner, hidden):
+        return None
+
+    def linear(weight: Tensor, trained: bool) -> nn.Linear:
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+        made.weight = nn.Parameter(weight, requires_grad=trained)
+        return made
+
+    return ExpertList(
+        Expert(
+            linear(both[:inner], gate_up.requires_grad),
+            linear(both[inner:], gate_up.requires_grad),
+            linear(out, down.requires_grad),
+            module.act_fn,
+            names,
+        )
+        for both, out in zip(gate_up.data, down.data, strict=True)
+    )
+
+
+def _same_function(module: Any, experts: ExpertList, path: str) -> bool:
+    """Whether both give the same output for random tokens, each sent to two experts."""
+    weight = module.down_proj
+    if weight.is_meta:
+        return True
+    draw = torch.Generator().manual_seed(0)
+    tokens, chosen = 16, min(2, len(experts))
+    x = torch.randn(tokens, weight.shape[1], generator=draw).to(weight)
+    ranks = torch.rand(tokens, len(experts), generator=draw).argsort(dim=1)
+    shares = torch.rand(tokens, chosen, generator=draw).to(weight) + 0.1
+    index = ranks[:, :chosen].to(weight.device)
+    # The class's own loop: transformers may have put a grouped product in its place, which takes no float64.
+    forward = inspect.unwrap(type(module).forward)
+    try:
+        expected = forward(module, x, index, shares)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != x.shape:
+        return False
+    if not torch.isfinite(expected).all():
+        raise InvalidArgument(
+            f"given NaN or infinity in the experts of {path}, expected finite weights; check the checkpoint"
+        )
+    difference = (experts(x, index, shares) - expected).float().norm()
+    return bool(difference <= _SAME * expected.float().norm())

@@ -1,0 +1,116 @@
+"""Tiny random models of the architectures that compression is verified on, one configuration each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCABULARY = 97
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ALTERNATING = {"head_dim": 16, "num_hidden_layers": 3, "sliding_window": 8}
+_LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"attention_bias": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "gemma2": ("Gemma2Config", _ALTERNATING | _LAYER_TYPES),
+    "gemma3": ("Gemma3TextConfig", _ALTERNATING | _LAYER_TYPES),
+    "gpt_neox": ("GPTNeoXConfig", {"use_parallel_residual": True}),
+    "gpt_neox_sequential": ("GPTNeoXConfig", {"use_parallel_residual": False}),
+    "phi3": ("Phi3Config", {}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS | {"num_experts": 4, "head_dim": 32}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        _EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+    ),
+}
+
+
+def architecture_model(
+    name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
+) -> nn.Module:
+    """Random weights large enough that attention and routing aren't uniform; norms and biases not trivial."""
+    import transformers
+
+    config_class, sizes = CONFIGS[name]
+    accepted = {**_SIZES, **sizes, **options}
+    if config_class == "GPTNeoXConfig":
+        accepted.pop("num_key_value_heads")
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**accepted))
+    return randomize(model).to(dtype).eval()
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> nn.Module:
+    """Norms, biases and routing corrections away from their initial values."""
+    for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if "correction" in n)]:
+        if tensor.dim() == 1:
+            tensor.add_(0.3 * torch.randn_like(tensor))
+        else:
+            tensor.mul_(5)
+    return model
+
+
+IMAGE_TOKEN = 90
+IMAGE_SIDE, PATCH = 32, 8
+
+
+def vision_language_model(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """LLaVA with a vision tower that holds more weights than the language model."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIDE,
+        patch_size=PATCH,
+    )
+    text = transformers.LlamaConfig(**_SIZES)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    return randomize(model).to(dtype).eval()

@@ -1,0 +1,274 @@
+"""Models that read images: the language model is found and compressed, the rest kept; pairs calibrate it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import IMAGE_SIDE, IMAGE_TOKEN, PATCH, architecture_model, vision_language_model
+from packed_models import relative_error
+from safetensors.torch import load_file, save_file
+from test_fold import change, fold_all, outputs
+from torch import nn
+
+from tensormill.compress import awq, compress, gptq
+from tensormill.compress.calibration import Calibration, stream_blocks
+from tensormill.compress.checkpoint import load, open_model, open_processor, save_compressed
+from tensormill.compress.formats.checkpoint_format import compressed_linears
+from tensormill.compress.structure import discover, find_blocks
+from tensormill.errors import CheckpointError, DataError, InvalidArgument
+
+WORDS = 90
+PATCHES = (IMAGE_SIDE // PATCH) ** 2
+TOKENS = torch.randint(0, WORDS, (3, 24), generator=torch.Generator().manual_seed(1))
+SMALL = {"group_size": 16, "n_grid": 4, "clip_grid": 8}
+
+
+def words(count: int, seed: int) -> str:
+    draw = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{int(i)}" for i in torch.randint(0, WORDS, (count,), generator=draw))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A checkpoint with its processor, and pairs of images and texts beside it."""
+    image_module = pytest.importorskip("PIL.Image")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llava")
+    vision_language_model().save_pretrained(folder / "model")
+    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<image>": IMAGE_TOKEN, "<unk>": 91, "</s>": 92}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+        ),
+        tokenizer=fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(folder / "model")
+    (folder / "images").mkdir()
+    lines = []
+    for index in range(5):
+        draw = torch.Generator().manual_seed(index)
+        pixels = torch.randint(0, 256, (40 + index, 50, 3), generator=draw, dtype=torch.uint8)
+        image_module.fromarray(pixels.numpy()).save(folder / "images" / f"{index}.png")
+        lines.append({"image": f"images/{index}.png", "text": words(6 + 3 * index, index)})
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (folder / "text.txt").write_text(words(400, 9))
+    return folder
+
+
+def test_the_language_model_is_found_beside_a_larger_vision_tower():
+    model = vision_language_model()
+
+    def weights(part: nn.Module) -> int:
+        return sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Linear))
+
+    assert weights(model.model.vision_tower) > 2 * weights(model.model.language_model)
+    assert find_blocks(model) == [f"model.language_model.layers.{index}" for index in range(2)]
+    structure = discover(model)
+    assert len(structure.blocks[0].mappings) == 4
+    assert structure.outside == ("lm_head",)
+    linears = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    assert set(structure.left_out) == {name for name in linears if "vision" in name or "projector" in name}
+
+
+def test_folding_changes_nothing():
+    model = vision_language_model(dtype=torch.float64)
+    structure = discover(model)
+    before = outputs(model, structure)
+    fold_all(model, structure)
+    assert change(before, outputs(model, structure)) < 1e-10
+
+
+def test_pairs_become_windows_of_their_own_length(source):
+    processor = open_processor(source / "model")
+    found = Calibration.from_pairs(source / "pairs.jsonl", processor)
+    assert found.lengths == [PATCHES + 6 + 3 * index for index in range(5)]
+    assert found.tokens.shape == (5, PATCHES + 18)
+    for (tokens, inputs), length in zip(found.chunks(4), found.lengths, strict=True):
+        assert tokens.shape == (1, length) and (tokens == IMAGE_TOKEN).sum() == PATCHES
+        assert inputs["pixel_values"].shape == (1, 3, IMAGE_SIDE, IMAGE_SIDE)
+    few = Calibration.from_pairs(source / "pairs.jsonl", processor, samples=2, length=PATCHES + 4)
+    assert few.lengths == [PATCHES + 4, PATCHES + 4]
+    whole_image = Calibration.from_pairs(source / "pairs.jsonl", processor, length=3)
+    assert whole_image.lengths == [PATCHES] * 5
+
+
+def test_blocks_see_the_images(source):
+    model, _ = open_model(source / "model")
+    pairs = Calibration.from_pairs(source / "pairs.jsonl", open_processor(source / "model"))
+    seen: list[torch.Tensor] = []
+    layer = model.model.language_model.layers[1].self_attn.q_proj
+    hook = layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for tokens, inputs in pairs.chunks(1):
+            model(tokens, **inputs)
+    hook.remove()
+    x = torch.cat(seen)
+    for block in stream_blocks(model, discover(model), pairs):
+        statistics = block.observe()["self_attn.q_proj"]
+    assert statistics.tokens == len(x) == sum(pairs.lengths)
+    assert torch.allclose(statistics.gram, x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+
+
+PLAIN = """
+import json, sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+assert "tensormill" not in sys.modules
+folder, inputs, out = json.loads(sys.stdin.read())
+model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+with torch.no_grad():
+    save_file({"logits": model(**load_file(inputs)).logits.contiguous()}, out)
+"""
+
+
+@pytest.mark.parametrize(
+    ("format", "symmetric"), [("compressed-tensors", True), ("compressed-tensors", False), ("gptq", True)]
+)
+def test_checkpoints_give_the_same_logits_for_images_and_text(source, tmp_path, format, symmetric):
+    model, tokenizer = open_model(source / "model")
+    untouched = {
+        name: value.clone()
+        for name, value in model.state_dict().items()
+        if "vision" in name or "proj" in name
+    }
+    pairs = Calibration.from_pairs(source / "pairs.jsonl", open_processor(source / "model"))
+    report = awq.apply(model, awq.AWQConfig(symmetric=symmetric, **SMALL), pairs)
+    assert len(report.layers) == 14 and len(report.left_out) == 26
+    for name, value in model.state_dict().items():
+        if "vision_tower" in name or "multi_modal_projector" in name:
+            assert torch.equal(value, untouched[name])
+    if format != "compressed-tensors":
+        from tensormill.compress.formats.float16_scales import round_scales
+
+        round_scales(model)
+    folder = save_compressed(model, tokenizer, source / "model", tmp_path / "out", format=format)
+    tokens, inputs = next(iter(pairs.chunks(1)))
+    with torch.no_grad():
+        expected = model(tokens, **inputs).logits
+        found = load(folder)
+        assert set(compressed_linears(found)) == set(compressed_linears(model))
+        assert relative_error(found(tokens, **inputs).logits, expected) < 1e-5
+        assert relative_error(found(TOKENS).logits, model(TOKENS).logits) < 1e-5
+    assert open_processor(folder).image_token == "<image>"
+    if format == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+        save_file({"input_ids": tokens, **inputs}, tmp_path / "inputs.safetensors")
+        request = json.dumps([str(folder), str(tmp_path / "inputs.safetensors"), str(tmp_path / "logits")])
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", PLAIN], input=request, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert relative_error(load_file(tmp_path / "logits")["logits"], expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_the_whole_job_on_pairs_and_on_text(source, tmp_path, method):
+    settings = {"group_size": 16, "symmetric": True, "calibration_samples": 4, "calibration_length": 24}
+    common = {"text": [source / "text.txt"], "max_tokens": 200, "device": "cpu"}
+    from_pairs = compress(
+        source / "model",
+        method,
+        output=tmp_path / "pairs",
+        calibration_pairs=source / "pairs.jsonl",
+        **common,
+        **settings,
+    )
+    from_text = compress(
+        source / "model",
+        method,
+        output=tmp_path / "text",
+        calibration_text=[source / "text.txt"],
+        evaluate=False,
+        **common,
+        **settings,
+    )
+    assert from_pairs.perplexity["compressed"] > 1 and len(from_pairs.left_out) == 26
+    assert "at full precision by design" in " ".join(one.text for one in from_text.findings())
+    written = json.loads((tmp_path / "pairs" / "report.json").read_text())
+    assert "model.multi_modal_projector.linear_1" in written["left_out"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("pairs", "text"))
+    assert any(not torch.equal(first[name], second[name]) for name in first if name.endswith("packed"))
+
+
+def test_the_command_takes_pairs(source, tmp_path):
+    command = [
+        *(sys.executable, "-m", "tensormill", "compress", str(source / "model"), "--no-evaluate"),
+        *("--group-size", "16", "--set", "n_grid=4", "--set", "calibration_samples=2"),
+        *("--device", "cpu", "--calibration-pairs"),
+    ]
+    pairs, missing = source / "pairs.jsonl", tmp_path / "missing.jsonl"
+    done = subprocess.run([*command, str(pairs), "-o", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "preprocessor_config.json").exists() or (
+        tmp_path / "out" / "processor_config.json"
+    ).exists()
+    done = subprocess.run(
+        [*command, str(missing), "-o", str(tmp_path / "no")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "missing.jsonl does not exist" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "no").exists()
+
+
+def test_methods_run_on_pairs_in_half_precision(source):
+    model, _ = open_model(source / "model", dtype=torch.bfloat16)
+    pairs = Calibration.from_pairs(source / "pairs.jsonl", open_processor(source / "model"), samples=2)
+    report = gptq.apply(model, gptq.GPTQConfig(group_size=16), pairs)
+    assert all(layer.nmse < 0.2 for layer in report.layers)
+
+
+def test_bad_pairs_are_refused(source, tmp_path):
+    processor = open_processor(source / "model")
+
+    def given(line: str) -> str:
+        (tmp_path / "pairs.jsonl").write_text("\n" + line)
+        with pytest.raises(DataError) as caught:
+            Calibration.from_pairs(tmp_path / "pairs.jsonl", processor)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    assert "line 2" in given('{"image": 3, "text": "w1"}')
+    assert "line 2" in given("[1, 2]") and "line 2" in given("{")
+    assert "missing.png, which doesn't exist" in given('{"image": "missing.png", "text": "w1"}')
+    assert "broken.png can't be read" in given('{"image": "broken.png", "text": "w1"}')
+    with pytest.raises(InvalidArgument, match="at least 1 of each"):
+        Calibration.from_pairs(source / "pairs.jsonl", processor, samples=0)
+    with pytest.raises(InvalidArgument, match="expected one of them"):
+        compress(
+            source / "model",
+            output=tmp_path / "out",
+            calibration_pairs=source / "pairs.jsonl",
+            calibration_text=[source / "text.txt"],
+        )
+
+
+def test_a_model_that_reads_no_images_has_no_use_for_pairs(source, tmp_path):
+    architecture_model("llama").save_pretrained(tmp_path / "llama")
+    with pytest.raises(CheckpointError, match="processor"):
+        compress(tmp_path / "llama", output=tmp_path / "out", calibration_pairs=source / "pairs.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_and_lengths_must_fit_the_tokens():
+    with pytest.raises(DataError, match="inputs of 1 windows, expected 3"):
+        Calibration(TOKENS, inputs=[{}])
+    with pytest.raises(DataError, match="1 to 24 tokens"):
+        Calibration(TOKENS, lengths=[1, 2, 25])

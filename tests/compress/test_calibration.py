@@ -93,8 +93,8 @@ def test_a_changed_block_feeds_the_next_only_if_asked():
     def second_input(inputs: str) -> torch.Tensor:
         model = tiny_model("llama")
         for block in stream_blocks(model, discover(model), batch, inputs=inputs):
-            block.observe()
             before = torch.cat(block.hidden)
+            block.observe()
             block.module.mlp.down_proj.weight.data.mul_(1.5)
         return before
 

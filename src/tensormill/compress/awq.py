@@ -51,6 +51,7 @@ from tensormill.compress.methods import (
     round_outside,
 )
 from tensormill.compress.output_error import ScaleLoss, gram_loss, module_loss, output_error, sample_loss
+from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import (
     HOW_TO_PASS_MAPPINGS,
     BlockCall,
@@ -243,6 +244,7 @@ def apply(
     *,
     device: torch.device | str | None = None,
     structure: ModelStructure | None = None,
+    residence: Residence | None = None,
 ) -> MethodReport:
     """Compress a model's linear layers with AWQ, in place.
 
@@ -253,22 +255,24 @@ def apply(
         progress: called as `progress(message, fraction)`.
         device: where blocks are calibrated and compressed; None stays where the model is.
         structure: of the model, if known already; its mappings then count.
+        residence: of the model, with a device of its own; None stands for one in memory.
 
     Raises:
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers, or no edge along which scales can move.
     """
-    structure = structure or discover(model, config.mappings)
+    residence = residence or InMemory(model, device)
+    structure = structure or discover(model, config.mappings, residence=residence)
     if not any(block.mappings for block in structure.blocks):
         raise ModelError(
             f"given a {type(model).__name__} without an edge along which scales can be moved, "
             f"expected norms that feed linear layers (found {structure}); {HOW_TO_PASS_MAPPINGS}"
         )
     check_layers(model, structure, config)
-    layers = list(round_outside(model, structure, config))
-    for block in stream_blocks(model, structure, calibration, device=device, progress=progress):
-        layers += _compress_block(block, config)
-    return finish_report("awq", config, layers)
+    round_outside(model, structure, config, residence)
+    for block in stream_blocks(model, structure, calibration, progress=progress, residence=residence):
+        block.layers += _compress_block(block, config)
+    return finish_report("awq", config, residence.layers)
 
 
 def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerReport]:

@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tensormill.compress.fold import fold
 from tensormill.compress.precision import computing_dtype, gram_precision, widened
+from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import (
     BlockCall,
     BlockStructure,
@@ -30,6 +31,9 @@ from tensormill.compress.structure import (
     record_calls,
 )
 from tensormill.errors import DataError, InvalidArgument, ModelError
+
+if TYPE_CHECKING:
+    from tensormill.compress.methods import LayerReport
 
 Progress = Callable[[str, float], None]
 """Called as `progress(message, fraction)`, fraction from 0 to 1."""
@@ -179,15 +183,21 @@ class CalibrationBlock:
         module: the block, on the computing device.
         hidden: the inputs, a list of (batch, length, hidden).
         calls: what the model passes to the block besides, per chunk.
+        keeps_inputs: whether `hidden` is needed after all linears were observed once; if not, the outputs take
+            its place as they come.
         outputs: the block's outputs as last computed with all chunks, or None.
+        captured: inputs of modules, as `observe` was asked to keep.
+        layers: reports on the layers compressed in it, for the caller to fill.
     """
 
     structure: BlockStructure
     module: nn.Module
     hidden: list[Tensor]
     calls: list[BlockCall]
+    keeps_inputs: bool = True
     outputs: list[Tensor] | None = None
     captured: dict[str, list[BlockCall]] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -199,10 +209,12 @@ class CalibrationBlock:
         return f"{self.name}.{name}"
 
     @torch.no_grad()
-    def run(self) -> list[Tensor]:
-        """The block's outputs for all chunks, with its weights as they are now."""
+    def advance(self) -> list[Tensor]:
+        """Run the block with its weights as they are now; its outputs take the place of `hidden`."""
         with widened(self.module):
-            return [call.run(self.module, x) for call, x in zip(self.calls, self.hidden, strict=True)]
+            for chunk, call in enumerate(self.calls):
+                self.hidden[chunk] = call.run(self.module, self.hidden[chunk])
+        return self.hidden
 
     @torch.no_grad()
     def observe(
@@ -227,7 +239,7 @@ class CalibrationBlock:
         groups = [group for group in groups if group]
         accumulators: dict[str, GramAccumulator] = {}
         self.captured = {name: [] for name in capture}
-        outputs: list[Tensor] = []
+        outputs = list(self.hidden) if self.keeps_inputs or linears is not None else self.hidden
         chunk = 0
 
         def gather(name: str, last: bool) -> Callable[..., None]:
@@ -243,7 +255,7 @@ class CalibrationBlock:
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if chunk * self.hidden[0].shape[0] < capture_samples:
+                if chunk * len(self.hidden[0]) < capture_samples:
                     self.captured[name].append(BlockCall(args, kwargs))
 
             return hook
@@ -257,10 +269,9 @@ class CalibrationBlock:
             for name in capture:
                 part = self.module.get_submodule(name)
                 stack.callback(part.register_forward_pre_hook(keep(name), with_kwargs=True).remove)
-            for call, x in zip(self.calls, self.hidden, strict=True):
+            for chunk, call in enumerate(self.calls):
                 with suppress(Stop):
-                    outputs.append(call.run(self.module, x))
-                chunk += 1
+                    outputs[chunk] = call.run(self.module, self.hidden[chunk])
         if linears is None:
             self.outputs = outputs
         return {
@@ -292,10 +303,12 @@ def stream_blocks(
     device: torch.device | str | None = None,
     inputs: str = "original",
     progress: Progress | None = None,
+    residence: Residence | None = None,
 ) -> Iterator[CalibrationBlock]:
     """Yield the blocks in order, each on `device` with the hidden states that reach it.
 
-    The caller may change the block; it goes back to where it was afterwards.
+    The caller may change the block, and notes what it did in its `layers`; it goes back to where it was afterwards.
+    Blocks that an earlier run finished are passed over.
 
     Args:
         model: a causal language model, called as `model(tokens)`.
@@ -305,43 +318,50 @@ def stream_blocks(
         inputs: "original" feeds the next block what the unchanged block gave (AWQ), "compressed" what the
             changed block gives (GPTQ).
         progress: told after each block.
+        residence: of the model, with a device of its own; None stands for one in memory.
     """
     if inputs not in ("original", "compressed"):
         raise InvalidArgument(f"given inputs={inputs!r}, expected 'original' or 'compressed'")
     _check_tokens(model, calibration.tokens)
     names = [block.name for block in structure.blocks]
-    home = next(model.parameters()).device
-    device = home if device is None else torch.device(device)
+    residence = residence or InMemory(model, device)
+    device = residence.device
     batch = max(1, _CHUNK_TOKENS.get(device.type, 4096) // calibration.tokens.shape[1])
     dtype = computing_dtype(next(model.parameters()).dtype, device)
-    hidden: list[Tensor] = []
+    beginning, kept = residence.kept_inputs()
+    hidden: list[Tensor] = kept or []
     calls: list[list[BlockCall]] = []
     returns_tuple = [block.returns_tuple for block in structure.blocks]
-    for tokens in torch.split(calibration.tokens, batch):
-        first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple)
-        hidden.append(first.to(device, dtype))
-        calls.append(chunk_calls)
+    with residence.entrance():
+        for tokens in torch.split(calibration.tokens, batch):
+            first, chunk_calls, _ = record_calls(model, names, tokens.to(residence.home), returns_tuple)
+            calls.append(chunk_calls)
+            if kept is None:
+                hidden.append(first.to(device, dtype))
     training = model.training
     model.eval()
     try:
         for index, block_structure in enumerate(structure.blocks):
+            if index < beginning:
+                continue
             if progress is not None:
                 progress(f"block {index + 1} of {len(names)}", index / len(names))
-            module = model.get_submodule(block_structure.name).to(device)
-            block_calls = [chunk[index].to(device).to(dtype) for chunk in calls]
-            block = CalibrationBlock(block_structure, module, hidden, block_calls)
-            if inputs == "original":
+            with residence.part(block_structure.name) as module:
+                block_calls = [chunk[index].to(device).to(dtype) for chunk in calls]
+                block = CalibrationBlock(block_structure, module, hidden, block_calls, inputs != "original")
+                if residence.is_finished(block.name):
+                    block.advance()
+                    continue
                 yield block
-                if block.outputs is None:
+                if inputs != "original":
+                    if index + 1 < len(names):
+                        block.advance()
+                elif block.outputs is None:
                     raise InvalidArgument(
                         "given a block that was not observed, expected observe() before it changes"
                     )
-                hidden = block.outputs
-            else:
-                yield block
-                if index + 1 < len(names):
-                    hidden = block.run()
-            module.to(home)
+                residence.finish(block.name, block.layers)
+            residence.keep_inputs(index + 1, hidden)
         if progress is not None:
             progress("done", 1.0)
     finally:

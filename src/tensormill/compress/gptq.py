@@ -39,6 +39,7 @@ from tensormill.compress.methods import (
     round_outside,
 )
 from tensormill.compress.output_error import output_error
+from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import ModelStructure, discover, linear_in
 from tensormill.errors import InvalidArgument, ModelError
 
@@ -184,6 +185,7 @@ def apply(
     *,
     device: torch.device | str | None = None,
     structure: ModelStructure | None = None,
+    residence: Residence | None = None,
 ) -> MethodReport:
     """Compress a model's linear layers with GPTQ, in place.
 
@@ -194,16 +196,18 @@ def apply(
         progress: called as `progress(message, fraction)`.
         device: where blocks are calibrated and compressed; None stays where the model is.
         structure: of the model, if known already.
+        residence: of the model, with a device of its own; None stands for one in memory.
 
     Raises:
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers.
     """
-    structure = structure or discover(model)
+    residence = residence or InMemory(model, device)
+    structure = structure or discover(model, residence=residence)
     check_layers(model, structure, config)
-    layers = list(round_outside(model, structure, config))
+    round_outside(model, structure, config, residence)
     for block in stream_blocks(
-        model, structure, calibration, device=device, inputs=config.inputs, progress=progress
+        model, structure, calibration, inputs=config.inputs, progress=progress, residence=residence
     ):
         groups = [
             [
@@ -219,8 +223,8 @@ def apply(
         statistics = {} if config.true_sequential else block.observe(linears)
         for group in groups:
             gram = (statistics or block.observe(group))[group[0]].gram
-            layers += _compress_group(block.module, block.name, group, gram, config)
-    return finish_report("gptq", config, layers)
+            block.layers += _compress_group(block.module, block.name, group, gram, config)
+    return finish_report("gptq", config, residence.layers)
 
 
 def _is_target(module: nn.Module, name: str) -> bool:

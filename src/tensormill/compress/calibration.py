@@ -360,8 +360,7 @@ def stream_blocks(
                     raise InvalidArgument(
                         "given a block that was not observed, expected observe() before it changes"
                     )
-                residence.finish(block.name, block.layers)
-            residence.keep_inputs(index + 1, hidden)
+                residence.finish(block.name, block.layers, hidden)
         if progress is not None:
             progress("done", 1.0)
     finally:

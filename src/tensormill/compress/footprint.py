@@ -121,6 +121,15 @@ def peak_memory(device: str | torch.device | None = None) -> PeakMemory:
     return PeakMemory(_peak_resident_bytes(), torch.cuda.max_memory_allocated(device) if on_gpu else 0)
 
 
+def available_bytes() -> int | None:
+    """Memory that a new process could take without pushing others out; None where the system doesn't say."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def _peak_resident_bytes() -> int:
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from tensormill.compress import checkpoint, gguf
 from tensormill.compress.evaluate import evaluate_models
 from tensormill.compress.footprint import (
+    available_bytes,
     bits_per_weight,
     checkpoint_bytes,
     peak_memory,
@@ -28,15 +30,17 @@ from tensormill.compress.footprint import (
 from tensormill.compress.formats.checkpoint_format import CheckpointFormat, Layer, Scheme
 from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.formats.registry import DEFAULT, format_named
+from tensormill.compress.journal import Journal
 from tensormill.compress.methods import METHODS, WeightConfig
 from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
 from tensormill.compress.stages import Progress, Stages
+from tensormill.compress.streaming import compress_on_disk, fingerprint, open_source
 from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, SAMPLES, calibration_for, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
-from tensormill.errors import InvalidArgument, RecipeError
+from tensormill.errors import InvalidArgument, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +58,7 @@ def compress(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    stream: bool | None = None,
     evaluate: bool = True,
     max_tokens: int | None = 65536,
     curve: Sequence[int] = (),
@@ -76,6 +81,9 @@ def compress(
         device: where to compute.
         dtype: of the weights while computing; None keeps the checkpoint's.
         overwrite: replace a checkpoint that lies at `output`.
+        stream: read, compress and write one block after the other, so that the model never is in memory, and go on
+            with an unfinished run of the same settings; None does so where the checkpoint is larger than a third of
+            the free memory and the model allows it. Quality and speed are not measured then.
         evaluate: measure quality and speed beside the original and round-to-nearest; holds three copies of the model.
         max_tokens: evaluate on at most so many tokens of the text; None takes all.
         curve: bit widths at which to measure perplexity of every method, for the report's plot; slow.
@@ -112,6 +120,16 @@ def compress(
 
     reset_peak_memory(device)
     stages.enter("calibrate", f"opening {os.fspath(model)}")
+    unloaded = _unloaded(source, steps, dtype, stream, wants_curve=bool(curve))
+    if unloaded is not None:
+        if evaluate:
+            warnings.warn(
+                "quality and speed aren't measured while compressing from disk to disk", stacklevel=2
+            )
+        return _compress_from_disk(
+            model, source, *unloaded, steps, layout, target, calibration_text,
+            device=device, overwrite=overwrite, seed=seed, stages=stages,
+        )  # fmt: skip
     original, tokenizer = open_with_tokenizer(model, device, dtype)
     layout.check_layers(_planned_layers(original, steps), original)
     heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
@@ -192,6 +210,116 @@ def compress(
         overwrite=overwrite,
         extra_files=report_files,
     )
+    assert report is not None
+    stages.done()
+    return report
+
+
+def _unloaded(
+    source: Path, steps: Recipe, dtype: torch.dtype | None, stream: bool | None, *, wants_curve: bool
+) -> tuple[PreTrainedModel, checkpoint.CheckpointInfo] | None:
+    """The model without its weights if it is to be compressed from disk to disk, else None.
+
+    Raises:
+        InvalidArgument: `stream` is True, but the job can't be done so.
+        ModelError: the same, by the model.
+    """
+    reason = (
+        "a GGUF file" if gguf.is_gguf(source)
+        else "a recipe of several steps" if len(steps) > 1
+        else "a curve" if wants_curve
+        else None
+    )  # fmt: skip
+    if stream is None:
+        free = available_bytes()
+        if reason is not None or free is None or 3 * checkpoint_bytes(source) <= free:
+            return None
+        try:
+            return open_source(source, dtype)
+        except ModelError:
+            return None
+    if stream and reason is not None:
+        raise InvalidArgument(f"given {reason}, which isn't compressed from disk to disk; use stream=False")
+    return open_source(source, dtype) if stream else None
+
+
+def _compress_from_disk(
+    model: str | os.PathLike[str],
+    source: Path,
+    empty: PreTrainedModel,
+    info: checkpoint.CheckpointInfo,
+    steps: Recipe,
+    layout: CheckpointFormat,
+    target: Path,
+    calibration_text: Sequence[str | os.PathLike[str]] | None,
+    *,
+    device: str | torch.device,
+    overwrite: bool,
+    seed: int,
+    stages: Stages,
+) -> CompressionReport:
+    """`compress` of a model that never is in memory whole."""
+    (step,) = steps
+    tokenizer = checkpoint.open_tokenizer(source)
+    if tokenizer is None:
+        raise missing_tokenizer(model)
+    layout.check_layers(_planned_layers(empty, steps), empty)
+    began = time.perf_counter()
+    stages.enter("calibrate", f"calibrating {step.method}")
+    calibration = calibration_for(step, calibration_text, tokenizer)
+    identity = fingerprint(
+        info, step.method, step.config, calibration,
+        format=layout.name, dtype=str(empty.dtype), device=torch.device(device).type,
+    )  # fmt: skip
+    working = Path(os.path.realpath(target)).with_name(f"{target.name}.unfinished")
+    journal = Journal(working, identity)
+    if journal.outdated:
+        warnings.warn(
+            f"{working} holds an unfinished run that differs in {', '.join(journal.outdated)}; starting anew",
+            stacklevel=3,
+        )
+    resumed = len(journal.parts)
+    try:
+        stages.enter("compress", step.method)
+        made, shards = compress_on_disk(
+            empty, info, step, calibration, layout, journal, device=device, progress=stages
+        )
+        seconds, memory = time.perf_counter() - began, peak_memory(device).bytes
+        stages.enter("write", f"writing {target}")
+        report: CompressionReport | None = None
+
+        def report_files(written: Path) -> dict[str, str]:
+            nonlocal report
+            report = CompressionReport.without_evaluation(
+                layers=made.layers,
+                model=os.fspath(model),
+                method=step.method,
+                output=str(target),
+                bytes_before=checkpoint_bytes(source),
+                bytes_after=checkpoint_bytes(written),
+                bits_per_weight=bits_per_weight(empty),
+                seconds=seconds,
+                peak_memory_bytes=memory,
+                recipe=[{"method": made.method, **made.config}],
+                environment={**environment(device, seed=seed), "streamed": True, "resumed_parts": resumed},
+            )
+            return {"report.json": report.to_json() + "\n", "report.html": report.to_html()}
+
+        checkpoint.save_shards(
+            shards,
+            layout.quantization_config(empty),
+            source,
+            target,
+            overwrite=overwrite,
+            extra_files=report_files,
+        )
+    except BaseException:
+        if journal.parts:
+            journal.close()
+        else:
+            journal.remove()
+        raise
+    journal.remove()
     assert report is not None
     stages.done()
     return report

@@ -34,14 +34,19 @@ class Residence(Protocol):
     def part(self, name: str) -> AbstractContextManager[nn.Module]:
         """Inside, the part of this name has its weights, on `device`."""
 
-    def finish(self, name: str, layers: Sequence[LayerReport]) -> None:
-        """Take a lent part as it is now for its final form."""
+    def finish(
+        self, name: str, layers: Sequence[LayerReport], reached: Sequence[Tensor] | None = None
+    ) -> None:
+        """Take a lent part as it is now for its final form.
+
+        Args:
+            name: of the part.
+            layers: reports on the layers compressed in it.
+            reached: the hidden states that reach the next block.
+        """
 
     def is_finished(self, name: str) -> bool:
         """Whether an earlier run finished this part; lent, it then has the weights it had before."""
-
-    def keep_inputs(self, index: int, hidden: Sequence[Tensor]) -> None:
-        """Note the hidden states that reach block `index`, after all blocks before it are finished."""
 
     def kept_inputs(self) -> tuple[int, list[Tensor] | None]:
         """The block from which to go on and the hidden states that reach it; (0, None) from the beginning."""
@@ -72,14 +77,13 @@ class InMemory:
             # Looked up again: a layer is replaced by its compressed form.
             self.model.get_submodule(name).to(self.home)
 
-    def finish(self, name: str, layers: Sequence[LayerReport]) -> None:
+    def finish(
+        self, name: str, layers: Sequence[LayerReport], reached: Sequence[Tensor] | None = None
+    ) -> None:
         self.layers += layers
 
     def is_finished(self, name: str) -> bool:
         return False
-
-    def keep_inputs(self, index: int, hidden: Sequence[Tensor]) -> None:
-        return None
 
     def kept_inputs(self) -> tuple[int, list[Tensor] | None]:
         return 0, None

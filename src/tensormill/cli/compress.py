@@ -47,6 +47,13 @@ def compress(
     calibration: CalibrationText = None,
     text: Text = None,
     max_tokens: MaxTokens = 65536,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Go from disk to disk, block by block, and resume. Default: where the model is large.",
+        ),
+    ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure quality and speed.")] = True,
     curve: Annotated[
         str | None, typer.Option(help="Bit widths, e.g. 2,3,4, at which to plot RTN, GPTQ and AWQ.")
@@ -75,6 +82,7 @@ def compress(
             device=where,
             dtype=dtype_named(dtype),
             overwrite=overwrite,
+            stream=stream,
             evaluate=evaluate,
             max_tokens=max_tokens or None,
             curve=_widths(curve),

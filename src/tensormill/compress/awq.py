@@ -314,8 +314,8 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
             seconds[name] += (time.perf_counter() - start) / len(names)
     for mapping, scale in searches:
         columns = fold(module, mapping, scale, stored_dtype=dtypes.get(f"{mapping.producer}.weight"))
-        divided = statistics[mapping.consumers[0]].divided(columns)
-        statistics.update(dict.fromkeys(mapping.consumers, divided))
+        for seen in {id(statistics[name]): statistics[name] for name in mapping.consumers}.values():
+            seen.divide(columns)
 
     layers = []
     for name, linear in targets.items():

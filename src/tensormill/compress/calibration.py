@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormill.compress.fold import fold
+from tensormill.compress.output_error import search_numbers
 from tensormill.compress.precision import computing_dtype, gram_precision, widened
 from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import (
@@ -40,7 +41,7 @@ Progress = Callable[[str, float], None]
 
 # Tokens that run through a block at once: enough to fill the device, few enough that an MLP's intermediate
 # activations stay small beside its weights.
-_CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}
+_CHUNK_TOKENS = {"cpu": 4096, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,17 @@ class InputStatistics:
         """(K,) float32, the mean over tokens of x^2."""
         return self.gram.diagonal()
 
-    def divided(self, scale: Tensor) -> InputStatistics:
-        """The statistics of x / scale, for scale (K,)."""
-        return InputStatistics(self.gram / torch.outer(scale, scale), self.mean_abs / scale, self.tokens)
+    def divide(self, scale: Tensor) -> None:
+        """Make these the statistics of x / scale, for scale (K,), in place."""
+        for rows in _panels(len(scale), search_numbers(scale.device) // len(scale)):
+            self.gram[rows].div_(torch.outer(scale[rows], scale))
+        self.mean_abs.div_(scale)
+
+
+def _panels(rows: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step` rows, or one."""
+    step = max(1, step)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 class GramAccumulator:
@@ -163,14 +172,17 @@ class GramAccumulator:
         with gram_precision(x):
             x = x.float()
             self.abs_sum += x.abs().sum(dim=0)
-            for start in range(0, x.shape[1], self.panel):
-                rows = slice(start, start + self.panel)
-                self.gram[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+            for rows in _panels(x.shape[1], self.panel):
+                self.gram[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :])
 
     def finish(self) -> InputStatistics:
-        """The means over all tokens."""
-        upper = self.gram.triu_().div_(self.tokens)
-        gram = upper + upper.triu(1).T
+        """The means over all tokens; the accumulator can't be used any more."""
+        gram = self.gram.div_(self.tokens)
+        # The lower triangle is filled in place: beside a large matrix there may be no room for a second one.
+        for rows in _panels(len(gram), self.panel):
+            gram[rows.stop :, rows] = gram[rows, rows.stop :].T
+            corner = gram[rows, rows].triu()
+            gram[rows, rows] = corner + corner.triu(1).T
         return InputStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens)
 
 
@@ -285,7 +297,8 @@ class CalibrationBlock:
         if group[0] not in accumulators:
             raise InvalidArgument(f"given calibration tokens that never reach {names}, expected other text")
         statistics = accumulators[group[0]].finish()
-        if not torch.isfinite(statistics.gram).all():
+        # The extremes of a matrix with NaN are NaN.
+        if not torch.isfinite(torch.stack(torch.aminmax(statistics.gram))).all():
             raise InvalidArgument(
                 f"given NaN or infinity in the input of {names}, expected finite activations; check the "
                 "checkpoint, or run the model in float32 or bfloat16"

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class FinishedPart:
 
 
 class Journal:
-    """A working directory, opened for writing by one process at a time.
+    """A working directory, opened for writing by one process at a time; its threads may finish parts together.
 
     Args:
         directory: made if it doesn't exist.
@@ -55,6 +56,7 @@ class Journal:
         self.parts: dict[str, FinishedPart] = {}
         self.inputs: tuple[int, Path] | None = None
         self.outdated: list[str] = []
+        self._lock = threading.Lock()
         made = not directory.exists()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,7 @@ class Journal:
             self._stream: IO[bytes] = (directory / _NAME).open("a+b")
         except OSError as error:
             raise OutputError(f"{directory} can't be written: {error.strerror}") from error
-        self._lock()
+        self._claim()
         wanted = json.loads(json.dumps(fingerprint))
         found = self._read(wanted)
         if found != wanted:
@@ -109,11 +111,12 @@ class Journal:
                 chunks = {f"{number:05d}": chunk for number, chunk in enumerate(inputs[1])}
                 entry["inputs"] = inputs[0]
                 entry["inputs_bytes"] = _write_tensors(kept, chunks)
-            self._append(entry)
+            with self._lock:
+                self._append(entry)
+                self.parts.pop(name, None)
+                self.parts[name] = FinishedPart(file, list(layers))
         except Exception as error:
             raise OutputError(f"{file} could not be written: {error}") from error
-        self.parts.pop(name, None)
-        self.parts[name] = FinishedPart(file, list(layers))
         if inputs is not None and kept is not None:
             if self.inputs is not None:
                 self.inputs[1].unlink(missing_ok=True)
@@ -134,7 +137,7 @@ class Journal:
         self.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _lock(self) -> None:
+    def _claim(self) -> None:
         with contextlib.suppress(ImportError):
             import fcntl
 

@@ -27,7 +27,9 @@ ScaleLoss = Callable[[Tensor], Tensor]
 
 # Numbers in one temporary of a search: large enough to keep the device busy, small enough for a CPU's caches
 # and a small part of a GPU's memory.
-_SEARCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
+_SEARCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}
+# Rows that are multiplied by a Gram matrix at once: enough for fast products, few beside the matrix.
+_ROWS = 2048
 
 
 def search_numbers(device: torch.device) -> int:
@@ -49,9 +51,17 @@ def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     >>> output_error(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.eye(1))
     0.25
     """
-    difference = approximation - weight
-    error = ((difference @ gram) * difference).sum()
-    return (error / ((weight @ gram) * weight).sum().clamp(min=1e-30)).clamp(min=0).item()
+    error, energy = torch.zeros(2, device=gram.device)
+    for rows, approximated in zip(weight.split(_ROWS), approximation.split(_ROWS), strict=True):
+        error += squared_outputs(approximated - rows, gram).sum()
+        energy += squared_outputs(rows, gram).sum()
+    return (error / energy.clamp(min=1e-30)).clamp(min=0).item()
+
+
+def squared_outputs(weight: Tensor, gram: Tensor) -> Tensor:
+    """(..., N) the mean over tokens of the square of each output, for weight (..., N, K) and gram (K, K)."""
+    with search_precision(gram.device):
+        return (weight @ gram).mul_(weight).sum(dim=-1)
 
 
 def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:
@@ -83,7 +93,10 @@ def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec) -> Scale
         spec: the quantizer.
     """
     limit = search_numbers(gram.device)
-    energies = [((weight @ gram) * weight).sum().clamp(min=1e-30) for weight in weights]
+    energies = []
+    for weight in weights:
+        parts = [squared_outputs(rows, gram).sum() for rows in weight.split(_ROWS)]
+        energies.append(torch.stack(parts).sum().clamp(min=1e-30))
 
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=gram.device)
@@ -93,9 +106,7 @@ def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec) -> Scale
                 for start in range(0, len(scales), step):
                     # d S d^T, summed over rows: the mean over tokens of |d x|^2.
                     d = scaled_difference(rows, scales[start : start + step], spec)
-                    with search_precision(gram.device):
-                        errors = ((d @ gram) * d).sum(dim=(1, 2))
-                    total[start : start + step] += errors / energy
+                    total[start : start + step] += squared_outputs(d, gram).sum(dim=1) / energy
         return total
 
     return loss

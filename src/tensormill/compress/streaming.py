@@ -91,7 +91,10 @@ class OnDisk:
         self._stored = set(model.state_dict()) - tied_names(model).keys()
         self._reader = PartReader(info, pinned=self.device.type == "cuda")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._writing: Future[None] | None = None
+        self._writing: Future[Any] | None = None
+        # What lies outside of the blocks may be larger than many blocks, which don't wait for it.
+        self._outside_writer = ThreadPoolExecutor(1, thread_name_prefix="outside")
+        self._writing_outside: list[Future[Any]] = []
         self._last_kept, self._keeping_took = time.monotonic(), 0.0
 
     def entrance(self) -> Any:
@@ -210,7 +213,7 @@ class OnDisk:
         for number, group in enumerate(_in_files([(name, self.info.tensors[name].nbytes) for name in names])):
             part = f"outside-{number:05d}"
             if not self.is_finished(part):
-                self._write(lambda part=part, group=group: self._copy(part, group))
+                self._writing_outside.append(self._outside_writer.submit(self._copy, part, group))
 
     def wait(self) -> None:
         """Return when all that is finished is written.
@@ -218,14 +221,15 @@ class OnDisk:
         Raises:
             TensormillError: what went wrong while writing.
         """
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        self._wait_for_block()
+        while self._writing_outside:
+            self._writing_outside.pop(0).result()
 
     def close(self) -> None:
         """Stop the threads."""
         self._reader.close()
         self._writer.shutdown(wait=True)
+        self._outside_writer.shutdown(wait=True, cancel_futures=True)
 
     def files(self) -> list[Path]:
         """The files of all parts: what lies outside of the blocks first, then the blocks in order."""
@@ -274,8 +278,15 @@ class OnDisk:
 
     def _write(self, job: Callable[[], Any]) -> None:
         """Hand a job to the writing thread, after the one before is done: two at most hold memory."""
-        self.wait()
+        self._wait_for_block()
+        while self._writing_outside and self._writing_outside[0].done():
+            self._writing_outside.pop(0).result()
         self._writing = self._writer.submit(job)
+
+    def _wait_for_block(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def _can_go_on_after(self, name: str) -> bool:
         """Whether the hidden states that reach what follows a block, or later ones, are kept."""

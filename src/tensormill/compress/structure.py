@@ -320,6 +320,7 @@ def discover(
                 scores=probe.find_scores(),
                 returns_tuple=returns_tuple,
             )
+            del probe  # holds the block eight bytes a weight
         found = known[kind]
         blocks.append(replace(found, name=name, returns_tuple=returns_tuple))
     if mappings != "auto" and not any(block.mappings for block in blocks):

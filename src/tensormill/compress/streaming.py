@@ -171,12 +171,14 @@ class OnDisk:
     def finish(
         self, name: str, layers: Sequence[LayerReport], reached: Sequence[Tensor] | None = None
     ) -> None:
-        module = self.model.get_submodule(name)
+        owner, dot, last = name.rpartition(".")
+        parent = nn.Module()  # of this part alone, which may be a compressed layer itself
+        parent.add_module(last, self.model.get_submodule(name))
         if self.layout.scale_dtype == torch.float16:
-            round_scales(module)
+            round_scales(parent)
         tensors = {
-            f"{name}.{key}": tensor.contiguous().cpu()
-            for key, tensor in tensors_to_write(module, self.layout, self.dtype, name).items()
+            f"{owner}{dot}{key}": tensor.contiguous().cpu()
+            for key, tensor in tensors_to_write(parent, self.layout, self.dtype, owner).items()
         }
         self.layers += layers
         following = self._following(name)

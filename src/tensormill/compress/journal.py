@@ -20,7 +20,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from tensormill.compress.methods import LayerReport
-from tensormill.compress.output import sync
+from tensormill.compress.output import reason, sync
 from tensormill.errors import OutputError
 
 _NAME = "journal.jsonl"
@@ -116,7 +116,7 @@ class Journal:
                 self.parts.pop(name, None)
                 self.parts[name] = FinishedPart(file, list(layers))
         except Exception as error:
-            raise OutputError(f"{file} could not be written: {error}") from error
+            raise OutputError(f"{file} could not be written: {reason(error)}") from error
         if inputs is not None and kept is not None:
             if self.inputs is not None:
                 self.inputs[1].unlink(missing_ok=True)

@@ -88,7 +88,7 @@ def whole_directory(output: str | os.PathLike[str], *, overwrite: bool = False) 
             shutil.rmtree(partial, ignore_errors=True)
             if _is_write_error(error):
                 raise OutputError(
-                    f"{output} could not be written: {_reason(error)}; nothing was left behind"
+                    f"{output} could not be written: {reason(error)}; nothing was left behind"
                 ) from error
             raise
 
@@ -242,7 +242,8 @@ def _is_write_error(error: BaseException) -> bool:
     return isinstance(error, (OSError, SafetensorError)) or "os error" in str(error)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why the system refused to write, in words."""
     text = " ".join(str(error).split())
     if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in text:
         return "the disk is full"

@@ -40,7 +40,7 @@ from tensormill.compress.streaming import compress_on_disk, fingerprint, open_so
 from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, SAMPLES, calibration_for, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
-from tensormill.errors import InvalidArgument, ModelError, RecipeError
+from tensormill.errors import InvalidArgument, ModelError, OutputError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -313,11 +313,14 @@ def _compress_from_disk(
             overwrite=overwrite,
             extra_files=report_files,
         )
-    except BaseException:
-        if journal.parts:
-            journal.close()
-        else:
+    except BaseException as error:
+        if not journal.parts:
             journal.remove()
+            raise
+        journal.close()
+        kept = f"{len(journal.parts)} finished parts are kept in {working}, and the same command goes on from there"
+        if isinstance(error, (OutputError, KeyboardInterrupt)):
+            raise type(error)(f"{error or 'interrupted'}; {kept}") from error
         raise
     journal.remove()
     assert report is not None

@@ -281,9 +281,8 @@ def test_another_source_starts_anew(unfinished, run, model, tmp_path, monkeypatc
 
 
 def test_two_runs_do_not_share_a_directory(unfinished, run, model):
-    held = journal.Journal(
-        unfinished, json.loads(open(unfinished / "journal.jsonl").readline())["fingerprint"]
-    )
+    header = (unfinished / "journal.jsonl").read_text().splitlines()[0]
+    held = journal.Journal(unfinished, json.loads(header)["fingerprint"])
     with pytest.raises(OutputError, match="another process works in"):
         run("out", model)
     held.close()
@@ -380,16 +379,16 @@ print(json.dumps(peaks))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory can't be reset")
 def test_memory_does_not_grow_with_the_number_of_blocks(text, tmp_path):
-    sizes = {**SIZES, "hidden_size": 512, "intermediate_size": 1536, "dtype": torch.float32}
+    sizes = {**SIZES, "hidden_size": 384, "intermediate_size": 1024, "dtype": torch.float32}
     models = [
-        random_llama_checkpoint(tmp_path / f"{layers}", **{**sizes, "layers": layers}) for layers in (2, 10)
+        random_llama_checkpoint(tmp_path / f"{layers}", **{**sizes, "layers": layers}) for layers in (4, 8)
     ]
-    block = 4 * (3 * 512 * 1536 + 3 * 512 * 512)
+    block = 4 * (3 * 384 * 1024 + 3 * 384 * 384)
     command = [sys.executable, "-c", MEASURED_RUN, text, *models]
-    done = subprocess.run(
-        command, capture_output=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    # Small tensors come from the allocator's heaps, which fragment; large ones, as real models have, don't.
+    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, **settings})
     peaks = json.loads(done.stdout)
-    assert peaks["True-1"] - peaks["True-0"] < 2 * block
-    # Eight more blocks, were they all in memory.
-    assert peaks["False-1"] - peaks["False-0"] > 6 * block
+    assert peaks["True-1"] - peaks["True-0"] < block
+    # Four more blocks, were they all in memory.
+    assert peaks["False-1"] - peaks["False-0"] > 3 * block

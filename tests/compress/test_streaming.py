@@ -392,3 +392,25 @@ def test_memory_does_not_grow_with_the_number_of_blocks(text, tmp_path):
     assert peaks["True-1"] - peaks["True-0"] < block
     # Four more blocks, were they all in memory.
     assert peaks["False-1"] - peaks["False-0"] > 3 * block
+
+
+def test_processes_share_the_calibration(model, text, tmp_path, run):
+    single = run("single", model)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tensormill", "compress", model, "--output", tmp_path / "shared", "--device", "cpu"]
+    command += ["--calibration", text, "--no-evaluate", "--group-size", "32", "--json"]
+    command += ["--set", "calibration_samples=5", "--set", "calibration_length=24"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    report = json.loads(done.stdout)
+    assert len(report["layers"]) == 7 * LAYERS
+    for found, expected in zip(report["layers"], single.layers, strict=True):
+        assert found["name"] == expected.name
+        # Sums in another order: a near tie may be decided otherwise.
+        assert found["nmse"] == pytest.approx(expected.nmse, rel=0.02)
+    one, other = tensors(tmp_path / "single"), tensors(tmp_path / "shared")
+    assert one.keys() == other.keys()
+    same = sum((one[name] == other[name]).sum() for name in one) / sum(map(torch.numel, one.values()))
+    assert same > 0.97
+    assert not (tmp_path / "shared.unfinished").exists()

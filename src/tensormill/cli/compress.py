@@ -1,5 +1,6 @@
 """`tensormill compress`, `tensormill evaluate` and `tensormill generate`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,7 +71,8 @@ def compress(
     given = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     settings.update({name: value for name, value in given.items() if value is not None})
     where = resolve_device(device)
-    with progress_bar() as progress:
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    with progress_bar(quiet=not leads) as progress:
         report = run(
             model,
             method,
@@ -90,6 +92,8 @@ def compress(
             progress=progress,
             **settings,
         )
+    if not leads:
+        return
     if json:
         print_json(report.to_dict())
         return

@@ -263,6 +263,11 @@ def apply(
     """
     residence = residence or InMemory(model, device)
     structure = structure or discover(model, config.mappings, residence=residence)
+    if config.objective != "gram" and residence.ranks.size > 1:
+        raise InvalidArgument(
+            f"given objective={config.objective!r} and {residence.ranks.size} processes, expected 'gram', whose "
+            "statistics processes can add up"
+        )
     if not any(block.mappings for block in structure.blocks):
         raise ModelError(
             f"given a {type(model).__name__} without an edge along which scales can be moved, "
@@ -323,14 +328,15 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
         weight, gram, spec = linear.weight.data, statistics[name].gram, specs[name]
         clip = None
         if config.clip and (config.clip_scores or name not in block.structure.scores):
+            rows = weight[block.ranks.own(len(weight))]
             clip = search_clip(
-                weight,
+                rows,
                 gram_blocks(gram, spec),
                 spec,
                 clip_grid=config.clip_grid,
                 clip_max_shrink=config.clip_max_shrink,
             )
-            clip = keep_helpful_rows(weight, clip, gram, spec)
+            clip = block.ranks.collect(keep_helpful_rows(rows, clip, gram, spec), len(weight))
             largest = split_groups(weight, spec).abs().amax(dim=-1)
             details[name]["clipped_groups"] = (clip < largest).float().mean().item()
         quantized = quantize_weight(weight, spec, clip)
@@ -375,10 +381,16 @@ def _search_mapping(
             per_column = module_loss(module, linears, calls, spec)
         else:
             per_column = sample_loss(weights, _inputs_of(linears[0], module, calls), spec)
+    ranks = block.ranks
+
+    def losses(scales: Tensor) -> Tensor:
+        own = [mapping.expand(scale) for scale in scales[ranks.own(len(scales))]]
+        return ranks.collect(per_column(torch.stack(own)) if own else scales.new_zeros(0), len(scales))
+
     return search_scales(
         mapping.reduce(seen.mean_abs),
         mapping.reduce(weight_magnitude(weights, spec)),
-        lambda scales: per_column(torch.stack([mapping.expand(scale) for scale in scales])),
+        losses,
         n_grid=config.n_grid,
         duo_scaling=config.duo_scaling,
         refine=config.refine,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tensormill.compress.fold import fold
 from tensormill.compress.output_error import search_numbers
 from tensormill.compress.precision import computing_dtype, gram_precision, widened
+from tensormill.compress.ranks import ALONE, Ranks
 from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import (
     BlockCall,
@@ -175,6 +176,13 @@ class GramAccumulator:
             for rows in _panels(x.shape[1], self.panel):
                 self.gram[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :])
 
+    def add_others(self, ranks: Ranks) -> None:
+        """Take in what all processes of a group saw."""
+        tokens = torch.tensor([self.tokens], device=self.gram.device)
+        for values in (self.gram, self.abs_sum, tokens):
+            ranks.add(values)
+        self.tokens = int(tokens)
+
     def finish(self) -> InputStatistics:
         """The means over all tokens; the accumulator can't be used any more."""
         gram = self.gram.div_(self.tokens)
@@ -199,6 +207,7 @@ class CalibrationBlock:
             its place as they come.
         outputs: the block's outputs as last computed with all chunks, or None.
         captured: inputs of modules, as `observe` was asked to keep.
+        ranks: the processes that share the calibration; `hidden` is this one's share.
         layers: reports on the layers compressed in it, for the caller to fill.
     """
 
@@ -210,6 +219,7 @@ class CalibrationBlock:
     outputs: list[Tensor] | None = None
     captured: dict[str, list[BlockCall]] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
+    ranks: Ranks = ALONE
 
     @property
     def name(self) -> str:
@@ -294,9 +304,14 @@ class CalibrationBlock:
         self, group: list[str], accumulators: dict[str, GramAccumulator]
     ) -> Iterator[tuple[str, InputStatistics]]:
         names = " and ".join(self.full_name(name) for name in group)
-        if group[0] not in accumulators:
+        accumulator = accumulators.get(group[0])
+        if accumulator is None:  # others may have tokens that reach it
+            features = linear_in(self.module, group[0]).in_features
+            accumulator = GramAccumulator(features, self.hidden[0].device)
+        accumulator.add_others(self.ranks)
+        if accumulator.tokens == 0:
             raise InvalidArgument(f"given calibration tokens that never reach {names}, expected other text")
-        statistics = accumulators[group[0]].finish()
+        statistics = accumulator.finish()
         # The extremes of a matrix with NaN are NaN.
         if not torch.isfinite(torch.stack(torch.aminmax(statistics.gram))).all():
             raise InvalidArgument(
@@ -339,14 +354,21 @@ def stream_blocks(
     names = [block.name for block in structure.blocks]
     residence = residence or InMemory(model, device)
     device = residence.device
-    batch = max(1, _CHUNK_TOKENS.get(device.type, 4096) // calibration.tokens.shape[1])
+    ranks = residence.ranks
+    if len(calibration.tokens) < ranks.size:
+        raise InvalidArgument(
+            f"given {len(calibration.tokens)} calibration samples for {ranks.size} processes, expected at least one "
+            "for each"
+        )
+    share = calibration.tokens[ranks.own(len(calibration.tokens))]
+    batch = max(1, _CHUNK_TOKENS.get(device.type, 4096) // share.shape[1])
     dtype = computing_dtype(next(model.parameters()).dtype, device)
     beginning, kept = residence.kept_inputs()
     hidden: list[Tensor] = kept or []
     calls: list[list[BlockCall]] = []
     returns_tuple = [block.returns_tuple for block in structure.blocks]
     with residence.entrance():
-        for tokens in torch.split(calibration.tokens, batch):
+        for tokens in torch.split(share, batch):
             first, chunk_calls, _ = record_calls(model, names, tokens.to(residence.home), returns_tuple)
             calls.append(chunk_calls)
             if kept is None:
@@ -361,7 +383,9 @@ def stream_blocks(
                 progress(f"block {index + 1} of {len(names)}", index / len(names))
             with residence.part(block_structure.name) as module:
                 block_calls = [chunk[index].to(device).to(dtype) for chunk in calls]
-                block = CalibrationBlock(block_structure, module, hidden, block_calls, inputs != "original")
+                block = CalibrationBlock(
+                    block_structure, module, hidden, block_calls, inputs != "original", ranks=ranks
+                )
                 if residence.is_finished(block.name):
                     block.advance()
                     continue

@@ -201,6 +201,30 @@ class Journal:
         os.fsync(self._stream.fileno())
 
 
+class JournalElsewhere:
+    """Stands for the journal in processes that leave writing to another one.
+
+    Args:
+        parts: what the journal said is finished.
+    """
+
+    inputs = None
+
+    def __init__(self, parts: Mapping[str, FinishedPart]) -> None:
+        self.parts = dict(parts)
+
+    def forget(self, names: Sequence[str]) -> None:
+        """As `Journal.forget`."""
+        for name in names:
+            self.parts.pop(name, None)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def remove(self) -> None:
+        """Does nothing."""
+
+
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
     """Write a safetensors file whole or not at all; gives its size."""
     from safetensors.torch import save_file

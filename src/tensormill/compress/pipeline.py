@@ -30,8 +30,9 @@ from tensormill.compress.footprint import (
 from tensormill.compress.formats.checkpoint_format import CheckpointFormat, Layer, Scheme
 from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.formats.registry import DEFAULT, format_named
-from tensormill.compress.journal import Journal
+from tensormill.compress.journal import Journal, JournalElsewhere
 from tensormill.compress.methods import METHODS, WeightConfig
+from tensormill.compress.ranks import Ranks, joined, started_with_others
 from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
@@ -120,16 +121,18 @@ def compress(
 
     reset_peak_memory(device)
     stages.enter("calibrate", f"opening {os.fspath(model)}")
+    stream = True if stream is None and started_with_others() else stream
     unloaded = _unloaded(source, steps, dtype, stream, wants_curve=bool(curve))
     if unloaded is not None:
         if evaluate:
             warnings.warn(
                 "quality and speed aren't measured while compressing from disk to disk", stacklevel=2
             )
-        return _compress_from_disk(
-            model, source, *unloaded, steps, layout, target, calibration_text,
-            device=device, overwrite=overwrite, seed=seed, stages=stages,
-        )  # fmt: skip
+        with joined(device) as (ranks, place):
+            return _compress_from_disk(
+                model, source, *unloaded, steps, layout, target, calibration_text,
+                device=place, ranks=ranks, overwrite=overwrite, seed=seed, stages=stages,
+            )  # fmt: skip
     original, tokenizer = open_with_tokenizer(model, device, dtype)
     layout.check_layers(_planned_layers(original, steps), original)
     heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
@@ -238,6 +241,10 @@ def _unloaded(
             return open_source(source, dtype)
         except ModelError:
             return None
+    if not stream and started_with_others():
+        raise InvalidArgument(
+            "given several processes, which share the calibration only from disk to disk; use stream=True"
+        )
     if stream and reason is not None:
         raise InvalidArgument(f"given {reason}, which isn't compressed from disk to disk; use stream=False")
     return open_source(source, dtype) if stream else None
@@ -253,7 +260,8 @@ def _compress_from_disk(
     target: Path,
     calibration_text: Sequence[str | os.PathLike[str]] | None,
     *,
-    device: str | torch.device,
+    device: torch.device,
+    ranks: Ranks,
     overwrite: bool,
     seed: int,
     stages: Stages,
@@ -269,11 +277,16 @@ def _compress_from_disk(
     calibration = calibration_for(step, calibration_text, tokenizer)
     identity = fingerprint(
         info, step.method, step.config, calibration,
-        format=layout.name, dtype=str(empty.dtype), device=torch.device(device).type,
+        format=layout.name, dtype=str(empty.dtype), device=device.type, processes=ranks.size,
     )  # fmt: skip
     working = Path(os.path.realpath(target)).with_name(f"{target.name}.unfinished")
-    journal = Journal(working, identity)
-    if journal.outdated:
+    journal: Journal | JournalElsewhere
+    if ranks.leads:
+        journal = Journal(working, identity)
+        ranks.agree(journal.parts)
+    else:
+        journal = JournalElsewhere(ranks.agree(None))
+    if isinstance(journal, Journal) and journal.outdated:
         warnings.warn(
             f"{working} holds an unfinished run that differs in {', '.join(journal.outdated)}; starting anew",
             stacklevel=3,
@@ -282,8 +295,11 @@ def _compress_from_disk(
     try:
         stages.enter("compress", step.method)
         made, shards = compress_on_disk(
-            empty, info, step, calibration, layout, journal, device=device, progress=stages
+            empty, info, step, calibration, layout, journal, device=device, ranks=ranks, progress=stages
         )
+        if not ranks.leads:
+            written_elsewhere: CompressionReport = ranks.agree(None)
+            return written_elsewhere
         seconds, memory = time.perf_counter() - began, peak_memory(device).bytes
         stages.enter("write", f"writing {target}")
         report: CompressionReport | None = None
@@ -325,7 +341,7 @@ def _compress_from_disk(
     journal.remove()
     assert report is not None
     stages.done()
-    return report
+    return ranks.agree(report)  # type: ignore[no-any-return]
 
 
 def round_to_nearest(model: PreTrainedModel, config: WeightConfig) -> PreTrainedModel:

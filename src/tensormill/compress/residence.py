@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.ranks import ALONE, Ranks
+
 if TYPE_CHECKING:
     from tensormill.compress.methods import LayerReport
 
@@ -22,11 +24,13 @@ class Residence(Protocol):
         home: where what comes before the blocks runs.
         device: where lent parts lie.
         layers: reports on the layers of all finished parts, those of an earlier run included.
+        ranks: the processes that share the calibration.
     """
 
     home: torch.device
     device: torch.device
     layers: list[LayerReport]
+    ranks: Ranks
 
     def entrance(self) -> AbstractContextManager[None]:
         """Inside, what comes before the blocks (embeddings, position encodings) can run on `home`."""
@@ -65,6 +69,7 @@ class InMemory:
         self.home = next(model.parameters()).device
         self.device = self.home if device is None else torch.device(device)
         self.layers: list[LayerReport] = []
+        self.ranks = ALONE
 
     def entrance(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -33,8 +33,9 @@ from tensormill.compress.checkpoint import (
 )
 from tensormill.compress.formats.checkpoint_format import CheckpointFormat, compressed_linears
 from tensormill.compress.formats.float16_scales import round_scales
-from tensormill.compress.journal import Journal
+from tensormill.compress.journal import Journal, JournalElsewhere
 from tensormill.compress.methods import METHODS, LayerReport, MethodReport, WeightConfig
+from tensormill.compress.ranks import ALONE, Ranks
 from tensormill.compress.recipe import Step
 from tensormill.compress.stages import Progress
 from tensormill.compress.structure import find_blocks
@@ -65,6 +66,7 @@ class OnDisk:
         layout: format of the result.
         journal: where finished parts go, and those of an earlier run are.
         device: where parts are lent to.
+        ranks: the processes that share the calibration; the leading one writes, and no hidden states are kept.
         keeps_every_input: keep the hidden states after every block, since they can't be computed again from the
             checkpoint; otherwise now and then.
     """
@@ -74,15 +76,17 @@ class OnDisk:
         model: PreTrainedModel,
         info: CheckpointInfo,
         layout: CheckpointFormat,
-        journal: Journal,
+        journal: Journal | JournalElsewhere,
         device: torch.device | str = "cpu",
         *,
+        ranks: Ranks = ALONE,
         keeps_every_input: bool = False,
     ) -> None:
         self.model, self.info, self.layout, self.journal = model, info, layout, journal
         self.home = torch.device("cpu")
         self.device = torch.device(device)
         self.dtype = config_dtype(info.config)
+        self.ranks = ranks
         self.blocks = find_blocks(model)
         if keeps_every_input:
             journal.forget([name for name in self.blocks if not self._can_go_on_after(name)])
@@ -171,6 +175,10 @@ class OnDisk:
     def finish(
         self, name: str, layers: Sequence[LayerReport], reached: Sequence[Tensor] | None = None
     ) -> None:
+        self.layers += layers
+        if isinstance(self.journal, JournalElsewhere):
+            return
+        journal = self.journal
         owner, dot, last = name.rpartition(".")
         parent = nn.Module()  # of this part alone, which may be a compressed layer itself
         parent.add_module(last, self.model.get_submodule(name))
@@ -180,17 +188,16 @@ class OnDisk:
             f"{owner}{dot}{key}": tensor.contiguous().cpu()
             for key, tensor in tensors_to_write(parent, self.layout, self.dtype, owner).items()
         }
-        self.layers += layers
         following = self._following(name)
         if reached is None or not following or not self._is_time_to_keep():
-            self._write(lambda: self.journal.finish(name, tensors, layers))
+            self._write(lambda: journal.finish(name, tensors, layers))
             return
         hidden = [chunk.cpu() for chunk in reached]
         index = self.blocks.index(following)
 
         def write() -> None:
             began = time.monotonic()
-            self.journal.finish_block(name, tensors, layers, index, hidden)
+            journal.finish_block(name, tensors, layers, index, hidden)
             self._last_kept = time.monotonic()
             self._keeping_took = self._last_kept - began
 
@@ -210,12 +217,16 @@ class OnDisk:
 
     def write_outside(self, compressed: Sequence[str]) -> None:
         """Write what lies outside of the blocks and isn't one of the layers `compressed`, in another thread."""
+        if isinstance(self.journal, JournalElsewhere):
+            return
         inside = tuple(f"{name}." for name in (*self.blocks, *compressed))
         names = sorted(name for name in self._stored if not name.startswith(inside))
         for number, group in enumerate(_in_files([(name, self.info.tensors[name].nbytes) for name in names])):
             part = f"outside-{number:05d}"
             if not self.is_finished(part):
-                self._writing_outside.append(self._outside_writer.submit(self._copy, part, group))
+                self._writing_outside.append(
+                    self._outside_writer.submit(self._copy, self.journal, part, group)
+                )
 
     def wait(self) -> None:
         """Return when all that is finished is written.
@@ -266,7 +277,7 @@ class OnDisk:
                 owner, _, last = layer.name.rpartition(".")
                 setattr(self.model.get_submodule(owner), last, packed)
 
-    def _copy(self, part: str, names: Sequence[str]) -> None:
+    def _copy(self, journal: Journal, part: str, names: Sequence[str]) -> None:
         tensors = {}
         for name in names:
             tensor = read_tensor(self.info.tensors[name])
@@ -276,7 +287,7 @@ class OnDisk:
                 # Through the dtype in which it would lie in memory.
                 tensor = tensor.to(_state_dtype(self.model, name)).to(self.dtype or tensor.dtype)
             tensors[name] = tensor
-        self.journal.finish(part, tensors, [])
+        journal.finish(part, tensors, [])
 
     def _write(self, job: Callable[[], Any]) -> None:
         """Hand a job to the writing thread, after the one before is done: two at most hold memory."""
@@ -298,7 +309,8 @@ class OnDisk:
 
     def _is_time_to_keep(self) -> bool:
         passed = time.monotonic() - self._last_kept
-        return self._keeps_every_input or passed >= _PAUSE * self._keeping_took
+        wanted = self._keeps_every_input or passed >= _PAUSE * self._keeping_took
+        return wanted and self.ranks.size == 1
 
     def _names(self, name: str | None) -> list[str]:
         return [key for key in self._stored if key.startswith(f"{name}.")] if name else []
@@ -333,9 +345,10 @@ def compress_on_disk(
     step: Step,
     calibration: Calibration | None,
     layout: CheckpointFormat,
-    journal: Journal,
+    journal: Journal | JournalElsewhere,
     *,
     device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> tuple[MethodReport, list[Path]]:
     """Compress a checkpoint's model; finished parts go into the journal's directory.
@@ -348,6 +361,7 @@ def compress_on_disk(
         layout: format of the result.
         journal: of this run, or of one with the same fingerprint that didn't end.
         device: where blocks are computed.
+        ranks: the processes that share the calibration; those that don't write have no files of the result.
         progress: called as `progress(message, fraction)`.
 
     Returns:
@@ -358,7 +372,7 @@ def compress_on_disk(
     """
     config = step.config
     residence = OnDisk(
-        model, info, layout, journal, device,
+        model, info, layout, journal, device, ranks=ranks,
         keeps_every_input=getattr(config, "inputs", "original") != "original",
     )  # fmt: skip
     inside = tuple(f"{block}." for block in residence.blocks)
@@ -376,6 +390,8 @@ def compress_on_disk(
         raise
     finally:
         residence.close()
+    if not ranks.leads:
+        return report, []
     residence.show_finished(config)
     return report, residence.files()
 

@@ -72,26 +72,32 @@ def compress(
     settings.update({name: value for name, value in given.items() if value is not None})
     where = resolve_device(device)
     leads = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
-    with progress_bar(quiet=not leads) as progress:
-        report = run(
-            model,
-            method,
-            output=output,
-            format=format,
-            recipe=recipe,
-            calibration_text=calibration,
-            text=text,
-            device=where,
-            dtype=dtype_named(dtype),
-            overwrite=overwrite,
-            stream=stream,
-            evaluate=evaluate,
-            max_tokens=max_tokens or None,
-            curve=_widths(curve),
-            seed=seed,
-            progress=progress,
-            **settings,
-        )
+    try:
+        with progress_bar(quiet=not leads) as progress:
+            report = run(
+                model,
+                method,
+                output=output,
+                format=format,
+                recipe=recipe,
+                calibration_text=calibration,
+                text=text,
+                device=where,
+                dtype=dtype_named(dtype),
+                overwrite=overwrite,
+                stream=stream,
+                evaluate=evaluate,
+                max_tokens=max_tokens or None,
+                curve=_widths(curve),
+                seed=seed,
+                progress=progress,
+                **settings,
+            )
+    except KeyboardInterrupt as error:
+        if not error.args:
+            raise
+        print(f"tensormill: {error}", file=sys.stderr)
+        sys.exit(130)
     if not leads:
         return
     if json:

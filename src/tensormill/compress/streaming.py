@@ -438,8 +438,9 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _replace(module: nn.Module, key: str, tensor: Tensor) -> None:
     if key in module._parameters:
-        kept = isinstance(tensor, nn.Parameter)
-        module._parameters[key] = tensor if kept else nn.Parameter(tensor, requires_grad=False)
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        module._parameters[key] = tensor
     else:
         module._buffers[key] = tensor
 

@@ -136,7 +136,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(self, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -154,7 +154,7 @@ def read_tensor(stored: StoredTensor, *, pinned: bool = False) -> Tensor:
         CheckpointError: the file is shorter than its header said, or can't be read.
     """
     flat = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
-    view = memoryview(flat.numpy())
+    view = memoryview(flat.numpy())  # type: ignore[arg-type]
     try:
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.start)
@@ -184,7 +184,7 @@ class PartReader:
 
     def read(self, names: Sequence[str], ahead: Sequence[str] = ()) -> dict[str, Tensor]:
         """Tensors by name, and a start with those in `ahead`, which are wanted next."""
-        futures = {name: self._ahead.pop(name, None) or self._submit(name) for name in names}
+        futures = {name: self._ahead.get(name) or self._submit(name) for name in names}
         self._ahead = {name: self._ahead.get(name) or self._submit(name) for name in ahead}
         return {name: future.result() for name, future in futures.items()}
 

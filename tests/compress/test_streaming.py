@@ -414,3 +414,29 @@ def test_processes_share_the_calibration(model, text, tmp_path, run):
     same = sum((one[name] == other[name]).sum() for name in one) / sum(map(torch.numel, one.values()))
     assert same > 0.97
     assert not (tmp_path / "shared.unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "format", "dtype"),
+    [
+        ("awq", "compressed-tensors", torch.float32),
+        ("gptq", "gptq_v2", torch.float32),
+        ("rtn", "awq", torch.bfloat16),
+    ],
+)
+def test_quality_is_what_is_measured_in_memory(method, format, dtype, run, text, tmp_path):
+    model = random_llama_checkpoint(tmp_path / "model", **SIZES, dtype=dtype, tied=method == "gptq")
+    settings = {"format": format, "evaluate": True, "text": [text], "max_tokens": 400}
+    expected = run("memory", model, method, stream=False, **settings)
+    found = run("disk", model, method, **settings)
+    # In 16 bits the heads' products round differently in other slices.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    for name in ("original", "rtn", "compressed"):
+        assert found.perplexity[name] == pytest.approx(expected.perplexity[name], rel=tolerance)
+        assert found.bits_per_byte[name] == pytest.approx(expected.bits_per_byte[name], rel=tolerance)
+    assert found.kl == pytest.approx(expected.kl, rel=1e-3 if dtype == torch.float32 else 0.2)
+    assert found.top1_agreement == pytest.approx(expected.top1_agreement, abs=0.02)
+    assert found.evaluation == expected.evaluation
+    assert found.difference_to_original is not None
+    assert found.tokens_per_second == {"original": None, "compressed": None}
+    assert "peak memory" in found.to_html()

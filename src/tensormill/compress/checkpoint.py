@@ -376,6 +376,14 @@ def save_compressed(
     return Path(output)
 
 
+def inspect_shards(
+    shards: Sequence[Path], source: CheckpointInfo, quantization: Mapping[str, Any]
+) -> CheckpointInfo:
+    """What the checkpoint will hold that `save_shards` makes of these files."""
+    tensors = {name: stored for shard in shards for name, stored in read_header(shard).items()}
+    return CheckpointInfo(source.path, {**source.config, "quantization_config": dict(quantization)}, tensors)
+
+
 def save_shards(
     shards: Sequence[Path],
     quantization: Mapping[str, Any],

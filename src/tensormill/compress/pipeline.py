@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensormill.compress import checkpoint, gguf
-from tensormill.compress.evaluate import evaluate_models
+from tensormill.compress.evaluate import Evaluation, evaluate_models
 from tensormill.compress.footprint import (
     available_bytes,
     bits_per_weight,
@@ -37,6 +37,7 @@ from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
 from tensormill.compress.stages import Progress, Stages
+from tensormill.compress.streamed_evaluation import evaluate_on_disk
 from tensormill.compress.streaming import compress_on_disk, fingerprint, open_source
 from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, SAMPLES, calibration_for, plan, sweep
 from tensormill.compress.text import read_texts
@@ -84,7 +85,7 @@ def compress(
         overwrite: replace a checkpoint that lies at `output`.
         stream: read, compress and write one block after the other, so that the model never is in memory, and go on
             with an unfinished run of the same settings; None does so where the checkpoint is larger than a third of
-            the free memory and the model allows it. Quality and speed are not measured then.
+            the free memory and the model allows it. Speed is not measured then.
         evaluate: measure quality and speed beside the original and round-to-nearest; holds three copies of the model.
         max_tokens: evaluate on at most so many tokens of the text; None takes all.
         curve: bit widths at which to measure perplexity of every method, for the report's plot; slow.
@@ -124,14 +125,11 @@ def compress(
     stream = True if stream is None and started_with_others() else stream
     unloaded = _unloaded(source, steps, dtype, stream, wants_curve=bool(curve))
     if unloaded is not None:
-        if evaluate:
-            warnings.warn(
-                "quality and speed aren't measured while compressing from disk to disk", stacklevel=2
-            )
         with joined(device) as (ranks, place):
             return _compress_from_disk(
                 model, source, *unloaded, steps, layout, target, calibration_text,
-                device=place, ranks=ranks, overwrite=overwrite, seed=seed, stages=stages,
+                device=place, dtype=dtype, ranks=ranks, overwrite=overwrite, seed=seed, stages=stages,
+                heldout=evaluation_text(text) if evaluate else None, max_tokens=max_tokens,
             )  # fmt: skip
     original, tokenizer = open_with_tokenizer(model, device, dtype)
     layout.check_layers(_planned_layers(original, steps), original)
@@ -261,7 +259,10 @@ def _compress_from_disk(
     calibration_text: Sequence[str | os.PathLike[str]] | None,
     *,
     device: torch.device,
+    dtype: torch.dtype | None,
     ranks: Ranks,
+    heldout: tuple[Mapping[str, str], str] | None,
+    max_tokens: int | None,
     overwrite: bool,
     seed: int,
     stages: Stages,
@@ -301,29 +302,47 @@ def _compress_from_disk(
             written_elsewhere: CompressionReport = ranks.agree(None)
             return written_elsewhere
         seconds, memory = time.perf_counter() - began, peak_memory(device).bytes
+        quantization = layout.quantization_config(empty)
+        fields: dict[str, Any] = {
+            "layers": made.layers,
+            "model": os.fspath(model),
+            "method": step.method,
+            "output": str(target),
+            "bytes_before": checkpoint_bytes(source),
+            "bits_per_weight": bits_per_weight(empty),
+            "seconds": seconds,
+            "peak_memory_bytes": memory,
+            "recipe": [{"method": made.method, **made.config}],
+            "environment": {**environment(device, seed=seed), "streamed": True, "resumed_parts": resumed},
+        }
+        evaluations: dict[str, Evaluation] = {}
+        if heldout is not None and any(layer.details.get("method") == "rtn" for layer in made.layers):
+            warnings.warn(
+                "layers outside of the blocks are compressed, whose quality isn't measured from disk to disk",
+                stacklevel=3,
+            )
+        elif heldout is not None:
+            stages.enter("evaluate", "evaluating")
+            evaluations = evaluate_on_disk(
+                info, checkpoint.inspect_shards(shards, info, quantization), layout, tokenizer, heldout[0],
+                dtype=dtype, rounded=step.config if step.method != "rtn" else None, device=device,
+                max_tokens=max_tokens, progress=stages,
+            )  # fmt: skip
         stages.enter("write", f"writing {target}")
         report: CompressionReport | None = None
 
         def report_files(written: Path) -> dict[str, str]:
             nonlocal report
-            report = CompressionReport.without_evaluation(
-                layers=made.layers,
-                model=os.fspath(model),
-                method=step.method,
-                output=str(target),
-                bytes_before=checkpoint_bytes(source),
-                bytes_after=checkpoint_bytes(written),
-                bits_per_weight=bits_per_weight(empty),
-                seconds=seconds,
-                peak_memory_bytes=memory,
-                recipe=[{"method": made.method, **made.config}],
-                environment={**environment(device, seed=seed), "streamed": True, "resumed_parts": resumed},
-            )
+            fields["bytes_after"] = checkpoint_bytes(written)
+            if evaluations and heldout is not None:
+                report = CompressionReport.from_evaluations(evaluations, text=heldout[1], seed=seed, **fields)
+            else:
+                report = CompressionReport.without_evaluation(**fields)
             return {"report.json": report.to_json() + "\n", "report.html": report.to_html()}
 
         checkpoint.save_shards(
             shards,
-            layout.quantization_config(empty),
+            quantization,
             source,
             target,
             overwrite=overwrite,

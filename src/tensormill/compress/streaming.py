@@ -106,7 +106,7 @@ class OnDisk:
 
     @contextmanager
     def _entrance(self) -> Iterator[None]:
-        """Modules outside of the blocks get their own parameters when they are called."""
+        """Modules outside of the blocks get their own parameters when they are called, where their input lies."""
         from safetensors import safe_open
 
         inside = tuple(f"{block}." for block in self.blocks)
@@ -116,7 +116,8 @@ class OnDisk:
         def load(name: str) -> Callable[..., None]:
             prefix = f"{name}." if name else ""
 
-            def hook(module: nn.Module, _args: Any) -> None:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                place = args[0].device if args and isinstance(args[0], Tensor) else self.home
                 for key, tensor in _own_tensors(module):
                     stored = self.info.tensors.get(tied.get(prefix + key, prefix + key))
                     if stored is None or (prefix + key not in self._stored and prefix + key not in tied):
@@ -127,7 +128,7 @@ class OnDisk:
                     # Mapped, so that only those rows of an embedding are read that are looked up.
                     with safe_open(stored.file, framework="pt") as opened:
                         found = opened.get_tensor(tied.get(prefix + key, prefix + key))
-                    _replace(module, key, found.to(tensor.dtype))
+                    _replace(module, key, found.to(place, tensor.dtype))
 
             return hook
 
@@ -160,7 +161,7 @@ class OnDisk:
     def _load(self, name: str, originals: dict[str, Tensor]) -> nn.Module:
         """Give a part its weights; what it had before goes to `originals`, by name inside the part."""
         module = self.model.get_submodule(name)
-        read = self._reader.read(self._names(name), ahead=self._names(self._following(name)))
+        read = self._read(name)
         for prefix, owner in module.named_modules():
             for key, tensor in _own_tensors(owner):
                 inside = f"{prefix}.{key}" if prefix else key
@@ -171,6 +172,9 @@ class OnDisk:
                 if stored is not None and not is_finite(getattr(owner, key)):
                     raise CheckpointError(_not_finite(self.info, f"{name}.{inside}"))
         return module
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        return self._reader.read(self._names(name), ahead=self._names(self._following(name)))
 
     def finish(
         self, name: str, layers: Sequence[LayerReport], reached: Sequence[Tensor] | None = None

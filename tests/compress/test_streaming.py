@@ -439,4 +439,25 @@ def test_quality_is_what_is_measured_in_memory(method, format, dtype, run, text,
     assert found.evaluation == expected.evaluation
     assert found.difference_to_original is not None
     assert found.tokens_per_second == {"original": None, "compressed": None}
-    assert "peak memory" in found.to_html()
+    assert any("speed was not measured" in finding.text for finding in found.findings())
+
+
+def test_an_interrupt_says_what_is_kept(run, model, tmp_path, monkeypatch):
+    from tensormill.compress import awq
+
+    compress_block = awq._compress_block
+
+    def interrupted(block, config):
+        if block.name == "model.layers.2":
+            raise KeyboardInterrupt
+        return compress_block(block, config)
+
+    monkeypatch.setattr(awq, "_compress_block", interrupted)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"interrupted; \d finished parts are kept in .*out\.unfinished"
+    ):
+        run("out", model)
+    monkeypatch.undo()
+    names = compressed_blocks(monkeypatch)
+    run("out", model)
+    assert names == ["model.layers.2"]

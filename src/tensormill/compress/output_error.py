@@ -28,6 +28,8 @@ ScaleLoss = Callable[[Tensor], Tensor]
 # Numbers in one temporary of a search: large enough to keep the device busy, small enough for a CPU's caches
 # and a small part of a GPU's memory.
 _SEARCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}
+# Columns of a Gram matrix that are multiplied at once; a CPU, whose products are no faster for being large, takes all.
+_PANEL = {"cuda": 2048}
 # Rows that are multiplied by a Gram matrix at once: enough for fast products, few beside the matrix.
 _ROWS = 2048
 
@@ -59,9 +61,23 @@ def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
 
 
 def squared_outputs(weight: Tensor, gram: Tensor) -> Tensor:
-    """(..., N) the mean over tokens of the square of each output, for weight (..., N, K) and gram (K, K)."""
+    """(..., N) the mean over tokens of the square of each output, for weight (..., N, K) and gram (K, K).
+
+    The matrix is symmetric: in panels, what lies below them counts twice and what lies above needs no product, which
+    saves up to half of the work.
+    """
+    columns = gram.shape[0]
+    panel = _PANEL.get(gram.device.type, columns)
+    total = weight.new_zeros(weight.shape[:-1])
     with search_precision(gram.device):
-        return (weight @ gram).mul_(weight).sum(dim=-1)
+        for start in range(0, columns, panel):
+            stop = min(start + panel, columns)
+            here = weight[..., start:stop]
+            total += (here @ gram[start:stop, start:stop]).mul_(here).sum(dim=-1)
+            if stop < columns:
+                below = weight[..., stop:] @ gram[stop:, start:stop]
+                total += below.mul_(here).sum(dim=-1).mul_(2)
+    return total
 
 
 def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:

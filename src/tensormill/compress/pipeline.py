@@ -355,7 +355,7 @@ def _compress_from_disk(
         journal.close()
         kept = f"{len(journal.parts)} finished parts are kept in {working}, and the same command goes on from there"
         if isinstance(error, (OutputError, KeyboardInterrupt)):
-            raise type(error)(f"{error or 'interrupted'}; {kept}") from error
+            raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from error
         raise
     journal.remove()
     assert report is not None

@@ -378,6 +378,7 @@ class CompressionReport:
             *self._original_findings(),
             *self._rtn_findings(),
             *self._agreement_findings(),
+            *self._streaming_findings(),
             *self._speed_findings(),
             *self._layer_findings(),
         ]
@@ -412,6 +413,11 @@ class CompressionReport:
             sizes = f"{format_bytes(size)} {_ARROW} {format_bytes(self.bytes_after)}"
             found.append(Finding("warning", f"Not smaller than the GGUF file itself: {sizes}."))
         return found
+
+    def _streaming_findings(self) -> list[Finding]:
+        if not self.environment.get("streamed"):
+            return []
+        return [Finding("note", "Compressed from disk to disk, block by block; speed was not measured.")]
 
     def _original_findings(self) -> list[Finding]:
         original, compressed = self.perplexity.get("original"), self.perplexity.get("compressed")

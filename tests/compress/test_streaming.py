@@ -136,8 +136,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "rtn"])
-@pytest.mark.parametrize("at", [1, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("method", "at"), [("awq", 1), ("awq", 3), ("awq", 5), ("gptq", 3), ("gptq", 4), ("rtn", 4), ("rtn", 5)]
+)
 def test_a_run_that_ends_anywhere_goes_on(method, at, run, model, tmp_path, monkeypatch):
     expected = {layer.name for layer in run("whole", model, method).layers}
     replace, calls = os.replace, []
@@ -377,6 +378,7 @@ print(json.dumps(peaks))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory can't be reset")
 def test_memory_does_not_grow_with_the_number_of_blocks(text, tmp_path):
     sizes = {**SIZES, "hidden_size": 384, "intermediate_size": 1024, "dtype": torch.float32}
@@ -394,6 +396,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(text, tmp_path):
     assert peaks["False-1"] - peaks["False-0"] > 3 * block
 
 
+@pytest.mark.slow
 def test_processes_share_the_calibration(model, text, tmp_path, run):
     single = run("single", model)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -280,7 +280,8 @@ def _compress_from_disk(
         info, step.method, step.config, calibration,
         format=layout.name, dtype=str(empty.dtype), device=device.type, processes=ranks.size,
     )  # fmt: skip
-    working = Path(os.path.realpath(target)).with_name(f"{target.name}.unfinished")
+    place = Path(os.path.realpath(target))
+    working = place.with_name(f"{place.name}.unfinished")
     journal: Journal | JournalElsewhere
     if ranks.leads:
         journal = Journal(working, identity)

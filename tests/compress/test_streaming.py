@@ -17,6 +17,7 @@ from tiny_models import tiny_model
 
 from tensormill.compress import compress, journal
 from tensormill.compress.checkpoint import inspect_checkpoint, load
+from tensormill.compress.footprint import available_bytes
 from tensormill.compress.report import CompressionReport
 from tensormill.errors import CheckpointError, InvalidArgument, ModelError, OutputError
 from tensormill.models.random_llama import random_llama_checkpoint
@@ -358,9 +359,34 @@ def test_what_cannot_be_read_part_by_part_says_why(run, model, tmp_path):
 
 def test_large_models_are_streamed_unasked(run, model, monkeypatch):
     for free, streamed in ((10**12, False), (10**5, True), (None, False)):
-        monkeypatch.setattr("tensormill.compress.pipeline.available_bytes", lambda free=free: free)
+        monkeypatch.setattr("tensormill.compress.pipeline.available_bytes", lambda device, free=free: free)
         report = run(f"out-{free}", model, "rtn", stream=None)
         assert report.environment.get("streamed", False) == streamed
+
+
+def test_what_must_be_in_memory_is_compressed_there_with_a_warning(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("tensormill.compress.pipeline.available_bytes", lambda device: 10**5)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- {method: rtn, group_size: 32, only: [q_proj]}\n- {method: rtn, group_size: 32, skip: [lm_head, q_proj]}\n")
+    with pytest.warns(UserWarning, match="compressed there: a recipe of several steps"):
+        compress(model, recipe=recipe, output=tmp_path / "out", evaluate=False)
+    tied = Path(shutil.copytree(model, tmp_path / "tied"))
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.warns(
+        UserWarning, match=r"lm_head\.weight is tied to another weight and stored all the same"
+    ):
+        run("in-memory", tied, "rtn", stream=None)
+
+
+def test_containers_bound_the_free_memory(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\nfile 900\ninactive_file 700\n")
+    monkeypatch.setattr("tensormill.compress.footprint._CONTROL_GROUP", tmp_path)
+    assert available_bytes() == 1700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes() != 1700
 
 
 MEASURED_RUN = """

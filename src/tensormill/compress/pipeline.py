@@ -85,7 +85,7 @@ def compress(
         overwrite: replace a checkpoint that lies at `output`.
         stream: read, compress and write one block after the other, so that the model never is in memory, and go on
             with an unfinished run of the same settings; None does so where the checkpoint is larger than a third of
-            the free memory and the model allows it. Speed is not measured then.
+            the device's free memory and the model allows it. Speed is not measured then.
         evaluate: measure quality and speed beside the original and round-to-nearest; holds three copies of the model.
         max_tokens: evaluate on at most so many tokens of the text; None takes all.
         curve: bit widths at which to measure perplexity of every method, for the report's plot; slow.
@@ -123,7 +123,7 @@ def compress(
     reset_peak_memory(device)
     stages.enter("calibrate", f"opening {os.fspath(model)}")
     stream = True if stream is None and started_with_others() else stream
-    unloaded = _unloaded(source, steps, dtype, stream, wants_curve=bool(curve))
+    unloaded = _unloaded(source, steps, dtype, stream, device, wants_curve=bool(curve))
     if unloaded is not None:
         with joined(device) as (ranks, place):
             return _compress_from_disk(
@@ -217,7 +217,13 @@ def compress(
 
 
 def _unloaded(
-    source: Path, steps: Recipe, dtype: torch.dtype | None, stream: bool | None, *, wants_curve: bool
+    source: Path,
+    steps: Recipe,
+    dtype: torch.dtype | None,
+    stream: bool | None,
+    device: str | torch.device,
+    *,
+    wants_curve: bool,
 ) -> tuple[PreTrainedModel, checkpoint.CheckpointInfo] | None:
     """The model without its weights if it is to be compressed from disk to disk, else None.
 
@@ -232,13 +238,16 @@ def _unloaded(
         else None
     )  # fmt: skip
     if stream is None:
-        free = available_bytes()
-        if reason is not None or free is None or 3 * checkpoint_bytes(source) <= free:
+        free = available_bytes(device)
+        if free is None or 3 * checkpoint_bytes(source) <= free:
             return None
         try:
-            return open_source(source, dtype)
-        except ModelError:
-            return None
+            if reason is None:
+                return open_source(source, dtype)
+        except ModelError as error:
+            reason = str(error).partition(";")[0].removeprefix("given ")
+        warnings.warn(f"{source} is large for the free memory, but compressed there: {reason}", stacklevel=3)
+        return None
     if not stream and started_with_others():
         raise InvalidArgument(
             "given several processes, which share the calibration only from disk to disk; use stream=True"

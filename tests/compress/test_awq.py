@@ -19,7 +19,13 @@ from tensormill.compress.awq import (
 from tensormill.compress.calibration import Calibration, inject_outliers, stream_blocks
 from tensormill.compress.clipping import gram_blocks, keep_helpful_rows, search_clip
 from tensormill.compress.formats import QuantSpec, fake_quantize
-from tensormill.compress.output_error import gram_loss, module_loss, output_error, sample_loss
+from tensormill.compress.output_error import (
+    gram_loss,
+    module_loss,
+    output_error,
+    sample_loss,
+    squared_outputs,
+)
 from tensormill.compress.structure import BlockCall, discover
 from tensormill.errors import InvalidArgument, ModelError
 from tensormill.ops.linear_wna16.module import LinearWNA16
@@ -41,6 +47,18 @@ def gram_of(x: torch.Tensor) -> torch.Tensor:
 
 
 SPEC = QuantSpec(4, 32)
+
+
+@pytest.mark.parametrize("panel", [1, 40, 96, 200])
+@pytest.mark.parametrize("shape", [(24,), (1,), (3, 5)])
+def test_outputs_are_squared_in_panels_too(panel, shape, monkeypatch):
+    monkeypatch.setattr("tensormill.compress.output_error._PANEL", {"cpu": panel})
+    x = outlier_inputs().double()
+    weight = torch.randn(*shape, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    before = weight.clone()
+    expected = (weight @ x.T).square().mean(dim=-1)
+    assert torch.allclose(squared_outputs(weight, gram_of(x)), expected, rtol=1e-10)
+    assert torch.equal(weight, before)
 
 
 def test_scales_follow_the_papers_formula():

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -54,6 +54,7 @@ from tensormill.compress.methods import (
     round_outside,
 )
 from tensormill.compress.output_error import ScaleLoss, gram_loss, module_loss, output_error, sample_loss
+from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import (
     HOW_TO_PASS_MAPPINGS,
     BlockCall,
@@ -255,6 +256,7 @@ def apply(
     *,
     device: torch.device | str | None = None,
     structure: ModelStructure | None = None,
+    residence: Residence | None = None,
 ) -> MethodReport:
     """Compress a model's linear layers with AWQ, in place.
 
@@ -265,24 +267,31 @@ def apply(
         progress: called as `progress(message, fraction)`.
         device: where blocks are calibrated and compressed; None stays where the model is.
         structure: of the model, if known already; its mappings then count.
+        residence: of the model, with a device of its own; None stands for one in memory.
 
     Raises:
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers, or no edge along which scales can move.
     """
+    residence = residence or InMemory(model, device)
     if structure is None:
         unfuse_experts(model)
-        structure = discover(model, config.mappings)
+        structure = discover(model, config.mappings, residence=residence)
+    if config.objective != "gram" and residence.ranks.size > 1:
+        raise InvalidArgument(
+            f"given objective={config.objective!r} and {residence.ranks.size} processes, expected 'gram', whose "
+            "statistics processes can add up"
+        )
     if not any(block.mappings for block in structure.blocks):
         raise ModelError(
             f"given a {type(model).__name__} without an edge along which scales can be moved, "
             f"expected norms that feed linear layers (found {structure}); {HOW_TO_PASS_MAPPINGS}"
         )
     check_layers(model, structure, config)
-    layers = list(round_outside(model, structure, config))
-    for block in stream_blocks(model, structure, calibration, device=device, progress=progress):
-        layers += _compress_block(block, config)
-    return finish_report("awq", config, layers, structure.left_out)
+    round_outside(model, structure, config, residence)
+    for block in stream_blocks(model, structure, calibration, progress=progress, residence=residence):
+        block.layers += _compress_block(block, config)
+    return finish_report("awq", config, residence.layers, structure.left_out)
 
 
 def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerReport]:
@@ -324,7 +333,9 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
             seconds[name] += (time.perf_counter() - start) / len(names)
     for mapping, scale in searches:
         columns = fold(module, mapping, scale, stored_dtype=dtypes.get(f"{mapping.producer}.weight"))
-        divide_statistics(statistics, mapping.consumers, columns)
+        # Linears that read one tensor share its statistics; so do experts that took those of the whole layer.
+        for seen in {id(statistics[name].gram): statistics[name] for name in mapping.consumers}.values():
+            seen.divide(columns)
 
     layers = []
     for name, linear in targets.items():
@@ -332,14 +343,15 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
         weight, gram, spec = linear.weight.data, statistics[name].gram, specs[name]
         clip = None
         if config.clip and (config.clip_scores or name not in block.structure.scores):
+            rows = weight[block.ranks.own(len(weight))]
             clip = search_clip(
-                weight,
+                rows,
                 gram_blocks(gram, spec),
                 spec,
                 clip_grid=config.clip_grid,
                 clip_max_shrink=config.clip_max_shrink,
             )
-            clip = keep_helpful_rows(weight, clip, gram, spec)
+            clip = block.ranks.collect(keep_helpful_rows(rows, clip, gram, spec), len(weight))
             largest = split_groups(weight, spec).abs().amax(dim=-1)
             details[name]["clipped_groups"] = (clip < largest).float().mean().item()
         details[name] |= statistics[name].to_dict()
@@ -393,10 +405,16 @@ def _search_mapping(
     else:
         # An expert that the sample doesn't reach has the statistics of all tokens.
         per_column = gram_loss(weights, [each.gram for each in seen], spec, shares)
+    ranks = block.ranks
+
+    def losses(scales: Tensor) -> Tensor:
+        own = [mapping.expand(scale) for scale in scales[ranks.own(len(scales))]]
+        return ranks.collect(per_column(torch.stack(own)) if own else scales.new_zeros(0), len(scales))
+
     return search_scales(
         mapping.reduce(_mean_abs(seen)),
         mapping.reduce(weight_magnitude(weights, spec)),
-        lambda scales: per_column(torch.stack([mapping.expand(scale) for scale in scales])),
+        losses,
         n_grid=config.n_grid,
         duo_scaling=config.duo_scaling,
         refine=config.refine,
@@ -408,19 +426,6 @@ def _mean_abs(seen: Sequence[InputStatistics]) -> Tensor:
     distinct = list({id(each.gram): each for each in seen}.values())
     total = sum(each.tokens for each in distinct)
     return torch.stack([each.mean_abs * (each.tokens / total) for each in distinct]).sum(dim=0)
-
-
-def divide_statistics(statistics: dict[str, InputStatistics], names: Sequence[str], columns: Tensor) -> None:
-    """Divide the inputs of some linears by `columns` (K,); a matrix that they share stays shared."""
-    left = list(names)
-    while left:
-        # One after the other: the matrices of many experts mustn't be held twice.
-        gram = statistics[left[0]].gram
-        alike = [name for name in left if statistics[name].gram is gram]
-        divided = statistics[alike[0]].divided(columns)
-        for name in alike:
-            statistics[name] = replace(divided, routed=statistics[name].routed)
-        left = [name for name in left if name not in alike]
 
 
 def _inputs_of(linears: Sequence[nn.Linear], module: nn.Module, calls: Sequence[BlockCall]) -> list[Tensor]:

@@ -47,6 +47,7 @@ from tensormill.compress.methods import (
     round_outside,
 )
 from tensormill.compress.output_error import output_error
+from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import ModelStructure, discover, linear_in
 from tensormill.errors import InvalidArgument, ModelError
 
@@ -210,6 +211,7 @@ def apply(
     *,
     device: torch.device | str | None = None,
     structure: ModelStructure | None = None,
+    residence: Residence | None = None,
 ) -> MethodReport:
     """Compress a model's linear layers with GPTQ, in place.
 
@@ -220,18 +222,20 @@ def apply(
         progress: called as `progress(message, fraction)`.
         device: where blocks are calibrated and compressed; None stays where the model is.
         structure: of the model, if known already.
+        residence: of the model, with a device of its own; None stands for one in memory.
 
     Raises:
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers.
     """
+    residence = residence or InMemory(model, device)
     if structure is None:
         unfuse_experts(model)
-        structure = discover(model)
+        structure = discover(model, residence=residence)
     check_layers(model, structure, config)
-    layers = list(round_outside(model, structure, config))
+    round_outside(model, structure, config, residence)
     for block in stream_blocks(
-        model, structure, calibration, device=device, inputs=config.inputs, progress=progress
+        model, structure, calibration, inputs=config.inputs, progress=progress, residence=residence
     ):
         groups = [
             [
@@ -252,8 +256,8 @@ def apply(
                 [name for group in together for name in group], tokens_per_feature=_TOKENS_PER_FEATURE
             )
             for group in together:
-                layers += _compress_group(block.module, block.name, group, seen[group[0]], config)
-    return finish_report("gptq", config, layers, structure.left_out)
+                block.layers += _compress_group(block.module, block.name, group, seen[group[0]], config)
+    return finish_report("gptq", config, residence.layers, structure.left_out)
 
 
 def _stages(block: CalibrationBlock, groups: list[list[str]]) -> list[list[list[str]]]:

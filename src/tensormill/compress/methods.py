@@ -18,6 +18,7 @@ from tensormill.compress.formats.quantization import (
     check_weight,
     quantize_weight,
 )
+from tensormill.compress.residence import Residence
 from tensormill.compress.structure import ModelStructure, linear_in, shared_parameters
 from tensormill.errors import InvalidArgument, ModelError
 
@@ -177,14 +178,21 @@ def replace_linear(parent: nn.Module, name: str, quantized: QuantizedWeight, dty
     setattr(parent.get_submodule(owner), last, layer.train(linear.training))
 
 
-def round_outside(model: nn.Module, structure: ModelStructure, config: WeightConfig) -> Iterator[LayerReport]:
+def round_outside(
+    model: nn.Module, structure: ModelStructure, config: WeightConfig, residence: Residence
+) -> None:
     """Round to nearest the linear layers outside the blocks, which calibration doesn't reach."""
     for name in structure.outside:
-        linear = model.get_submodule(name)
-        if type(linear) is nn.Linear and config.touches(name):
+        if type(model.get_submodule(name)) is not nn.Linear or not config.touches(name):
+            continue
+        if residence.is_finished(name):
+            continue
+        with residence.part(name):
+            linear = linear_in(model, name)
             dtype = linear.weight.dtype
             replace_linear(model, name, quantize_weight(linear.weight.detach(), config.spec(dtype)), dtype)
-            yield LayerReport(name, config.bits, config.group_size, None, None, 0.0, {"method": "rtn"})
+            report = LayerReport(name, config.bits, config.group_size, None, None, 0.0, {"method": "rtn"})
+            residence.finish(name, [report])
 
 
 class _Methods(Mapping[str, tuple[type[WeightConfig], Callable[..., MethodReport]]]):

@@ -27,7 +27,11 @@ ScaleLoss = Callable[[Tensor], Tensor]
 
 # Numbers in one temporary of a search: large enough to keep the device busy, small enough for a CPU's caches
 # and a small part of a GPU's memory.
-_SEARCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
+_SEARCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}
+# Columns of a Gram matrix that are multiplied at once; a CPU, whose products are no faster for being large, takes all.
+_PANEL = {"cuda": 2048}
+# Rows that are multiplied by a Gram matrix at once: enough for fast products, few beside the matrix.
+_ROWS = 2048
 
 
 def search_numbers(device: torch.device) -> int:
@@ -49,9 +53,31 @@ def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     >>> output_error(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.eye(1))
     0.25
     """
-    difference = approximation - weight
-    error = ((difference @ gram) * difference).sum()
-    return (error / ((weight @ gram) * weight).sum().clamp(min=1e-30)).clamp(min=0).item()
+    error, energy = torch.zeros(2, device=gram.device)
+    for rows, approximated in zip(weight.split(_ROWS), approximation.split(_ROWS), strict=True):
+        error += squared_outputs(approximated - rows, gram).sum()
+        energy += squared_outputs(rows, gram).sum()
+    return (error / energy.clamp(min=1e-30)).clamp(min=0).item()
+
+
+def squared_outputs(weight: Tensor, gram: Tensor) -> Tensor:
+    """(..., N) the mean over tokens of the square of each output, for weight (..., N, K) and gram (K, K).
+
+    The matrix is symmetric: in panels, what lies below them counts twice and what lies above needs no product, which
+    saves up to half of the work.
+    """
+    columns = gram.shape[0]
+    panel = _PANEL.get(gram.device.type, columns)
+    total = weight.new_zeros(weight.shape[:-1])
+    with search_precision(gram.device):
+        for start in range(0, columns, panel):
+            stop = min(start + panel, columns)
+            here = weight[..., start:stop]
+            total += (here @ gram[start:stop, start:stop]).mul_(here).sum(dim=-1)
+            if stop < columns:
+                below = weight[..., stop:] @ gram[stop:, start:stop]
+                total += below.mul_(here).sum(dim=-1).mul_(2)
+    return total
 
 
 def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:
@@ -93,9 +119,10 @@ def gram_loss(
     counts = [1.0] * len(weights) if shares is None else list(shares)
     device = grams[0].device
     limit = search_numbers(device)
-    energies = [
-        ((weight @ seen) * weight).sum().clamp(min=1e-30) for weight, seen in zip(weights, grams, strict=True)
-    ]
+    energies = []
+    for weight, seen in zip(weights, grams, strict=True):
+        parts = [squared_outputs(rows, seen).sum() for rows in weight.split(_ROWS)]
+        energies.append(torch.stack(parts).sum().clamp(min=1e-30))
 
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=device)
@@ -105,8 +132,7 @@ def gram_loss(
                 for start in range(0, len(scales), step):
                     # d S d^T, summed over rows: the mean over tokens of |d x|^2.
                     d = scaled_difference(rows, scales[start : start + step], spec)
-                    with search_precision(device):
-                        errors = ((d @ seen) * d).sum(dim=(1, 2))
+                    errors = squared_outputs(d, seen).sum(dim=1)
                     total[start : start + step] += errors * (count / energy)
         return total
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 
 from tensormill.compress import checkpoint, gguf
 from tensormill.compress.calibration import Calibration, read_pairs
-from tensormill.compress.evaluate import evaluate_models
+from tensormill.compress.evaluate import Evaluation, evaluate_models
 from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.footprint import (
+    available_bytes,
     bits_per_weight,
     checkpoint_bytes,
     peak_memory,
@@ -30,16 +32,20 @@ from tensormill.compress.footprint import (
 from tensormill.compress.formats.checkpoint_format import CheckpointFormat, Layer, Scheme
 from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.formats.registry import DEFAULT, format_named
+from tensormill.compress.journal import Journal, JournalElsewhere
 from tensormill.compress.methods import METHODS, WeightConfig
+from tensormill.compress.ranks import Ranks, joined, started_with_others
 from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
 from tensormill.compress.speed import measure_speed
 from tensormill.compress.stages import Progress, Stages
+from tensormill.compress.streamed_evaluation import evaluate_on_disk
+from tensormill.compress.streaming import compress_on_disk, fingerprint, open_source
 from tensormill.compress.structure import left_out
 from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, SAMPLES, calibration_for, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
-from tensormill.errors import InvalidArgument, RecipeError
+from tensormill.errors import InvalidArgument, ModelError, OutputError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +64,7 @@ def compress(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    stream: bool | None = None,
     evaluate: bool = True,
     max_tokens: int | None = 65536,
     curve: Sequence[int] = (),
@@ -82,6 +89,9 @@ def compress(
         device: where to compute.
         dtype: of the weights while computing; None keeps the checkpoint's.
         overwrite: replace a checkpoint that lies at `output`.
+        stream: read, compress and write one block after the other, so that the model never is in memory, and go on
+            with an unfinished run of the same settings; None does so where the checkpoint is larger than a third of
+            the device's free memory and the model allows it. Speed is not measured then.
         evaluate: measure quality and speed beside the original and round-to-nearest; holds three copies of the model.
         max_tokens: evaluate on at most so many tokens of the text; None takes all.
         curve: bit widths at which to measure perplexity of every method, for the report's plot; slow.
@@ -123,6 +133,18 @@ def compress(
 
     reset_peak_memory(device)
     stages.enter("calibrate", f"opening {os.fspath(model)}")
+    stream = True if stream is None and started_with_others() else stream
+    unloaded = _unloaded(
+        source, steps, dtype, stream, device,
+        wants_curve=bool(curve), wants_images=calibration_pairs is not None,
+    )  # fmt: skip
+    if unloaded is not None:
+        with joined(device) as (ranks, place):
+            return _compress_from_disk(
+                model, source, *unloaded, steps, layout, target, calibration_text,
+                device=place, dtype=dtype, ranks=ranks, overwrite=overwrite, seed=seed, stages=stages,
+                heldout=evaluation_text(text) if evaluate else None, max_tokens=max_tokens,
+            )  # fmt: skip
     original, tokenizer = open_with_tokenizer(model, device, dtype)
     unfuse_experts(original)
     layout.check_layers(_planned_layers(original, steps), original)
@@ -220,6 +242,166 @@ def compress(
     assert report is not None
     stages.done()
     return report
+
+
+def _unloaded(
+    source: Path,
+    steps: Recipe,
+    dtype: torch.dtype | None,
+    stream: bool | None,
+    device: str | torch.device,
+    *,
+    wants_curve: bool,
+    wants_images: bool,
+) -> tuple[PreTrainedModel, checkpoint.CheckpointInfo] | None:
+    """The model without its weights if it is to be compressed from disk to disk, else None.
+
+    Raises:
+        InvalidArgument: `stream` is True, but the job can't be done so.
+        ModelError: the same, by the model.
+    """
+    reason = (
+        "a GGUF file" if gguf.is_gguf(source)
+        else "a recipe of several steps" if len(steps) > 1
+        else "a curve" if wants_curve
+        else "images to calibrate on" if wants_images
+        else None
+    )  # fmt: skip
+    if stream is None:
+        free = available_bytes(device)
+        if free is None or 3 * checkpoint_bytes(source) <= free:
+            return None
+        try:
+            if reason is None:
+                return open_source(source, dtype)
+        except ModelError as error:
+            reason = str(error).partition(";")[0].removeprefix("given ")
+        warnings.warn(f"{source} is large for the free memory, but compressed there: {reason}", stacklevel=3)
+        return None
+    if not stream and started_with_others():
+        raise InvalidArgument(
+            "given several processes, which share the calibration only from disk to disk; use stream=True"
+        )
+    if stream and reason is not None:
+        raise InvalidArgument(f"given {reason}, which isn't compressed from disk to disk; use stream=False")
+    return open_source(source, dtype) if stream else None
+
+
+def _compress_from_disk(
+    model: str | os.PathLike[str],
+    source: Path,
+    empty: PreTrainedModel,
+    info: checkpoint.CheckpointInfo,
+    steps: Recipe,
+    layout: CheckpointFormat,
+    target: Path,
+    calibration_text: Sequence[str | os.PathLike[str]] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    ranks: Ranks,
+    heldout: tuple[Mapping[str, str], str] | None,
+    max_tokens: int | None,
+    overwrite: bool,
+    seed: int,
+    stages: Stages,
+) -> CompressionReport:
+    """`compress` of a model that never is in memory whole."""
+    (step,) = steps
+    tokenizer = checkpoint.open_tokenizer(source)
+    if tokenizer is None:
+        raise missing_tokenizer(model)
+    layout.check_layers(_planned_layers(empty, steps), empty)
+    began = time.perf_counter()
+    stages.enter("calibrate", f"calibrating {step.method}")
+    calibration = calibration_for(step, calibration_text, tokenizer)
+    identity = fingerprint(
+        info, step.method, step.config, calibration,
+        format=layout.name, dtype=str(empty.dtype), device=device.type, processes=ranks.size,
+    )  # fmt: skip
+    place = Path(os.path.realpath(target))
+    working = place.with_name(f"{place.name}.unfinished")
+    journal: Journal | JournalElsewhere
+    if ranks.leads:
+        journal = Journal(working, identity)
+        ranks.agree(journal.parts)
+    else:
+        journal = JournalElsewhere(ranks.agree(None))
+    if isinstance(journal, Journal) and journal.outdated:
+        warnings.warn(
+            f"{working} holds an unfinished run that differs in {', '.join(journal.outdated)}; starting anew",
+            stacklevel=3,
+        )
+    resumed = len(journal.parts)
+    try:
+        stages.enter("compress", step.method)
+        made, shards = compress_on_disk(
+            empty, info, step, calibration, layout, journal, device=device, ranks=ranks, progress=stages
+        )
+        if not ranks.leads:
+            written_elsewhere: CompressionReport = ranks.agree(None)
+            return written_elsewhere
+        seconds, memory = time.perf_counter() - began, peak_memory(device).bytes
+        quantization = layout.quantization_config(empty)
+        fields: dict[str, Any] = {
+            "layers": made.layers,
+            "model": os.fspath(model),
+            "method": step.method,
+            "output": str(target),
+            "bytes_before": checkpoint_bytes(source),
+            "bits_per_weight": bits_per_weight(empty),
+            "seconds": seconds,
+            "peak_memory_bytes": memory,
+            "recipe": [{"method": made.method, **made.config}],
+            "environment": {**environment(device, seed=seed), "streamed": True, "resumed_parts": resumed},
+            "left_out": made.left_out,
+        }
+        evaluations: dict[str, Evaluation] = {}
+        if heldout is not None and any(layer.details.get("method") == "rtn" for layer in made.layers):
+            warnings.warn(
+                "layers outside of the blocks are compressed, whose quality isn't measured from disk to disk",
+                stacklevel=3,
+            )
+        elif heldout is not None:
+            stages.enter("evaluate", "evaluating")
+            evaluations = evaluate_on_disk(
+                info, checkpoint.inspect_shards(shards, info, quantization), layout, tokenizer, heldout[0],
+                dtype=dtype, rounded=step.config if step.method != "rtn" else None, device=device,
+                max_tokens=max_tokens, progress=stages,
+            )  # fmt: skip
+        stages.enter("write", f"writing {target}")
+        report: CompressionReport | None = None
+
+        def report_files(written: Path) -> dict[str, str]:
+            nonlocal report
+            fields["bytes_after"] = checkpoint_bytes(written)
+            if evaluations and heldout is not None:
+                report = CompressionReport.from_evaluations(evaluations, text=heldout[1], seed=seed, **fields)
+            else:
+                report = CompressionReport.without_evaluation(**fields)
+            return {"report.json": report.to_json() + "\n", "report.html": report.to_html()}
+
+        checkpoint.save_shards(
+            shards,
+            quantization,
+            source,
+            target,
+            overwrite=overwrite,
+            extra_files=report_files,
+        )
+    except BaseException as error:
+        if not journal.parts:
+            journal.remove()
+            raise
+        journal.close()
+        kept = f"{len(journal.parts)} finished parts are kept in {working}, and the same command goes on from there"
+        if isinstance(error, (OutputError, KeyboardInterrupt)):
+            raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from error
+        raise
+    journal.remove()
+    assert report is not None
+    stages.done()
+    return ranks.agree(report)  # type: ignore[no-any-return]
 
 
 def round_to_nearest(model: PreTrainedModel, config: WeightConfig) -> PreTrainedModel:

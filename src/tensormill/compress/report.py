@@ -386,6 +386,7 @@ class CompressionReport:
             *self._original_findings(),
             *self._rtn_findings(),
             *self._agreement_findings(),
+            *self._streaming_findings(),
             *self._speed_findings(),
             *self._layer_findings(),
         ]
@@ -432,6 +433,11 @@ class CompressionReport:
                 Finding("note", f"{text} and took those of the whole block: {_first_of(self.few_tokens)}.")
             )
         return found
+
+    def _streaming_findings(self) -> list[Finding]:
+        if not self.environment.get("streamed"):
+            return []
+        return [Finding("note", "Compressed from disk to disk, block by block; speed was not measured.")]
 
     def _original_findings(self) -> list[Finding]:
         original, compressed = self.perplexity.get("original"), self.perplexity.get("compressed")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -292,7 +292,7 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     for parameter in module.parameters():
         parameter.data = parameter.data.float()
-    specs = {name: config.spec(dtypes[f"{name}.weight"]) for name in targets}
+    specs = {name: config.spec_of(block.full_name(name), dtypes[f"{name}.weight"]) for name in targets}
     before = {
         name: output_error(linear.weight, fake_quantize(linear.weight, specs[name]), statistics[name].gram)
         for name, linear in targets.items()
@@ -336,7 +336,7 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
         layers.append(
             LayerReport(
                 block.full_name(name),
-                config.bits,
+                spec.bits,
                 config.group_size,
                 error,
                 before[name],
@@ -349,6 +349,45 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
     return layers
 
 
+def rounded(
+    block: CalibrationBlock,
+    names: Sequence[str],
+    bits: int,
+    config: AWQConfig,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    """See `METHODS.rounded`; scales are searched with the objective "gram" whatever the settings say.
+
+    Rows may be scaled too, where the linears are producers of another edge; that moves their groups' scales and no
+    code, and so changes nothing.
+    """
+    linears = {name: linear_in(block.module, name) for name in names}
+    spec, weights = config.spec_at(bits), {name: one.weight.detach() for name, one in linears.items()}
+    gram, columns = statistics[names[0]].gram, None
+    mapping = next((one for one in block.structure.mappings if set(names) <= set(one.consumers)), None)
+    if mapping is not None:
+        by_gram, specs = replace(config, objective="gram"), dict.fromkeys(names, spec)
+        found = _search_mapping(block, mapping, linears, specs, statistics, by_gram)
+        columns = mapping.expand(found.scale)
+        gram = statistics[names[0]].divided(columns).gram
+    result = {}
+    for name, weight in weights.items():
+        scaled = weight if columns is None else weight * columns
+        clip = None
+        if config.clip and (config.clip_scores or name not in block.structure.scores):
+            clip = search_clip(
+                scaled,
+                gram_blocks(gram, spec),
+                spec,
+                clip_grid=config.clip_grid,
+                clip_max_shrink=config.clip_max_shrink,
+            )
+            clip = keep_helpful_rows(scaled, clip, gram, spec)
+        approximation = fake_quantize(scaled, spec, clip)
+        result[name] = approximation if columns is None else approximation / columns
+    return result
+
+
 def _search_mapping(
     block: CalibrationBlock,
     mapping: ScaleMapping,
@@ -359,21 +398,21 @@ def _search_mapping(
 ) -> ScaleSearch:
     """Search the scales of one edge in the unchanged block, with the objective of the settings."""
     names = [name for name in mapping.consumers if name in targets]
-    linears, spec = [targets[name] for name in names], specs[names[0]]
+    linears, chosen = [targets[name] for name in names], [specs[name] for name in names]
     weights = [linear.weight.data for linear in linears]
     seen = statistics[names[0]]
     if config.objective == "gram" or (config.objective == "module" and mapping.inspected in names):
-        per_column = gram_loss(weights, seen.gram, spec)
+        per_column = gram_loss(weights, seen.gram, chosen)
     else:
         calls = [call.to(torch.float32) for call in block.captured[mapping.inspected]]
         module = block.module.get_submodule(mapping.inspected)
         if config.objective == "module":
-            per_column = module_loss(module, linears, calls, spec)
+            per_column = module_loss(module, linears, calls, chosen)
         else:
-            per_column = sample_loss(weights, _inputs_of(linears[0], module, calls), spec)
+            per_column = sample_loss(weights, _inputs_of(linears[0], module, calls), chosen)
     return search_scales(
         mapping.reduce(seen.mean_abs),
-        mapping.reduce(weight_magnitude(weights, spec)),
+        mapping.reduce(weight_magnitude(weights, chosen[0])),
         lambda scales: per_column(torch.stack([mapping.expand(scale) for scale in scales])),
         n_grid=config.n_grid,
         duo_scaling=config.duo_scaling,

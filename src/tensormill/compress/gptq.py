@@ -13,13 +13,19 @@ Transformers, arXiv 2210.17323.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.calibration import Calibration, Progress, stream_blocks
+from tensormill.compress.calibration import (
+    Calibration,
+    CalibrationBlock,
+    InputStatistics,
+    Progress,
+    stream_blocks,
+)
 from tensormill.compress.formats.quantization import (
     QuantizedWeight,
     QuantSpec,
@@ -219,8 +225,30 @@ def apply(
         statistics = {} if config.true_sequential else block.observe(linears)
         for group in groups:
             gram = (statistics or block.observe(group))[group[0]].gram
-            layers += _compress_group(block.module, block.name, group, gram, config)
+            for bits in dict.fromkeys(config.bits_of(block.full_name(name)) for name in group):
+                names = [name for name in group if config.bits_of(block.full_name(name)) == bits]
+                layers += _compress_group(block.module, block.name, names, gram, config)
     return finish_report("gptq", config, layers)
+
+
+def rounded(
+    block: CalibrationBlock,
+    names: Sequence[str],
+    bits: int,
+    config: GPTQConfig,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    """See `METHODS.rounded`."""
+    linears = [linear_in(block.module, name) for name in names]
+    together = gptq_quantize(
+        torch.cat([linear.weight.detach().float() for linear in linears]),
+        statistics[names[0]].gram,
+        config.spec_at(bits),
+        damping=config.damping,
+        act_order=config.act_order,
+    )
+    rows = [linear.out_features for linear in linears]
+    return dict(zip(names, torch.split(together.dequantize(torch.float32), rows), strict=True))
 
 
 def _is_target(module: nn.Module, name: str) -> bool:
@@ -230,11 +258,11 @@ def _is_target(module: nn.Module, name: str) -> bool:
 def _compress_group(
     module: nn.Module, block: str, names: list[str], gram: Tensor, config: GPTQConfig
 ) -> Iterator[LayerReport]:
-    """Compress the linears that read one tensor together: their rows are independent."""
+    """Compress linears of one width that read one tensor together: their rows are independent."""
     start = time.perf_counter()
     linears = [linear_in(module, name) for name in names]
     dtype = linears[0].weight.dtype
-    spec = config.spec(dtype)
+    spec = config.spec_of(f"{block}.{names[0]}", dtype)
     together = gptq_quantize(
         torch.cat([linear.weight.float() for linear in linears]),
         gram,
@@ -257,7 +285,7 @@ def _compress_group(
         quantized = QuantizedWeight(codes, scale, zero, together.spec)
         report = LayerReport(
             f"{block}.{name}",
-            config.bits,
+            spec.bits,
             config.group_size,
             nmse=output_error(weight, quantized.dequantize(torch.float32), gram),
             loss_rtn=output_error(weight, fake_quantize(weight, spec), gram),

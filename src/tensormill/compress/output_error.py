@@ -70,7 +70,7 @@ def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor
     return join_groups(rounded, weight.shape[1]).div(factors).sub_(weight)
 
 
-def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec) -> ScaleLoss:
+def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec | Sequence[QuantSpec]) -> ScaleLoss:
     """The sum of linears' normalized squared output errors, exact for all tokens of a Gram matrix.
 
     Normalized, since a query's output can be far larger than a value's without mattering more. On the
@@ -80,14 +80,15 @@ def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec) -> Scale
     Args:
         weights: of the linears that read the same input, (N, K) float32 each.
         gram: (K, K) float32, the mean over tokens of x x^T.
-        spec: the quantizer.
+        spec: the quantizer, or each linear's own.
     """
+    specs = _each(spec, len(weights))
     limit = search_numbers(gram.device)
     energies = [((weight @ gram) * weight).sum().clamp(min=1e-30) for weight in weights]
 
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=gram.device)
-        for weight, energy in zip(weights, energies, strict=True):
+        for weight, energy, spec in zip(weights, energies, specs, strict=True):
             for rows in torch.split(weight, max(1, limit // weight.shape[1])):
                 step = max(1, limit // rows.numel())
                 for start in range(0, len(scales), step):
@@ -101,14 +102,15 @@ def gram_loss(weights: Sequence[Tensor], gram: Tensor, spec: QuantSpec) -> Scale
     return loss
 
 
-def sample_loss(weights: Sequence[Tensor], x: Tensor, spec: QuantSpec) -> ScaleLoss:
+def sample_loss(weights: Sequence[Tensor], x: Tensor, spec: QuantSpec | Sequence[QuantSpec]) -> ScaleLoss:
     """As `gram_loss`, on tokens x (tokens, K)."""
+    specs = _each(spec, len(weights))
     energies = [(x @ weight.T).square().sum().clamp(min=1e-30) for weight in weights]
 
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=x.device)
         for index, scale in enumerate(scales):
-            for weight, energy in zip(weights, energies, strict=True):
+            for weight, energy, spec in zip(weights, energies, specs, strict=True):
                 difference = scaled_difference(weight, scale[None], spec)[0]
                 total[index] += (x @ difference.T).square().sum() / energy
         return total
@@ -117,7 +119,10 @@ def sample_loss(weights: Sequence[Tensor], x: Tensor, spec: QuantSpec) -> ScaleL
 
 
 def module_loss(
-    module: nn.Module, linears: Sequence[nn.Linear], calls: Sequence[BlockCall], spec: QuantSpec
+    module: nn.Module,
+    linears: Sequence[nn.Linear],
+    calls: Sequence[BlockCall],
+    spec: QuantSpec | Sequence[QuantSpec],
 ) -> ScaleLoss:
     """The mean squared output error of the module that holds the linears (section 3.2 of the paper).
 
@@ -125,8 +130,9 @@ def module_loss(
         module: attention or MLP, in float32.
         linears: those of its layers whose input gets scales.
         calls: arguments with which the model called the module.
-        spec: the quantizer.
+        spec: the quantizer, or each linear's own.
     """
+    specs = _each(spec, len(linears))
 
     def outputs() -> list[Tensor]:
         results = [module(*call.args, **call.kwargs) for call in calls]
@@ -140,7 +146,7 @@ def module_loss(
         total = torch.zeros(len(scales), device=scales.device)
         try:
             for index, scale in enumerate(scales):
-                for linear, weight in zip(linears, originals, strict=True):
+                for linear, weight, spec in zip(linears, originals, specs, strict=True):
                     linear.weight.data = weight + scaled_difference(weight, scale[None], spec)[0]
                 for output, wanted in zip(outputs(), expected, strict=True):
                     total[index] += (output - wanted).square().sum()
@@ -150,3 +156,7 @@ def module_loss(
         return total / count
 
     return loss
+
+
+def _each(spec: QuantSpec | Sequence[QuantSpec], count: int) -> Sequence[QuantSpec]:
+    return [spec] * count if isinstance(spec, QuantSpec) else spec

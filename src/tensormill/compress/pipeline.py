@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensormill.compress import checkpoint, gguf
+from tensormill.compress.budget import Budget, parse_budget
 from tensormill.compress.evaluate import evaluate_models
 from tensormill.compress.footprint import (
     bits_per_weight,
@@ -31,9 +32,19 @@ from tensormill.compress.formats.registry import DEFAULT, format_named
 from tensormill.compress.methods import METHODS, WeightConfig
 from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
+from tensormill.compress.search import CalibrationTexts, search_widths
+from tensormill.compress.search_report import BudgetSearch
 from tensormill.compress.speed import measure_speed
 from tensormill.compress.stages import Progress, Stages
-from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, SAMPLES, calibration_for, plan, sweep
+from tensormill.compress.sweep import (
+    MAX_TOKENS,
+    METHODS_COMPARED,
+    SAMPLES,
+    calibration_for,
+    calibration_texts,
+    plan,
+    sweep,
+)
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
 from tensormill.errors import InvalidArgument, RecipeError
@@ -49,6 +60,8 @@ def compress(
     output: str | os.PathLike[str] | None = None,
     format: str | None = None,
     recipe: str | os.PathLike[str] | None = None,
+    budget: str | Budget | None = None,
+    widths: Sequence[int] | None = None,
     calibration_text: Sequence[str | os.PathLike[str]] | None = None,
     text: Sequence[str | os.PathLike[str]] | None = None,
     device: str | torch.device = "cpu",
@@ -71,6 +84,9 @@ def compress(
             express is refused before anything is computed. The last three hold float16 scales: others are rounded
             before the model is evaluated.
         recipe: a YAML file with a list of steps.
+        budget: what the result may cost, e.g. "4.25bpw", "9MB", "ppl+2%" or "3.5bpw,30tok/s"; chooses a width for
+            each layer (see `search`), instead of `bits`.
+        widths: to choose from with a budget; None takes 2, 3, 4, 6 and 8, as far as the format has them.
         calibration_text: files to calibrate on; None takes sources of Python's standard library.
         text: files to evaluate on; None takes held-out sources of the standard library.
         device: where to compute.
@@ -96,23 +112,41 @@ def compress(
         4.1875
     """
     steps = _steps(method, recipe, settings)
-    layout = _layout(steps, format)
+    if budget is not None:
+        budget = _checked_budget(budget, recipe, settings)
+    elif widths:
+        raise InvalidArgument("given widths to choose from without a budget; give a budget, or bits")
+    layout = _layout(steps, format, free=budget is not None)
     for width in curve:
         replace(steps[-1].config, bits=width)  # refuses a bad width now, not after minutes
     name = "+".join(step.method for step in steps)
     if output is None:
-        suffix = _suffix(steps) + ("" if layout.name == DEFAULT else f"-{layout.name}")
+        suffix = _suffix(steps, budget) + ("" if layout.name == DEFAULT else f"-{layout.name}")
         output = f"{short_name(model)}-{suffix}"
     target = Path(output)
     source = checkpoint.resolve_path(model)
     checkpoint.check_output(target, source=source, overwrite=overwrite)
     stages = Stages(
-        progress, calibrate=4, compress=40, evaluate=40 if evaluate else 0, curve=40 * bool(curve), write=4
+        progress,
+        search=120 * (budget is not None),
+        calibrate=4,
+        compress=40,
+        evaluate=40 if evaluate else 0,
+        curve=40 * bool(curve),
+        write=4,
     )
 
     reset_peak_memory(device)
-    stages.enter("calibrate", f"opening {os.fspath(model)}")
+    stages.enter("search" if budget is not None else "calibrate", f"opening {os.fspath(model)}")
     original, tokenizer = open_with_tokenizer(model, device, dtype)
+    search: BudgetSearch | None = None
+    if budget is not None:
+        texts = CalibrationTexts.of(calibration_texts(calibration_text))
+        search = search_widths(
+            original, tokenizer, steps[0], budget, layout, texts, source=source, widths=widths, probe=evaluate,
+            seed=seed, progress=stages,
+        )  # fmt: skip
+        steps = Recipe([search.step], steps.format)
     layout.check_layers(_planned_layers(original, steps), original)
     heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
     gguf_source = source_fields(source, original)
@@ -123,7 +157,10 @@ def compress(
     reports = []
     for i, step in enumerate(steps):
         stages.enter("calibrate", f"calibrating {step.method}")
-        calibration = calibration_for(step, calibration_text, tokenizer)
+        if search is None:
+            calibration = calibration_for(step, calibration_text, tokenizer)
+        else:
+            calibration = search.texts.calibration(step, tokenizer)
         stages.enter("compress", step.method, i, len(steps))
         reports.append(METHODS[step.method][1](compressed, step.config, calibration, stages))
     if layout.scale_dtype == torch.float16:
@@ -142,6 +179,7 @@ def compress(
         "recipe": [{"method": made.method, **made.config} for made in reports],
         "environment": environment(device, seed=seed),
         "source": gguf_source,
+        "search": search,
     }
     evaluations, speeds = {}, {}
     if evaluate:
@@ -201,24 +239,42 @@ def round_to_nearest(model: PreTrainedModel, config: WeightConfig) -> PreTrained
     """A copy of a model, rounded to nearest with the bits and groups of `config`: every method's baseline."""
     config_class, apply = METHODS["rtn"]
     shared = {
-        name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "tail", "skip", "only")
+        name: getattr(config, name)
+        for name in ("bits", "bits_by_layer", "group_size", "symmetric", "tail", "skip", "only")
     }
     rounded = copy.deepcopy(model)
     apply(rounded, config_class(**shared), None, None)
     return rounded
 
 
-def _layout(steps: Recipe, format: str | None) -> CheckpointFormat:
-    """The checkpoint's format, asked for by argument or recipe, if it has the widths of all steps."""
+def _checked_budget(
+    budget: str | Budget, recipe: str | os.PathLike[str] | None, settings: Mapping[str, Any]
+) -> Budget:
+    """The budget, if nothing else says how wide layers shall be."""
+    if recipe is not None:
+        raise RecipeError("given a recipe and a budget, expected one of them; both choose widths")
+    for name in ("bits", "bits_by_layer"):
+        if name in settings:
+            raise InvalidArgument(
+                f"given {name} and a budget, expected one of them; the budget chooses widths"
+            )
+    return budget if isinstance(budget, Budget) else parse_budget(budget)
+
+
+def _layout(steps: Recipe, format: str | None, *, free: bool = False) -> CheckpointFormat:
+    """The checkpoint's format, asked for by argument or recipe, if it has the widths of all steps, or these are
+    `free`.
+    """
     if format is not None and steps.format not in (None, format):
         raise RecipeError(f"given the format {format!r} and a recipe with {steps.format!r}; give one of them")
     layout = format_named(format or steps.format or DEFAULT)
-    layout.check_schemes([_scheme(step.config) for step in steps])
+    if not free:
+        layout.check_schemes([scheme for step in steps for scheme in _schemes(step.config)])
     return layout
 
 
-def _scheme(config: WeightConfig) -> Scheme:
-    return Scheme(config.bits, config.group_size, config.symmetric)
+def _schemes(config: WeightConfig) -> list[Scheme]:
+    return [Scheme(bits, config.group_size, config.symmetric) for bits in config.widths()]
 
 
 def _planned_layers(model: torch.nn.Module, steps: Sequence[Step]) -> dict[str, Layer]:
@@ -227,8 +283,10 @@ def _planned_layers(model: torch.nn.Module, steps: Sequence[Step]) -> dict[str, 
     for step in steps:
         for name, module in model.named_modules():
             if type(module) is torch.nn.Linear and step.config.touches(name):
-                step.config.spec().check(module.in_features, name)
-                layers[name] = Layer(_scheme(step.config), module.out_features, module.in_features)
+                spec = step.config.spec_of(name)
+                spec.check(module.in_features, name)
+                scheme = Scheme(spec.bits, spec.group_size, spec.symmetric)
+                layers[name] = Layer(scheme, module.out_features, module.in_features)
     return layers
 
 
@@ -290,7 +348,8 @@ def short_name(model: str | os.PathLike[str]) -> str:
     return text.partition(":")[2] if text.startswith(checkpoint.BUILTIN_PREFIX) else Path(text).resolve().name
 
 
-def _suffix(steps: Sequence[Step]) -> str:
+def _suffix(steps: Sequence[Step], budget: Budget | None = None) -> str:
     config = steps[-1].config
+    width = budget.slug if budget is not None else f"w{config.bits}"
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
-    return f"{'-'.join(step.method for step in steps)}-w{config.bits}-{group}"
+    return f"{'-'.join(step.method for step in steps)}-{width}-{group}"

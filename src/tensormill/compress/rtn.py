@@ -9,14 +9,20 @@ calibration. Composes with methods that touch other layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tensormill.compress.calibration import Calibration, InputStatistics, Progress, stream_blocks
-from tensormill.compress.formats.quantization import quantize_weight
+from tensormill.compress.calibration import (
+    Calibration,
+    CalibrationBlock,
+    InputStatistics,
+    Progress,
+    stream_blocks,
+)
+from tensormill.compress.formats.quantization import fake_quantize, quantize_weight
 from tensormill.compress.methods import (
     LayerReport,
     MethodReport,
@@ -27,7 +33,7 @@ from tensormill.compress.methods import (
     round_outside,
 )
 from tensormill.compress.output_error import output_error
-from tensormill.compress.structure import BlockStructure, ModelStructure, discover
+from tensormill.compress.structure import BlockStructure, ModelStructure, discover, linear_in
 
 
 @dataclass(frozen=True)
@@ -69,17 +75,29 @@ def apply(
                 continue
             start = time.perf_counter()
             dtype = linear.weight.dtype
-            quantized = quantize_weight(linear.weight.detach(), config.spec(dtype))
+            full_name = f"{name}.{linear_name}"
+            spec = config.spec_of(full_name, dtype)
+            quantized = quantize_weight(linear.weight.detach(), spec)
             error = None
             if statistics is not None:
                 gram = statistics[linear_name].gram
                 error = output_error(linear.weight.float(), quantized.dequantize(torch.float32), gram)
             replace_linear(module, linear_name, quantized, dtype)
             seconds = time.perf_counter() - start
-            layers.append(
-                LayerReport(f"{name}.{linear_name}", config.bits, config.group_size, error, error, seconds)
-            )
+            layers.append(LayerReport(full_name, spec.bits, config.group_size, error, error, seconds))
     return finish_report("rtn", config, layers)
+
+
+def rounded(
+    block: CalibrationBlock,
+    names: Sequence[str],
+    bits: int,
+    config: WeightConfig,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    """See `METHODS.rounded`."""
+    spec = config.spec_at(bits)
+    return {name: fake_quantize(linear_in(block.module, name).weight.detach(), spec) for name in names}
 
 
 def _blocks(

@@ -61,14 +61,14 @@ class Budget:
         """
         parts = []
         if self.bits_per_weight is not None:
-            parts.append(f"{self.bits_per_weight:.12g}bpw")
+            parts.append(f"{_plain(self.bits_per_weight)}bpw")
         if self.bytes is not None:
             unit = next((unit for unit in ("TB", "GB", "MB") if self.bytes >= _UNITS[unit]), "kB")
-            parts.append(f"{self.bytes / _UNITS[unit]:.12g}{unit}")
+            parts.append(f"{_plain(self.bytes / _UNITS[unit])}{unit}")
         if self.perplexity is not None:
-            parts.append(f"ppl+{self.perplexity * 100:.12g}%")
+            parts.append(f"ppl+{_plain(self.perplexity * 100)}%")
         if self.tokens_per_second is not None:
-            parts.append(f"{self.tokens_per_second:.12g}tok/s")
+            parts.append(f"{_plain(self.tokens_per_second)}tok/s")
         return ",".join(parts)
 
     @property
@@ -79,6 +79,15 @@ class Budget:
         'ppl2-30toks'
         """
         return re.sub(r"[^\w.-]", "", str(self).replace(",", "-"))
+
+
+def _plain(number: float) -> str:
+    """At most twelve decimals and no exponent.
+
+    >>> _plain(1e-05), _plain(30.0)
+    ('0.00001', '30')
+    """
+    return f"{number:.12f}".rstrip("0").rstrip(".")
 
 
 def parse_budget(text: str) -> Budget:
@@ -114,6 +123,8 @@ def _limit(part: str) -> tuple[str, float]:
     for name, pattern in patterns.items():
         match = re.fullmatch(pattern, part, re.IGNORECASE)
         if match is not None:
-            factor = {"bytes": _BYTES[match[2].lower()] if name == "bytes" else 1.0, "perplexity": 0.01}
-            return name, float(match[1]) * factor.get(name, 1.0)
+            number = float(match[1])
+            if name == "bytes":
+                number *= _BYTES[match[2].lower()]
+            return name, number / 100 if name == "perplexity" else number
     raise InvalidArgument(f"given {part!r} as a budget, expected {EXPECTED}")

@@ -31,7 +31,7 @@ from tensormill.compress.budget import Budget
 from tensormill.compress.calibration import Calibration
 from tensormill.compress.checkpoint import stored_dtype
 from tensormill.compress.evaluate import max_positions
-from tensormill.compress.formats.checkpoint_format import CheckpointFormat, Scheme
+from tensormill.compress.formats.checkpoint_format import CheckpointFormat, Layer, Scheme
 from tensormill.compress.methods import METHODS, WeightConfig, check_layers
 from tensormill.compress.recipe import Step
 from tensormill.compress.search_report import BudgetSearch, FrontPoint, WidthChoice
@@ -147,7 +147,7 @@ def search_widths(
     structure = discover(model, getattr(step.config, "mappings", "auto"))
     check_layers(model, structure, step.config)
     groups = layer_groups(model, structure, step.config)
-    candidates, mixed = _candidates(widths, layout, step.config)
+    candidates, mixed = _candidates(model, groups, widths, layout, step.config)
     sizes = _Sizes(model, groups, layout, step.config, source)
     sizes.check(budget, candidates)
 
@@ -346,6 +346,8 @@ class _Sizes:
                 name, linear, replace(scheme, group_size=size), {}, linear.weight.dtype
             )
             total += sum(tensor.numel() * tensor.element_size() for tensor in empty.values())
+            if "g_idx" in self.layout.parts:  # written, but not read back
+                total += 4 * linear.in_features
         return float(total)
 
     def checkpoint(self, allocation: Allocation) -> float:
@@ -388,7 +390,8 @@ class _Sizes:
             assert budget.bytes is not None
             ends = f"{_megabytes(self.checkpoint(low))} to {_megabytes(self.checkpoint(high))}"
             above = budget.bytes > self.checkpoint(high)
-        if above or not self.fits(low, budget):
+        # Where there is no choice, whatever has room for it will do.
+        if (above and len(widths) > 1) or not self.fits(low, budget):
             raise InvalidArgument(
                 f"given the budget {budget}, expected {ends}: what {_listed(widths)} bits give with groups of "
                 f"{self.config.group_size}"
@@ -405,23 +408,44 @@ def _listed(widths: Sequence[int]) -> str:
 
 
 def _candidates(
-    widths: Sequence[int] | None, layout: CheckpointFormat, config: WeightConfig
+    model: nn.Module,
+    groups: Sequence[LayerGroup],
+    widths: Sequence[int] | None,
+    layout: CheckpointFormat,
+    config: WeightConfig,
 ) -> tuple[list[int], bool]:
-    """Widths to choose from, narrow first, and whether the format may mix them."""
+    """Widths to choose from, narrow first, and whether the format may mix them.
 
-    def has(bits: Sequence[int]) -> bool:
+    Raises:
+        InvalidArgument: A width asked for that is none.
+        ModelError: The format has not one of them, or not one asked for, for these layers.
+    """
+    linears = {name: linear_in(model, name) for group in groups for name in group.layers}
+
+    def refusal(bits: int) -> ModelError | None:
+        scheme = Scheme(bits, config.group_size, config.symmetric)
         try:
-            layout.check_schemes([Scheme(one, config.group_size, config.symmetric) for one in bits])
-        except ModelError:
-            return False
-        return True
+            layout.check_schemes([scheme])
+            layout.check_layers(
+                {name: Layer(scheme, one.out_features, one.in_features) for name, one in linears.items()},
+                model,
+            )
+        except ModelError as error:
+            return error
+        return None
 
-    if widths is not None:
-        for bits in widths:
-            config.spec_at(bits)
-            layout.check_schemes([Scheme(bits, config.group_size, config.symmetric)])
-    found = sorted({bits for bits in widths or WIDTHS if has([bits])})
-    return found, has(found)
+    for bits in widths or ():
+        config.spec_at(bits)
+    refused = {bits: refusal(bits) for bits in sorted(set(widths or WIDTHS))}
+    found = [bits for bits, error in refused.items() if error is None]
+    errors = [error for error in refused.values() if error is not None]
+    if errors and (widths or not found):
+        raise errors[-1]
+    try:
+        layout.check_schemes([Scheme(bits, config.group_size, config.symmetric) for bits in found])
+    except ModelError:
+        return found, False
+    return found, True
 
 
 def _observed_windows(model: nn.Module, tokenizer: Any, texts: CalibrationTexts) -> Calibration:

@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_model, tokens
 
-from tensormill.compress import sensitivity
+from tensormill.compress import precision, sensitivity
 from tensormill.compress.calibration import Calibration, stream_blocks
 from tensormill.compress.evaluate import compare
 from tensormill.compress.formats import QuantSpec, fake_quantize
 from tensormill.compress.methods import METHODS
 from tensormill.compress.recipe import Step
 from tensormill.compress.sensitivity import LayerGroup, layer_groups, measure_sensitivity
-from tensormill.compress.structure import discover, linear_in
+from tensormill.compress.structure import BlockStructure, ModelStructure, discover, linear_in
 from tensormill.errors import InvalidArgument, ModelError
 
 SETTINGS = {"group_size": 32}
@@ -145,6 +145,45 @@ def test_a_method_s_own_rounding_is_what_it_makes_of_the_layer(method):
     # Not equal: a group clipped at both ends has a zero point halfway between two codes, and the last bit of its
     # rows' scale decides which one it is.
     assert (found - expected).norm() < 0.1 * (expected - original).norm()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_a_model_too_large_for_float32_is_run_in_its_own_dtype(monkeypatch, method):
+    """Losses are those of float32, but for the rounding of 16-bit activations."""
+    wide = measured(tiny_model("llama"), [2], method)
+    monkeypatch.setattr(sensitivity, "_FLOAT32_BYTES", 0)
+    monkeypatch.setattr(precision, "has_fast_matmul", lambda *arguments: True)
+    seen = []
+    forward = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, *rest: seen.append(x.dtype) or forward(x, *rest)
+    )
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    narrow = measured(model, [2], method)
+    assert seen.count(torch.bfloat16) > 100
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    for group, losses in narrow.losses.items():
+        assert losses[2] == pytest.approx(wide.losses[group][2], rel=0.3)
+
+
+def test_experts_of_a_block_stay_together():
+    names = [f"experts.{i}.{part}" for i in range(3) for part in ("gate", "up", "down")]
+    block = torch.nn.Module()
+    block.experts = torch.nn.ModuleList(
+        torch.nn.ModuleDict({part: torch.nn.Linear(32, 32) for part in ("gate", "up", "down")})
+        for _ in range(3)
+    )
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([block])
+    groups = tuple(
+        group
+        for i in range(3)
+        for group in ((f"experts.{i}.gate", f"experts.{i}.up"), (f"experts.{i}.down",))
+    )
+    structure = ModelStructure((BlockStructure("blocks.0", tuple(names), groups, (), (), False),), ())
+    found = layer_groups(model, structure, Step.of("rtn").config)
+    assert [len(group.names) for group in found] == [6, 3]
+    assert found[1].layers == tuple(f"blocks.0.experts.{i}.down" for i in range(3))
 
 
 def test_what_makes_no_sense_is_refused():

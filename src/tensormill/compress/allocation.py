@@ -147,15 +147,15 @@ def pareto_front(
         states = grown[kept]
         history.append(((kept // count).astype(np.int32), (kept % count).astype(np.uint8)))
     last = _undominated(states)
-    choices = np.empty((len(units), len(last)), dtype=np.int64)
+    chosen = np.empty((len(units), len(last)), dtype=np.int64)
     at = last
     for row in range(len(units) - 1, -1, -1):
         parents, options = history[row]
-        choices[row] = options[at]
+        chosen[row] = np.array([option.bits for option in units[row].options])[options[at]]
         at = parents[at]
     return [
-        allocation_of(units, [unit.options[i].bits for unit, i in zip(units, column, strict=True)])
-        for column in choices.T.tolist()
+        Allocation(tuple(bits), loss, size, seconds)
+        for bits, (size, seconds, loss) in zip(chosen.T.tolist(), states[last].tolist(), strict=True)
     ]
 
 

@@ -585,6 +585,8 @@ class CompressionReport:
             ("compression time", format_seconds(self.seconds)),
             ("peak memory", format_bytes(self.peak_memory_bytes)),
         ]
+        if self.search is not None:
+            rows.append(("search for widths", format_seconds(self.search.seconds)))
         if self.source:
             rows.append(("original", describe_source(self.source, self.bytes_before)))
         rows += [(key.replace("_", " "), value) for key, value in self.evaluation.items()]

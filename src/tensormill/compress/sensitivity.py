@@ -280,22 +280,25 @@ class _Measurement:
     ) -> Iterator[tuple[LayerGroup, dict[int, float]]]:
         hidden = torch.cat(block.hidden)[::_STRIDE]
         errors = {group: self._errors(block.module, group, statistics) for group in groups}
+
+        def rounded(method: str, group: LayerGroup, bits: int) -> dict[str, Tensor]:
+            with widened(block.module, always=True):
+                return METHODS.rounded(method)(block, group.names, bits, self.step.config, statistics)
+
         if self.measure == "blocks":
             width = self.run[0]
-            rounded = METHODS.rounded("rtn")
             whole: dict[str, Tensor] = {}
             for group in groups:
-                whole.update(rounded(block, group.names, width, self.step.config, statistics))
+                whole.update(rounded("rtn", group, width))
             loss = self._loss(block.module, whole, index, hidden)
             factor = loss / max(sum(errors[group][width] for group in groups), 1e-30)
             for group in groups:
                 yield group, {bits: factor * error for bits, error in errors[group].items()}
             return
-        rounded = METHODS.rounded(self.step.method)
         for group in groups:
             losses = {}
             for bits in self.run:
-                weights = rounded(block, group.names, bits, self.step.config, statistics)
+                weights = rounded(self.step.method, group, bits)
                 losses[bits] = self._loss(block.module, weights, index, hidden)
             yield group, self._completed(losses, errors[group])
 

@@ -215,7 +215,9 @@ def search_widths(
         chosen = min(fitting, key=lambda one: one.loss)
     if probe:
         stages.enter("probes", "measuring points of the front")
-        wanted = [one for one in _probes(front, uniform, chosen) if one.bits not in measured]
+        # Methods that calibrate take their time.
+        wanted = _probes(front, uniform, chosen, few=step.method != "rtn")
+        wanted = [one for one in wanted if one.bits not in measured]
         measured.update(prober.measure(wanted, SAMPLES, stages))
     stages.done()
     shown = _thinned(front, _SHOWN)
@@ -486,15 +488,21 @@ def _thinned(front: Sequence[Allocation], most: int) -> list[Allocation]:
 
 
 def _probes(
-    front: Sequence[Allocation], uniform: Sequence[Allocation], chosen: Allocation
+    front: Sequence[Allocation], uniform: Sequence[Allocation], chosen: Allocation, *, few: bool
 ) -> list[Allocation]:
-    """What to measure: the choice, the next larger and the next smaller single width, and two more of the front."""
+    """What to measure: the choice, the next larger single width and a far point of the front; the next smaller single
+    width and a second point too, unless `few`.
+    """
     larger = [one for one in uniform if one.bytes >= chosen.bytes and one.bits != chosen.bits]
     smaller = [one for one in uniform if one.bytes < chosen.bytes]
-    wanted = [chosen, *larger[:1], *smaller[-1:]]
+    points = []
     for share in (0.2, 0.6):
         size = front[0].bytes + share * (front[-1].bytes - front[0].bytes)
-        wanted.append(min(front, key=lambda one: abs(one.bytes - size)))
+        points.append(min(front, key=lambda one: abs(one.bytes - size)))
+    points.sort(key=lambda one: -abs(one.bytes - chosen.bytes))
+    wanted = [chosen, *larger[:1], points[0]]
+    if not few:
+        wanted += [*smaller[-1:], points[1]]
     return list({one.bits: one for one in wanted}.values())
 
 

@@ -96,7 +96,7 @@ def test_the_front_falls_and_no_single_width_is_below_it(run):
     assert all(
         a.bytes < b.bytes and a.predicted_kl > b.predicted_kl for a, b in itertools.pairwise(found.front)
     )
-    assert [next(iter(point.widths)) for point in found.uniform] == [2, 3, 4, 6, 8]
+    assert [next(iter(point.widths)) for point in found.uniform] == [2, 3, 4, 5, 6, 7, 8]
     # Shown is every thirtieth part of the range of sizes.
     step = (found.front[-1].bytes - found.front[0].bytes) / 30
     for single in found.uniform:
@@ -196,7 +196,7 @@ def test_the_report_shows_what_was_chosen_from(run, tmp_path):
     document = json.loads((tmp_path / "out" / "report.json").read_text())["search"]
     assert [point["bytes"] for point in document["front"]] == [point.bytes for point in found.front]
     assert sum(point["chosen"] for point in document["front"]) == 1
-    assert document["groups"][0]["losses"].keys() == {"2", "3", "4", "6", "8"}
+    assert document["groups"][0]["losses"].keys() == set("2345678")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Choice of widths" in page and "front, predicted" in page
     for svg in (found.front_plot(), found.width_plot()):
@@ -217,7 +217,7 @@ def test_every_format(run, tmp_path, name):
     assert bits_per_weight(model) == pytest.approx(report.bits_per_weight)
     assert report.bytes_after <= report.search.chosen.bytes
     found = [next(iter(point.widths)) for point in report.search.uniform]
-    assert found == {"compressed-tensors": [2, 3, 4, 6, 8], "awq": [4]}.get(name, [2, 3, 4, 8])
+    assert found == {"compressed-tensors": [2, 3, 4, 5, 6, 7, 8], "awq": [4]}.get(name, [2, 3, 4, 8])
 
 
 def test_widths_to_choose_from(run):
@@ -238,7 +238,7 @@ def test_widths_to_choose_from(run):
             "2.5bpw",
             {},
             InvalidArgument,
-            r"budget 2.5bpw, expected 3.062bpw to 9.25bpw: what 2, 3, 4, 6 or 8 bits",
+            r"budget 2.5bpw, expected 3.062bpw to 9.25bpw: what 2, 3, 4, 5, 6, 7 or 8 bits",
         ),
         ("10bpw", {}, InvalidArgument, "expected 3.062bpw to 9.25bpw"),
         ("20kB", {}, InvalidArgument, r"expected 0\.\d+MB to 0\.\d+MB"),

@@ -45,7 +45,7 @@ def compress(
         ),
     ] = None,
     choose_from: Annotated[
-        str | None, typer.Option("--widths", help="Bits to choose from with --budget. Default: 2,3,4,6,8.")
+        str | None, typer.Option("--widths", help="Bits to choose from with --budget. Default: 2 to 8.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the result.")] = None,
     format: Annotated[

@@ -86,7 +86,7 @@ def compress(
         recipe: a YAML file with a list of steps.
         budget: what the result may cost, e.g. "4.25bpw", "9MB", "ppl+2%" or "3.5bpw,30tok/s"; chooses a width for
             each layer (see `search`), instead of `bits`.
-        widths: to choose from with a budget; None takes 2, 3, 4, 6 and 8, as far as the format has them.
+        widths: to choose from with a budget; None takes 2 to 8, as far as the format has them.
         calibration_text: files to calibrate on; None takes sources of Python's standard library.
         text: files to evaluate on; None takes held-out sources of the standard library.
         device: where to compute.

@@ -48,7 +48,7 @@ from tensormill.ops.linear_wna16 import linear_wna16
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WIDTHS = (2, 3, 4, 6, 8)
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 # Calibration windows on which layers are observed, and tokens of each.
 _WINDOWS, _LENGTH = 16, 256
@@ -122,7 +122,7 @@ def search_widths(
         layout: Format of the checkpoint.
         texts: Calibration text.
         source: Where the original lies; None takes its dtype for that of the checkpoint.
-        widths: Candidates; None takes 2, 3, 4, 6 and 8, as far as the format has them.
+        widths: Candidates; None takes 2 to 8, as far as the format has them.
         measure: See `measure_sensitivity`.
         probe: Measure some finished models beside the predictions.
         seed: Of the prompt on which speed is measured.

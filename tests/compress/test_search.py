@@ -137,6 +137,8 @@ def test_bisection_finds_the_smallest_point_that_keeps_a_perplexity(run, harmful
     keeping = [p for p in found.front if 10 * math.exp(3 * p.predicted_kl) <= 10 * (1 + percent / 100)]
     assert found.chosen is keeping[0]
     assert len(harmful) <= math.ceil(math.log2(search._SHOWN)) + 2
+    rise = next(note for note in found.notes() if "perplexity there" in note)
+    assert 0 <= float(rise.split()[4]) <= percent
     assert percent < 1000 or found.chosen is found.front[0]
 
 

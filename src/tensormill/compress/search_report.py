@@ -147,6 +147,9 @@ class BudgetSearch:
                 f"KL of the choice: predicted {format_value(point.predicted_kl)}, measured "
                 f"{format_value(point.measured['kl'])} nats per token on {self.probe_tokens:,} calibration tokens kept back."
             )
+            if self.original_perplexity:
+                rise = point.measured["perplexity"] / self.original_perplexity - 1
+                found.append(f"Its perplexity there is {rise * 100:+.3g} % from the original's.")
         better = self._better_uniform()
         if better is not None:
             found.append(

@@ -39,6 +39,15 @@ def compress(
         list[str] | None, typer.Option("--set", help="Another setting of the method, NAME=VALUE; repeatable.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML list of steps, instead of --method.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose each layer's bits within 4.25bpw, 9MB, ppl+2% or 30tok/s; a speed also after a comma."
+        ),
+    ] = None,
+    choose_from: Annotated[
+        str | None, typer.Option("--widths", help="Bits to choose from with --budget. Default: 2 to 8.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the result.")] = None,
     format: Annotated[
         str | None,
@@ -86,6 +95,8 @@ def compress(
                 output=output,
                 format=format,
                 recipe=recipe,
+                budget=budget,
+                widths=None if choose_from is None else widths(choose_from, "--widths"),
                 calibration_text=calibration,
                 calibration_pairs=calibration_pairs,
                 text=text,

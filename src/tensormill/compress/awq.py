@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ from tensormill.compress.clipping import gram_blocks, keep_helpful_rows, search_
 from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.fold import fold
 from tensormill.compress.formats.quantization import (
+    QuantizedWeight,
     QuantSpec,
     fake_quantize,
     join_groups,
@@ -315,7 +316,7 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     for parameter in module.parameters():
         parameter.data = parameter.data.float()
-    specs = {name: config.spec(dtypes[f"{name}.weight"]) for name in targets}
+    specs = {name: config.spec_of(block.full_name(name), dtypes[f"{name}.weight"]) for name in targets}
     before = {
         name: output_error(linear.weight, fake_quantize(linear.weight, specs[name]), statistics[name].gram)
         for name, linear in targets.items()
@@ -355,18 +356,14 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
             largest = split_groups(weight, spec).abs().amax(dim=-1)
             details[name]["clipped_groups"] = (clip < largest).float().mean().item()
         details[name] |= statistics[name].to_dict()
-        if config.rounding == "gptq":
-            limit = split_groups(weight, spec).abs().amax(dim=-1) if clip is None else clip
-            quantized = gptq_quantize(weight, gram, spec, limit, damping=config.damping)
-        else:
-            quantized = quantize_weight(weight, spec, clip)
+        quantized = _quantize(weight, gram, spec, clip, config)
         error = output_error(weight, quantized.dequantize(torch.float32), gram)
         replace_linear(module, name, quantized, dtypes[f"{name}.weight"])
         seconds[name] += time.perf_counter() - start
         layers.append(
             LayerReport(
                 block.full_name(name),
-                config.bits,
+                spec.bits,
                 config.group_size,
                 error,
                 before[name],
@@ -379,6 +376,55 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
     return layers
 
 
+def _quantize(
+    weight: Tensor, gram: Tensor, spec: QuantSpec, clip: Tensor | None, config: AWQConfig
+) -> QuantizedWeight:
+    """Codes of a scaled weight (N, K) on the grids of its ranges (N, G), chosen as the settings say."""
+    if config.rounding == "nearest":
+        return quantize_weight(weight, spec, clip)
+    limit = split_groups(weight, spec).abs().amax(dim=-1) if clip is None else clip
+    return gptq_quantize(weight, gram, spec, limit, damping=config.damping)
+
+
+def rounded(
+    block: CalibrationBlock,
+    names: Sequence[str],
+    bits: int,
+    config: AWQConfig,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    """See `METHODS.rounded`; scales are searched with the objective "gram" whatever the settings say.
+
+    Rows may be scaled too, where the linears are producers of another edge; that moves their groups' scales and no
+    code, and so changes nothing.
+    """
+    linears = {name: linear_in(block.module, name) for name in names}
+    spec, weights = config.spec_at(bits), {name: one.weight.detach() for name, one in linears.items()}
+    gram, columns = statistics[names[0]].gram, None
+    mapping = next((one for one in block.structure.mappings if set(names) <= set(one.consumers)), None)
+    if mapping is not None:
+        by_gram, specs = replace(config, objective="gram"), dict.fromkeys(names, spec)
+        found = _search_mapping(block, mapping, linears, specs, statistics, by_gram)
+        columns = mapping.expand(found.scale)
+        gram = gram / torch.outer(columns, columns)
+    result = {}
+    for name, weight in weights.items():
+        scaled = weight if columns is None else weight * columns
+        clip = None
+        if config.clip and (config.clip_scores or name not in block.structure.scores):
+            clip = search_clip(
+                scaled,
+                gram_blocks(gram, spec),
+                spec,
+                clip_grid=config.clip_grid,
+                clip_max_shrink=config.clip_max_shrink,
+            )
+            clip = keep_helpful_rows(scaled, clip, gram, spec)
+        approximation = _quantize(scaled, gram, spec, clip, config).dequantize(torch.float32)
+        result[name] = approximation if columns is None else approximation / columns
+    return result
+
+
 def _search_mapping(
     block: CalibrationBlock,
     mapping: ScaleMapping,
@@ -389,7 +435,7 @@ def _search_mapping(
 ) -> ScaleSearch:
     """Search the scales of one edge in the unchanged block, with the objective of the settings."""
     names = [name for name in mapping.consumers if name in targets]
-    linears, spec = [targets[name] for name in names], specs[names[0]]
+    linears, chosen = [targets[name] for name in names], [specs[name] for name in names]
     weights = [linear.weight.data for linear in linears]
     seen = [statistics[name] for name in names]
     # An expert counts as often as it is chosen.
@@ -399,12 +445,12 @@ def _search_mapping(
     module = block.module.get_submodule(mapping.inspected)
     inputs = _inputs_of(linears, module, calls) if config.objective == "linear" else []
     if config.objective == "module" and mapping.inspected not in names:
-        per_column = module_loss(module, linears, calls, spec)
+        per_column = module_loss(module, linears, calls, chosen)
     elif any(x.numel() for x in inputs):
-        per_column = sample_loss(weights, inputs, spec, shares)
+        per_column = sample_loss(weights, inputs, chosen, shares)
     else:
         # An expert that the sample doesn't reach has the statistics of all tokens.
-        per_column = gram_loss(weights, [each.gram for each in seen], spec, shares)
+        per_column = gram_loss(weights, [each.gram for each in seen], chosen, shares)
     ranks = block.ranks
 
     def losses(scales: Tensor) -> Tensor:
@@ -413,7 +459,7 @@ def _search_mapping(
 
     return search_scales(
         mapping.reduce(_mean_abs(seen)),
-        mapping.reduce(weight_magnitude(weights, spec)),
+        mapping.reduce(weight_magnitude(weights, chosen[0])),
         losses,
         n_grid=config.n_grid,
         duo_scaling=config.duo_scaling,

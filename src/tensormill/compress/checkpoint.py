@@ -664,6 +664,11 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def stored_dtype(source: Path) -> torch.dtype | None:
+    """The dtype in which a compressed copy of this checkpoint stores what isn't quantized; None: the model's own."""
+    return None if gguf.is_gguf(source) else config_dtype(_read_config(source))
+
+
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     name = config.get("dtype") or config.get("torch_dtype")
     found = getattr(torch, str(name).removeprefix("torch."), None)

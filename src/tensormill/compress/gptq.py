@@ -13,7 +13,7 @@ Transformers, arXiv 2210.17323.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -256,7 +256,9 @@ def apply(
                 [name for group in together for name in group], tokens_per_feature=_TOKENS_PER_FEATURE
             )
             for group in together:
-                block.layers += _compress_group(block.module, block.name, group, seen[group[0]], config)
+                for bits in dict.fromkeys(config.bits_of(block.full_name(name)) for name in group):
+                    names = [name for name in group if config.bits_of(block.full_name(name)) == bits]
+                    block.layers += _compress_group(block.module, block.name, names, seen[group[0]], config)
     return finish_report("gptq", config, residence.layers, structure.left_out)
 
 
@@ -270,6 +272,26 @@ def _stages(block: CalibrationBlock, groups: list[list[str]]) -> list[list[list[
     return list(stages.values())
 
 
+def rounded(
+    block: CalibrationBlock,
+    names: Sequence[str],
+    bits: int,
+    config: GPTQConfig,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    """See `METHODS.rounded`."""
+    linears = [linear_in(block.module, name) for name in names]
+    together = gptq_quantize(
+        torch.cat([linear.weight.detach().float() for linear in linears]),
+        statistics[names[0]].gram,
+        config.spec_at(bits),
+        damping=config.damping,
+        act_order=config.act_order,
+    )
+    rows = [linear.out_features for linear in linears]
+    return dict(zip(names, torch.split(together.dequantize(torch.float32), rows), strict=True))
+
+
 def _is_target(module: nn.Module, name: str) -> bool:
     return type(module.get_submodule(name)) is nn.Linear
 
@@ -277,12 +299,12 @@ def _is_target(module: nn.Module, name: str) -> bool:
 def _compress_group(
     module: nn.Module, block: str, names: list[str], seen: InputStatistics, config: GPTQConfig
 ) -> Iterator[LayerReport]:
-    """Compress the linears that read one tensor together: their rows are independent."""
+    """Compress linears of one width that read one tensor together: their rows are independent."""
     start = time.perf_counter()
     gram = seen.gram
     linears = [linear_in(module, name) for name in names]
     dtype = linears[0].weight.dtype
-    spec = config.spec(dtype)
+    spec = config.spec_of(f"{block}.{names[0]}", dtype)
     together = gptq_quantize(
         torch.cat([linear.weight.float() for linear in linears]),
         gram,
@@ -305,7 +327,7 @@ def _compress_group(
         quantized = QuantizedWeight(codes, scale, zero, together.spec)
         report = LayerReport(
             f"{block}.{name}",
-            config.bits,
+            spec.bits,
             config.group_size,
             nmse=output_error(weight, quantized.dequantize(torch.float32), gram),
             loss_rtn=output_error(weight, fake_quantize(weight, spec), gram),

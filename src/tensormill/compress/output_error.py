@@ -99,7 +99,7 @@ def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor
 def gram_loss(
     weights: Sequence[Tensor],
     gram: Tensor | Sequence[Tensor],
-    spec: QuantSpec,
+    spec: QuantSpec | Sequence[QuantSpec],
     shares: Sequence[float] | None = None,
 ) -> ScaleLoss:
     """The sum of linears' normalized squared output errors, exact for all tokens of a Gram matrix.
@@ -112,11 +112,12 @@ def gram_loss(
         weights: of the linears whose inputs are scaled together, (N, K) float32 each.
         gram: (K, K) float32, the mean over tokens of x x^T; or one for each linear, where some see other
             tokens than others (experts).
-        spec: the quantizer.
+        spec: the quantizer, or each linear's own.
         shares: how much each linear counts, the share of tokens that it sees; None counts all alike.
     """
     grams = [gram] * len(weights) if isinstance(gram, Tensor) else list(gram)
     counts = [1.0] * len(weights) if shares is None else list(shares)
+    specs = _each(spec, len(weights))
     device = grams[0].device
     limit = search_numbers(device)
     energies = []
@@ -126,7 +127,7 @@ def gram_loss(
 
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=device)
-        for weight, seen, energy, count in zip(weights, grams, energies, counts, strict=True):
+        for weight, seen, energy, count, spec in zip(weights, grams, energies, counts, specs, strict=True):
             for rows in torch.split(weight, max(1, limit // weight.shape[1])):
                 step = max(1, limit // rows.numel())
                 for start in range(0, len(scales), step):
@@ -142,12 +143,13 @@ def gram_loss(
 def sample_loss(
     weights: Sequence[Tensor],
     x: Tensor | Sequence[Tensor],
-    spec: QuantSpec,
+    spec: QuantSpec | Sequence[QuantSpec],
     shares: Sequence[float] | None = None,
 ) -> ScaleLoss:
     """As `gram_loss`, on tokens x (tokens, K), or on other ones for each linear."""
     inputs = [x] * len(weights) if isinstance(x, Tensor) else list(x)
     counts = [1.0] * len(weights) if shares is None else list(shares)
+    specs = _each(spec, len(weights))
     energies = [
         (seen @ weight.T).square().sum().clamp(min=1e-30)
         for weight, seen in zip(weights, inputs, strict=True)
@@ -156,7 +158,9 @@ def sample_loss(
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=scales.device)
         for index, scale in enumerate(scales):
-            for weight, seen, energy, count in zip(weights, inputs, energies, counts, strict=True):
+            for weight, seen, energy, count, spec in zip(
+                weights, inputs, energies, counts, specs, strict=True
+            ):
                 difference = scaled_difference(weight, scale[None], spec)[0]
                 total[index] += (seen @ difference.T).square().sum() * (count / energy)
         return total
@@ -165,7 +169,10 @@ def sample_loss(
 
 
 def module_loss(
-    module: nn.Module, linears: Sequence[nn.Linear], calls: Sequence[BlockCall], spec: QuantSpec
+    module: nn.Module,
+    linears: Sequence[nn.Linear],
+    calls: Sequence[BlockCall],
+    spec: QuantSpec | Sequence[QuantSpec],
 ) -> ScaleLoss:
     """The mean squared output error of the module that holds the linears (section 3.2 of the paper).
 
@@ -173,8 +180,9 @@ def module_loss(
         module: attention or MLP, in float32.
         linears: those of its layers whose input gets scales.
         calls: arguments with which the model called the module.
-        spec: the quantizer.
+        spec: the quantizer, or each linear's own.
     """
+    specs = _each(spec, len(linears))
 
     def outputs() -> list[Tensor]:
         results = [module(*call.args, **call.kwargs) for call in calls]
@@ -188,7 +196,7 @@ def module_loss(
         total = torch.zeros(len(scales), device=scales.device)
         try:
             for index, scale in enumerate(scales):
-                for linear, weight in zip(linears, originals, strict=True):
+                for linear, weight, spec in zip(linears, originals, specs, strict=True):
                     linear.weight.data = weight + scaled_difference(weight, scale[None], spec)[0]
                 for output, wanted in zip(outputs(), expected, strict=True):
                     total[index] += (output - wanted).square().sum()
@@ -198,3 +206,7 @@ def module_loss(
         return total / count
 
     return loss
+
+
+def _each(spec: QuantSpec | Sequence[QuantSpec], count: int) -> Sequence[QuantSpec]:
+    return [spec] * count if isinstance(spec, QuantSpec) else spec

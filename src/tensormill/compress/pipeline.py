@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensormill.compress import checkpoint, gguf
+from tensormill.compress.budget import Budget, parse_budget
 from tensormill.compress.calibration import Calibration, read_pairs
 from tensormill.compress.evaluate import Evaluation, evaluate_models
 from tensormill.compress.experts import unfuse_experts
@@ -37,12 +38,22 @@ from tensormill.compress.methods import METHODS, WeightConfig
 from tensormill.compress.ranks import Ranks, joined, started_with_others
 from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
+from tensormill.compress.search import CalibrationTexts, search_widths
+from tensormill.compress.search_report import BudgetSearch
 from tensormill.compress.speed import measure_speed
 from tensormill.compress.stages import Progress, Stages
 from tensormill.compress.streamed_evaluation import evaluate_on_disk
 from tensormill.compress.streaming import compress_on_disk, fingerprint, open_source
 from tensormill.compress.structure import left_out
-from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, SAMPLES, calibration_for, plan, sweep
+from tensormill.compress.sweep import (
+    MAX_TOKENS,
+    METHODS_COMPARED,
+    SAMPLES,
+    calibration_for,
+    calibration_texts,
+    plan,
+    sweep,
+)
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
 from tensormill.errors import InvalidArgument, ModelError, OutputError, RecipeError
@@ -58,6 +69,8 @@ def compress(
     output: str | os.PathLike[str] | None = None,
     format: str | None = None,
     recipe: str | os.PathLike[str] | None = None,
+    budget: str | Budget | None = None,
+    widths: Sequence[int] | None = None,
     calibration_text: Sequence[str | os.PathLike[str]] | None = None,
     calibration_pairs: str | os.PathLike[str] | None = None,
     text: Sequence[str | os.PathLike[str]] | None = None,
@@ -82,6 +95,9 @@ def compress(
             express is refused before anything is computed. The last three hold float16 scales: others are rounded
             before the model is evaluated.
         recipe: a YAML file with a list of steps.
+        budget: what the result may cost, e.g. "4.25bpw", "9MB", "ppl+2%" or "3.5bpw,30tok/s"; chooses a width for
+            each layer (see `search`), instead of `bits`.
+        widths: to choose from with a budget; None takes 2 to 8, as far as the format has them.
         calibration_text: files to calibrate on; None takes sources of Python's standard library.
         calibration_pairs: a file of images and texts to calibrate a model on that reads images, see
             `Calibration.from_pairs`; instead of `calibration_text`.
@@ -112,32 +128,51 @@ def compress(
         4.1875
     """
     steps = _steps(method, recipe, settings)
-    layout = _layout(steps, format)
+    if budget is not None:
+        budget = _checked_budget(budget, recipe, settings)
+    elif widths:
+        raise InvalidArgument("given widths to choose from without a budget; give a budget, or bits")
+    layout = _layout(steps, format, free=budget is not None)
     for width in curve:
         replace(steps[-1].config, bits=width)  # refuses a bad width now, not after minutes
     name = "+".join(step.method for step in steps)
     if output is None:
-        suffix = _suffix(steps) + ("" if layout.name == DEFAULT else f"-{layout.name}")
+        suffix = _suffix(steps, budget) + ("" if layout.name == DEFAULT else f"-{layout.name}")
         output = f"{short_name(model)}-{suffix}"
     target = Path(output)
     source = checkpoint.resolve_path(model)
     checkpoint.check_output(target, source=source, overwrite=overwrite)
     if calibration_pairs is not None and calibration_text is not None:
         raise InvalidArgument("given calibration texts and pairs of image and text, expected one of them")
+    if calibration_pairs is not None and budget is not None:
+        raise InvalidArgument(
+            "given a budget and pairs of image and text, expected texts to search widths on"
+        )
     if calibration_pairs is not None:
         read_pairs(calibration_pairs)
     processor = None if calibration_pairs is None else checkpoint.open_processor(source)
     stages = Stages(
-        progress, calibrate=4, compress=40, evaluate=40 if evaluate else 0, curve=40 * bool(curve), write=4
+        progress,
+        search=120 * (budget is not None),
+        calibrate=4,
+        compress=40,
+        evaluate=40 if evaluate else 0,
+        curve=40 * bool(curve),
+        write=4,
     )
 
     reset_peak_memory(device)
-    stages.enter("calibrate", f"opening {os.fspath(model)}")
+    stages.enter("search" if budget is not None else "calibrate", f"opening {os.fspath(model)}")
     stream = True if stream is None and started_with_others() else stream
-    unloaded = _unloaded(
-        source, steps, dtype, stream, device,
-        wants_curve=bool(curve), wants_images=calibration_pairs is not None,
+    in_memory = (
+        "a GGUF file" if gguf.is_gguf(source)
+        else "a recipe of several steps" if len(steps) > 1
+        else "a curve" if curve
+        else "a budget" if budget is not None
+        else "images to calibrate on" if calibration_pairs is not None
+        else None
     )  # fmt: skip
+    unloaded = _unloaded(source, dtype, stream, device, in_memory)
     if unloaded is not None:
         with joined(device) as (ranks, place):
             return _compress_from_disk(
@@ -147,6 +182,14 @@ def compress(
             )  # fmt: skip
     original, tokenizer = open_with_tokenizer(model, device, dtype)
     unfuse_experts(original)
+    search: BudgetSearch | None = None
+    if budget is not None:
+        texts = CalibrationTexts.of(calibration_texts(calibration_text))
+        search = search_widths(
+            original, tokenizer, steps[0], budget, layout, texts, source=source, widths=widths, probe=evaluate,
+            seed=seed, progress=stages,
+        )  # fmt: skip
+        steps = Recipe([search.step], steps.format)
     layout.check_layers(_planned_layers(original, steps), original)
     heldout, heldout_name = evaluation_text(text) if evaluate or curve else ({}, "")
     gguf_source = source_fields(source, original)
@@ -157,16 +200,18 @@ def compress(
     reports = []
     for i, step in enumerate(steps):
         stages.enter("calibrate", f"calibrating {step.method}")
-        if processor is None or step.method == "rtn":
-            calibration = calibration_for(step, calibration_text, tokenizer)
-        else:
+        if processor is not None and step.method != "rtn":
             assert calibration_pairs is not None
-            calibration = Calibration.from_pairs(
+            calibration: Calibration | None = Calibration.from_pairs(
                 calibration_pairs,
                 processor,
                 samples=step.config.calibration_samples,
                 length=step.config.calibration_length,
             )
+        elif search is not None:
+            calibration = search.texts.calibration(step, tokenizer)
+        else:
+            calibration = calibration_for(step, calibration_text, tokenizer)
         stages.enter("compress", step.method, i, len(steps))
         reports.append(METHODS[step.method][1](compressed, step.config, calibration, stages))
     if layout.scale_dtype == torch.float16:
@@ -189,6 +234,7 @@ def compress(
         "few_tokens": [
             layer.name for made in reports for layer in made.layers if "routed_tokens" in layer.details
         ],
+        "search": search,
     }
     evaluations, speeds = {}, {}
     if evaluate:
@@ -246,27 +292,22 @@ def compress(
 
 def _unloaded(
     source: Path,
-    steps: Recipe,
     dtype: torch.dtype | None,
     stream: bool | None,
     device: str | torch.device,
-    *,
-    wants_curve: bool,
-    wants_images: bool,
+    reason: str | None,
 ) -> tuple[PreTrainedModel, checkpoint.CheckpointInfo] | None:
     """The model without its weights if it is to be compressed from disk to disk, else None.
+
+    Args:
+        source: the checkpoint.
+        dtype, stream, device: as for `compress`.
+        reason: what in the job can't be done so, if anything.
 
     Raises:
         InvalidArgument: `stream` is True, but the job can't be done so.
         ModelError: the same, by the model.
     """
-    reason = (
-        "a GGUF file" if gguf.is_gguf(source)
-        else "a recipe of several steps" if len(steps) > 1
-        else "a curve" if wants_curve
-        else "images to calibrate on" if wants_images
-        else None
-    )  # fmt: skip
     if stream is None:
         free = available_bytes(device)
         if free is None or 3 * checkpoint_bytes(source) <= free:
@@ -408,24 +449,42 @@ def round_to_nearest(model: PreTrainedModel, config: WeightConfig) -> PreTrained
     """A copy of a model, rounded to nearest with the bits and groups of `config`: every method's baseline."""
     config_class, apply = METHODS["rtn"]
     shared = {
-        name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "tail", "skip", "only")
+        name: getattr(config, name)
+        for name in ("bits", "bits_by_layer", "group_size", "symmetric", "tail", "skip", "only")
     }
     rounded = copy.deepcopy(model)
     apply(rounded, config_class(**shared), None, None)
     return rounded
 
 
-def _layout(steps: Recipe, format: str | None) -> CheckpointFormat:
-    """The checkpoint's format, asked for by argument or recipe, if it has the widths of all steps."""
+def _checked_budget(
+    budget: str | Budget, recipe: str | os.PathLike[str] | None, settings: Mapping[str, Any]
+) -> Budget:
+    """The budget, if nothing else says how wide layers shall be."""
+    if recipe is not None:
+        raise RecipeError("given a recipe and a budget, expected one of them; both choose widths")
+    for name in ("bits", "bits_by_layer"):
+        if name in settings:
+            raise InvalidArgument(
+                f"given {name} and a budget, expected one of them; the budget chooses widths"
+            )
+    return budget if isinstance(budget, Budget) else parse_budget(budget)
+
+
+def _layout(steps: Recipe, format: str | None, *, free: bool = False) -> CheckpointFormat:
+    """The checkpoint's format, asked for by argument or recipe, if it has the widths of all steps, or these are
+    `free`.
+    """
     if format is not None and steps.format not in (None, format):
         raise RecipeError(f"given the format {format!r} and a recipe with {steps.format!r}; give one of them")
     layout = format_named(format or steps.format or DEFAULT)
-    layout.check_schemes([_scheme(step.config) for step in steps])
+    if not free:
+        layout.check_schemes([scheme for step in steps for scheme in _schemes(step.config)])
     return layout
 
 
-def _scheme(config: WeightConfig) -> Scheme:
-    return Scheme(config.bits, config.group_size, config.symmetric)
+def _schemes(config: WeightConfig) -> list[Scheme]:
+    return [Scheme(bits, config.group_size, config.symmetric) for bits in config.widths()]
 
 
 def _planned_layers(model: torch.nn.Module, steps: Sequence[Step]) -> dict[str, Layer]:
@@ -434,8 +493,10 @@ def _planned_layers(model: torch.nn.Module, steps: Sequence[Step]) -> dict[str, 
     for step in steps:
         for name, module in model.named_modules():
             if type(module) is torch.nn.Linear and name not in kept and step.config.touches(name):
-                step.config.spec().check(module.in_features, name)
-                layers[name] = Layer(_scheme(step.config), module.out_features, module.in_features)
+                spec = step.config.spec_of(name)
+                spec.check(module.in_features, name)
+                scheme = Scheme(spec.bits, spec.group_size, spec.symmetric)
+                layers[name] = Layer(scheme, module.out_features, module.in_features)
     return layers
 
 
@@ -497,7 +558,8 @@ def short_name(model: str | os.PathLike[str]) -> str:
     return text.partition(":")[2] if text.startswith(checkpoint.BUILTIN_PREFIX) else Path(text).resolve().name
 
 
-def _suffix(steps: Sequence[Step]) -> str:
+def _suffix(steps: Sequence[Step], budget: Budget | None = None) -> str:
     config = steps[-1].config
+    width = budget.slug if budget is not None else f"w{config.bits}"
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
-    return f"{'-'.join(step.method for step in steps)}-w{config.bits}-{group}"
+    return f"{'-'.join(step.method for step in steps)}-{width}-{group}"

@@ -9,15 +9,21 @@ calibration. Composes with methods that touch other layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tensormill.compress.calibration import Calibration, InputStatistics, Progress, stream_blocks
+from tensormill.compress.calibration import (
+    Calibration,
+    CalibrationBlock,
+    InputStatistics,
+    Progress,
+    stream_blocks,
+)
 from tensormill.compress.experts import unfuse_experts
-from tensormill.compress.formats.quantization import quantize_weight
+from tensormill.compress.formats.quantization import fake_quantize, quantize_weight
 from tensormill.compress.methods import (
     LayerReport,
     MethodReport,
@@ -29,7 +35,7 @@ from tensormill.compress.methods import (
 )
 from tensormill.compress.output_error import output_error
 from tensormill.compress.residence import InMemory, Residence
-from tensormill.compress.structure import BlockStructure, ModelStructure, discover
+from tensormill.compress.structure import BlockStructure, ModelStructure, discover, linear_in
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,18 @@ def apply(
     return finish_report("rtn", config, residence.layers, structure.left_out)
 
 
+def rounded(
+    block: CalibrationBlock,
+    names: Sequence[str],
+    bits: int,
+    config: WeightConfig,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    """See `METHODS.rounded`."""
+    spec = config.spec_at(bits)
+    return {name: fake_quantize(linear_in(block.module, name).weight.detach(), spec) for name in names}
+
+
 def _compress_block(
     module: nn.Module,
     structure: BlockStructure,
@@ -93,11 +111,12 @@ def _compress_block(
             continue
         start = time.perf_counter()
         dtype = linear.weight.dtype
-        quantized = quantize_weight(linear.weight.detach(), config.spec(dtype))
+        spec = config.spec_of(full_name, dtype)
+        quantized = quantize_weight(linear.weight.detach(), spec)
         error, details = None, {}
         if statistics is not None:
             gram, details = statistics[name].gram, statistics[name].to_dict()
             error = output_error(linear.weight.float(), quantized.dequantize(torch.float32), gram)
         replace_linear(module, name, quantized, dtype)
         seconds = time.perf_counter() - start
-        yield LayerReport(full_name, config.bits, config.group_size, error, error, seconds, details)
+        yield LayerReport(full_name, spec.bits, config.group_size, error, error, seconds, details)

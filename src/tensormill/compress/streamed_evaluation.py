@@ -221,7 +221,8 @@ def _round(module: nn.Module, block: str, config: WeightConfig) -> None:
     for name, linear in list(module.named_modules()):
         if type(linear) is nn.Linear and config.touches(f"{block}.{name}"):
             dtype = linear.weight.dtype
-            replace_linear(module, name, quantize_weight(linear.weight.detach(), config.spec(dtype)), dtype)
+            spec = config.spec_of(f"{block}.{name}", dtype)
+            replace_linear(module, name, quantize_weight(linear.weight.detach(), spec), dtype)
 
 
 def _first(name: str) -> bool:

@@ -22,6 +22,10 @@ from torch import Tensor
 
 Call = Callable[[], object]
 
+# On a CPU a competitor's idle threads wait in busy loops for a while and slow whoever is next: a pause lets them
+# fall asleep, and a turn of several rounds makes up for the time that it takes.
+_PAUSE, _TURN = 0.01, 0.02
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -47,11 +51,6 @@ def synchronize(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_call(call: Call, device: torch.device | str, *, seconds: float = 0.5) -> float:
-    """Seconds of one call, as `Timing.seconds` defines them."""
-    return time_together({"call": [call]}, device, seconds=seconds)["call"].seconds
-
-
 def fastest_call(call: Call, device: torch.device | str, *, seconds: float = 0.5) -> float:
     """Seconds of one call, 10th percentile: for ceilings, which a busy machine must not lower."""
     return time_together({"call": [call]}, device, seconds=seconds)["call"].low
@@ -75,11 +74,17 @@ def time_together(
     timers = {name: _timer(list(copies), device) for name, copies in calls.items()}
     rounds: dict[str, list[float]] = {name: [] for name in timers}
     spent = dict.fromkeys(timers, 0.0)
+    on_host = device.type == "cpu"
     while waiting := [name for name in timers if spent[name] < seconds or len(rounds[name]) < 5]:
         name = min(waiting, key=spent.__getitem__)
+        if on_host and len(timers) > 1:
+            time.sleep(_PAUSE)
         begin = time.perf_counter()
-        rounds[name].append(timers[name]())
-        spent[name] += time.perf_counter() - begin
+        passed = 0.0
+        while passed == 0.0 or (on_host and passed < _TURN):
+            rounds[name].append(timers[name]())
+            passed = time.perf_counter() - begin
+        spent[name] += passed
     return {name: _summary(values, device) for name, values in rounds.items()}
 
 

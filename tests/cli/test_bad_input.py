@@ -85,6 +85,19 @@ def test_format(tensormill, model, tmp_path):
     refused(tensormill("compress", model, "--recipe", "recipe.yaml", "-o", "out"), "'exl2'")
 
 
+def test_budget(tensormill, model, words, tmp_path):
+    text = ("--calibration", words, "-o", "out")
+    refused(tensormill("compress", model, *RTN, "--budget", "4.25", *text), "'4.25'", "4.25bpw", "9MB")
+    refused(tensormill("compress", model, *RTN, "--budget", "1bpw", *text), "1bpw", "3.062bpw to 9.25bpw")
+    refused(tensormill("compress", model, *RTN, "--budget", "9GB", *text), "9GB", "MB to 0.")
+    refused(tensormill("compress", model, *RTN, "--budget", "5bpw", "--bits", 4, *text), "bits and a budget")
+    refused(tensormill("compress", model, *RTN, "--budget", "5bpw", "--widths", "4,x", *text), "--widths")
+    refused(tensormill("compress", model, *RTN, "--widths", "4", *text), "without a budget")
+    (tmp_path / "recipe.yaml").write_text("- method: rtn\n")
+    call = ("compress", model, "--recipe", "recipe.yaml", "--budget", "5bpw", *text)
+    refused(tensormill(*call), "recipe and a budget")
+
+
 def test_empty_calibration_text(tensormill, model, tmp_path):
     (tmp_path / "text.txt").write_text("")
     refused(

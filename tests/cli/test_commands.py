@@ -67,6 +67,23 @@ def test_a_recipe_names_a_format(tensormill, tiny, tmp_path):
     assert config["checkpoint_format"] == "gptq" and config["bits"] == 3
 
 
+def test_a_budget(tensormill, tiny, words, tmp_path):
+    text = ("--calibration", words, "--text", words, "--max-tokens", 600)
+    call = ("compress", tiny, "--method", "rtn", *SMALL[:2], *text, "--budget", "5bpw", "--widths", "3,4,8")
+    done = tensormill(*call, "--json", "-o", "small")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["bits_per_weight"] <= 5 and report["search"]["candidates"] == [3, 4, 8]
+    assert len({group["bits"] for group in report["search"]["groups"]}) > 1
+    assert sum(point["chosen"] for point in report["search"]["front"]) == 1
+    assert "sensitivity" in done.err
+
+    done = tensormill(*call)
+    assert done.code == 0, done.err
+    assert "Budget 5bpw" in done.out and "KL predicted" in done.out and "all 4" in done.out
+    assert (tmp_path / "model-rtn-5bpw-g32" / "report.html").exists()
+
+
 def test_report_for_people(tensormill, tiny, words):
     done = tensormill("compress", tiny, "--method", "rtn", *SMALL[:2], "--text", words, "-o", "small")
     assert done.code == 0, done.err

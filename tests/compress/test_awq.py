@@ -19,7 +19,13 @@ from tensormill.compress.awq import (
 from tensormill.compress.calibration import Calibration, inject_outliers, stream_blocks
 from tensormill.compress.clipping import gram_blocks, keep_helpful_rows, search_clip
 from tensormill.compress.formats import QuantSpec, fake_quantize
-from tensormill.compress.output_error import gram_loss, module_loss, output_error, sample_loss
+from tensormill.compress.output_error import (
+    gram_loss,
+    module_loss,
+    output_error,
+    sample_loss,
+    squared_outputs,
+)
 from tensormill.compress.structure import BlockCall, discover
 from tensormill.errors import InvalidArgument, ModelError
 from tensormill.ops.linear_wna16.module import LinearWNA16
@@ -41,6 +47,18 @@ def gram_of(x: torch.Tensor) -> torch.Tensor:
 
 
 SPEC = QuantSpec(4, 32)
+
+
+@pytest.mark.parametrize("panel", [1, 40, 96, 200])
+@pytest.mark.parametrize("shape", [(24,), (1,), (3, 5)])
+def test_outputs_are_squared_in_panels_too(panel, shape, monkeypatch):
+    monkeypatch.setattr("tensormill.compress.output_error._PANEL", {"cpu": panel})
+    x = outlier_inputs().double()
+    weight = torch.randn(*shape, 96, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    before = weight.clone()
+    expected = (weight @ x.T).square().mean(dim=-1)
+    assert torch.allclose(squared_outputs(weight, gram_of(x)), expected, rtol=1e-10)
+    assert torch.equal(weight, before)
 
 
 def test_scales_follow_the_papers_formula():
@@ -243,6 +261,23 @@ def test_models_lose_less_than_by_rounding(architecture, dtype):
     assert model(tokens()).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_absorbing_errors_loses_less_than_rounding_to_nearest(symmetric):
+    model = tiny_model("qwen2")
+    inject_outliers(model, 0.03, 16.0)
+    batch, models = Calibration(tokens(16)), {}
+    errors = {}
+    for rounding in ("nearest", "gptq"):
+        models[rounding] = copy.deepcopy(model)
+        config = AWQConfig(bits=3, group_size=32, symmetric=symmetric, rounding=rounding)
+        errors[rounding] = total(apply(models[rounding], config, batch))
+    assert errors["gptq"] < 0.9 * errors["nearest"]
+    # Scales and ranges are found before, so the grids are the same.
+    for name, part in models["gptq"].named_modules():
+        if isinstance(part, LinearWNA16):
+            assert torch.equal(part.weight_scale, models["nearest"].get_submodule(name).weight_scale)
+
+
 def test_reported_errors_are_those_of_the_compressed_layers():
     model = tiny_model("qwen2")
     original, batch = copy.deepcopy(model), Calibration(tokens(16))
@@ -358,6 +393,8 @@ def test_mappings_by_hand():
         {"refine": -1},
         {"duo_scaling": "half"},
         {"objective": "block"},
+        {"rounding": "stochastic"},
+        {"damping": 0.0},
         {"clip_max_shrink": 1.0},
         {"clip_grid": 0},
         {"mappings": "llama"},

@@ -93,8 +93,8 @@ def test_a_changed_block_feeds_the_next_only_if_asked():
     def second_input(inputs: str) -> torch.Tensor:
         model = tiny_model("llama")
         for block in stream_blocks(model, discover(model), batch, inputs=inputs):
-            block.observe()
             before = torch.cat(block.hidden)
+            block.observe()
             block.module.mlp.down_proj.weight.data.mul_(1.5)
         return before
 
@@ -124,7 +124,8 @@ def test_statistics_are_those_of_the_inputs():
         assert torch.allclose(found[name].mean_abs.double(), x.abs().mean(0), rtol=1e-5)
         assert torch.allclose(found[name].second_moment.double(), x.square().mean(0), rtol=1e-5)
     scale = torch.rand(64) + 0.5
-    divided = found["self_attn.q_proj"].divided(scale)
+    divided = found["self_attn.q_proj"]
+    divided.divide(scale)
     x = expected["self_attn.q_proj"] / scale
     assert torch.allclose(divided.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 

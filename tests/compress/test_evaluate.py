@@ -219,9 +219,7 @@ def test_divergence_equals_direct_formula(tokenizer):
 
 
 def test_ruled_out_tokens_add_nothing_to_the_divergence():
-    score = ev._Score(
-        torch.zeros(1), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    )
+    score = ev.Score(torch.zeros(1), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
     original = torch.tensor([[[0.5, 0.5, 0.0]]]).log()
     ev._add_divergence(score, slice(0, 1), original, original)
     assert score.kl.item() == 0

@@ -6,7 +6,7 @@ from tiny_models import ARCHITECTURES, tiny_model, tokens
 
 from tensormill.compress.calibration import Calibration
 from tensormill.compress.formats import QuantSpec, quantize_weight
-from tensormill.compress.formats.quantization import group_grid
+from tensormill.compress.formats.quantization import group_grid, join_groups, split_groups
 from tensormill.compress.gptq import GPTQConfig, apply, gptq_quantize, inverse_factor
 from tensormill.compress.output_error import output_error
 from tensormill.errors import InvalidArgument
@@ -45,6 +45,26 @@ def optimal_brain_quantization(weight: torch.Tensor, gram: torch.Tensor, spec: Q
         move = (current - result[:, column]) / inverse[0, 0]
         remaining[:, column:] -= move[:, None] * inverse[0]
     return result
+
+
+@pytest.mark.parametrize("group_size", [16, 40, -1])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_given_ranges_give_the_grids_of_clipped_rounding(group_size, symmetric):
+    weight = random_weight(6, 96, seed=3)
+    spec = QuantSpec(3, group_size, symmetric, tail="smaller")
+    clip = split_groups(weight, spec).abs().amax(-1) * (0.5 + 0.5 * torch.rand(6, spec.num_groups(96)))
+    wanted = quantize_weight(weight, spec, clip)
+    found = gptq_quantize(weight, correlated_gram(96), spec, clip)
+    assert torch.equal(found.scale, wanted.scale)
+    assert symmetric or torch.equal(found.zero_point, wanted.zero_point)
+    assert not torch.equal(found.codes, wanted.codes)
+    # Independent inputs leave nothing to absorb: every weight takes the grid's nearest value.
+    alone = gptq_quantize(weight, torch.eye(96), spec, clip)
+    zero = torch.full_like(wanted.scale, 4) if symmetric else wanted.zero_point.float()
+    grid = (torch.arange(8) - zero[..., None]) * wanted.scale[..., None]  # [N, G, codes]
+    values = split_groups(weight, spec)[..., None] - grid[:, :, None]  # [N, G, group, codes]
+    nearest = join_groups(values.abs().amin(-1), 96)
+    assert torch.allclose((weight - alone.dequantize()).abs(), nearest, atol=1e-5)
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 48, -1])

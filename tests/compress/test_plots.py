@@ -15,12 +15,15 @@ from tensormill.compress.plots import (
     PLOT_STYLE,
     TONES,
     Bar,
+    Cell,
+    GridRow,
     Pair,
     PairGroup,
     Point,
     Series,
     bar_plot,
     format_value,
+    grid_plot,
     line_plot,
     log_ticks,
     nice_ticks,
@@ -228,3 +231,28 @@ def test_style_covers_every_tone_in_light_and_dark():
     for tone in TONES:
         assert f"--{tone}:" in light and f"--{tone}:" in dark and f".plot .{tone}.mark" in light
     assert light.count("{") == light.count("}") and dark.count("{") == dark.count("}")
+
+
+@given(
+    rows=st.lists(st.lists(st.none() | ANY, min_size=1, max_size=90), min_size=1, max_size=5),
+)
+def test_a_grid_has_a_cell_for_every_number(rows):
+    grid = [GridRow(NASTY, [None if value is None else Cell(value) for value in values]) for values in rows]
+    svg = grid_plot(grid, title=NASTY)
+    finite = [v for values in rows for v in values if v is not None and math.isfinite(v)]
+    if not finite:
+        assert svg == ""
+        return
+    root = shapes(svg)
+    cells = [rect for rect in named(root, "rect") if rect.get("class") == "cell"]
+    assert len(cells) == len(finite) == len(named(root, "title"))
+    _, _, width, height = map(float, root.get("viewBox").split())
+    for cell in cells:
+        assert 0 <= float(cell.get("x")) <= width - float(cell.get("width"))
+        assert 0 <= float(cell.get("y")) <= height - float(cell.get("height"))
+    shades = [float(cell.get("fill-opacity")) for cell in cells]
+    assert shades[finite.index(max(finite))] == max(shades)
+
+
+def test_a_grid_without_rows_is_nothing():
+    assert grid_plot([], title="bits") == ""

@@ -259,7 +259,7 @@ from tensormill.ops.ngram_matches.triton import _ngram_matches, unroll
 pointers = ["candidates", "candidate_lengths", "references", "reference_lengths", "matches", "totals", "closest"]
 for orders, ids, block in ((4, "*i64", 128), (4, "*i32", 128), (8, "*i64", 32)):
     signature = dict(zip(pointers, [ids, "*i64", ids, "*i64", "*i32", "*i32", "*i32"]))
-    signature.update(dict.fromkeys(["group", "width", "count", "longest", "blocks"], "i32"))
+    signature.update(dict.fromkeys(["batch", "group", "width", "count", "longest", "blocks"], "i32"))
     constants = dict(N=orders, ORDERS=orders, WIDE=ids == "*i64", BLOCK=block, UNROLL=unroll(orders))
     signature.update(dict.fromkeys(constants, "constexpr"))
     kernel = triton.compile(ASTSource(fn=_ngram_matches, signature=signature, constexprs=constants),

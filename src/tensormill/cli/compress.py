@@ -1,5 +1,6 @@
 """`tensormill compress`, `tensormill evaluate` and `tensormill generate`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,15 @@ def compress(
         list[str] | None, typer.Option("--set", help="Another setting of the method, NAME=VALUE; repeatable.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML list of steps, instead of --method.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose each layer's bits within 4.25bpw, 9MB, ppl+2% or 30tok/s; a speed also after a comma."
+        ),
+    ] = None,
+    choose_from: Annotated[
+        str | None, typer.Option("--widths", help="Bits to choose from with --budget. Default: 2 to 8.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the result.")] = None,
     format: Annotated[
         str | None,
@@ -53,6 +63,13 @@ def compress(
     ] = None,
     text: Text = None,
     max_tokens: MaxTokens = 65536,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Go from disk to disk, block by block, and resume. Default: where the model is large.",
+        ),
+    ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure quality and speed.")] = True,
     curve: Annotated[
         str | None, typer.Option(help="Bit widths, e.g. 2,3,4, at which to plot RTN, GPTQ and AWQ.")
@@ -69,26 +86,38 @@ def compress(
     given = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     settings.update({name: value for name, value in given.items() if value is not None})
     where = resolve_device(device)
-    with progress_bar() as progress:
-        report = run(
-            model,
-            method,
-            output=output,
-            format=format,
-            recipe=recipe,
-            calibration_text=calibration,
-            calibration_pairs=calibration_pairs,
-            text=text,
-            device=where,
-            dtype=dtype_named(dtype),
-            overwrite=overwrite,
-            evaluate=evaluate,
-            max_tokens=max_tokens or None,
-            curve=_widths(curve),
-            seed=seed,
-            progress=progress,
-            **settings,
-        )
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    try:
+        with progress_bar(quiet=not leads) as progress:
+            report = run(
+                model,
+                method,
+                output=output,
+                format=format,
+                recipe=recipe,
+                budget=budget,
+                widths=None if choose_from is None else widths(choose_from, "--widths"),
+                calibration_text=calibration,
+                calibration_pairs=calibration_pairs,
+                text=text,
+                device=where,
+                dtype=dtype_named(dtype),
+                overwrite=overwrite,
+                stream=stream,
+                evaluate=evaluate,
+                max_tokens=max_tokens or None,
+                curve=_widths(curve),
+                seed=seed,
+                progress=progress,
+                **settings,
+            )
+    except KeyboardInterrupt as error:
+        if not error.args:
+            raise
+        print(f"tensormill: {error}", file=sys.stderr)
+        sys.exit(130)
+    if not leads:
+        return
     if json:
         print_json(report.to_dict())
         return

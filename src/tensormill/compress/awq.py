@@ -36,12 +36,14 @@ from tensormill.compress.clipping import gram_blocks, keep_helpful_rows, search_
 from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.fold import fold
 from tensormill.compress.formats.quantization import (
+    QuantizedWeight,
     QuantSpec,
     fake_quantize,
     join_groups,
     quantize_weight,
     split_groups,
 )
+from tensormill.compress.gptq import gptq_quantize
 from tensormill.compress.methods import (
     LayerReport,
     MethodReport,
@@ -53,6 +55,7 @@ from tensormill.compress.methods import (
     round_outside,
 )
 from tensormill.compress.output_error import ScaleLoss, gram_loss, module_loss, output_error, sample_loss
+from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import (
     HOW_TO_PASS_MAPPINGS,
     BlockCall,
@@ -85,6 +88,10 @@ class AWQConfig(WeightConfig):
         clip_max_shrink: how much of a group's range may be cut away, from 0 to below 1 (0.5 there).
         clip_scores: clip query and key projections too. The paper's code doesn't, since their errors meet in
             a product; here clipping is kept only in rows whose whole error it lowers, and then it helps.
+        rounding: how codes are chosen once scales and ranges are: "nearest", the paper's; "gptq" lets the columns
+            still to come absorb each one's error (the paper's combination with GPTQ), on the same grids. Costs
+            a factorization for each input and N K^2 operations for each linear.
+        damping: as GPTQ's, for that rounding.
         mappings: "auto", or a list of `{"producer": name, "consumers": [names]}`, names as inside a block.
     """
 
@@ -97,6 +104,8 @@ class AWQConfig(WeightConfig):
     clip_grid: int = 40
     clip_max_shrink: float = 0.7
     clip_scores: bool = True
+    rounding: str = "nearest"
+    damping: float = 0.01
     mappings: Literal["auto"] | Sequence[Mapping[str, Any]] = "auto"
 
     def __post_init__(self) -> None:
@@ -112,6 +121,9 @@ class AWQConfig(WeightConfig):
             raise InvalidArgument(
                 f"given objective={self.objective!r}, expected 'gram', 'linear' or 'module'"
             )
+        if self.rounding not in ("nearest", "gptq"):
+            raise InvalidArgument(f"given rounding={self.rounding!r}, expected 'nearest' or 'gptq'")
+        check_number(self, "damping", 1e-8, 1.0)
         if self.mappings != "auto" and (isinstance(self.mappings, str) or not self.mappings):
             raise InvalidArgument(
                 f"given mappings={self.mappings!r}, expected 'auto'; or {HOW_TO_PASS_MAPPINGS}"
@@ -245,6 +257,7 @@ def apply(
     *,
     device: torch.device | str | None = None,
     structure: ModelStructure | None = None,
+    residence: Residence | None = None,
 ) -> MethodReport:
     """Compress a model's linear layers with AWQ, in place.
 
@@ -255,24 +268,31 @@ def apply(
         progress: called as `progress(message, fraction)`.
         device: where blocks are calibrated and compressed; None stays where the model is.
         structure: of the model, if known already; its mappings then count.
+        residence: of the model, with a device of its own; None stands for one in memory.
 
     Raises:
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers, or no edge along which scales can move.
     """
+    residence = residence or InMemory(model, device)
     if structure is None:
         unfuse_experts(model)
-        structure = discover(model, config.mappings)
+        structure = discover(model, config.mappings, residence=residence)
+    if config.objective != "gram" and residence.ranks.size > 1:
+        raise InvalidArgument(
+            f"given objective={config.objective!r} and {residence.ranks.size} processes, expected 'gram', whose "
+            "statistics processes can add up"
+        )
     if not any(block.mappings for block in structure.blocks):
         raise ModelError(
             f"given a {type(model).__name__} without an edge along which scales can be moved, "
             f"expected norms that feed linear layers (found {structure}); {HOW_TO_PASS_MAPPINGS}"
         )
     check_layers(model, structure, config)
-    layers = list(round_outside(model, structure, config))
-    for block in stream_blocks(model, structure, calibration, device=device, progress=progress):
-        layers += _compress_block(block, config)
-    return finish_report("awq", config, layers, structure.left_out)
+    round_outside(model, structure, config, residence)
+    for block in stream_blocks(model, structure, calibration, progress=progress, residence=residence):
+        block.layers += _compress_block(block, config)
+    return finish_report("awq", config, residence.layers, structure.left_out)
 
 
 def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerReport]:
@@ -296,7 +316,7 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     for parameter in module.parameters():
         parameter.data = parameter.data.float()
-    specs = {name: config.spec(dtypes[f"{name}.weight"]) for name in targets}
+    specs = {name: config.spec_of(block.full_name(name), dtypes[f"{name}.weight"]) for name in targets}
     before = {
         name: output_error(linear.weight, fake_quantize(linear.weight, specs[name]), statistics[name].gram)
         for name, linear in targets.items()
@@ -314,7 +334,9 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
             seconds[name] += (time.perf_counter() - start) / len(names)
     for mapping, scale in searches:
         columns = fold(module, mapping, scale, stored_dtype=dtypes.get(f"{mapping.producer}.weight"))
-        divide_statistics(statistics, mapping.consumers, columns)
+        # Linears that read one tensor share its statistics; so do experts that took those of the whole layer.
+        for seen in {id(statistics[name].gram): statistics[name] for name in mapping.consumers}.values():
+            seen.divide(columns)
 
     layers = []
     for name, linear in targets.items():
@@ -322,25 +344,26 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
         weight, gram, spec = linear.weight.data, statistics[name].gram, specs[name]
         clip = None
         if config.clip and (config.clip_scores or name not in block.structure.scores):
+            rows = weight[block.ranks.own(len(weight))]
             clip = search_clip(
-                weight,
+                rows,
                 gram_blocks(gram, spec),
                 spec,
                 clip_grid=config.clip_grid,
                 clip_max_shrink=config.clip_max_shrink,
             )
-            clip = keep_helpful_rows(weight, clip, gram, spec)
+            clip = block.ranks.collect(keep_helpful_rows(rows, clip, gram, spec), len(weight))
             largest = split_groups(weight, spec).abs().amax(dim=-1)
             details[name]["clipped_groups"] = (clip < largest).float().mean().item()
         details[name] |= statistics[name].to_dict()
-        quantized = quantize_weight(weight, spec, clip)
+        quantized = _quantize(weight, gram, spec, clip, config)
         error = output_error(weight, quantized.dequantize(torch.float32), gram)
         replace_linear(module, name, quantized, dtypes[f"{name}.weight"])
         seconds[name] += time.perf_counter() - start
         layers.append(
             LayerReport(
                 block.full_name(name),
-                config.bits,
+                spec.bits,
                 config.group_size,
                 error,
                 before[name],
@@ -353,6 +376,55 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
     return layers
 
 
+def _quantize(
+    weight: Tensor, gram: Tensor, spec: QuantSpec, clip: Tensor | None, config: AWQConfig
+) -> QuantizedWeight:
+    """Codes of a scaled weight (N, K) on the grids of its ranges (N, G), chosen as the settings say."""
+    if config.rounding == "nearest":
+        return quantize_weight(weight, spec, clip)
+    limit = split_groups(weight, spec).abs().amax(dim=-1) if clip is None else clip
+    return gptq_quantize(weight, gram, spec, limit, damping=config.damping)
+
+
+def rounded(
+    block: CalibrationBlock,
+    names: Sequence[str],
+    bits: int,
+    config: AWQConfig,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    """See `METHODS.rounded`; scales are searched with the objective "gram" whatever the settings say.
+
+    Rows may be scaled too, where the linears are producers of another edge; that moves their groups' scales and no
+    code, and so changes nothing.
+    """
+    linears = {name: linear_in(block.module, name) for name in names}
+    spec, weights = config.spec_at(bits), {name: one.weight.detach() for name, one in linears.items()}
+    gram, columns = statistics[names[0]].gram, None
+    mapping = next((one for one in block.structure.mappings if set(names) <= set(one.consumers)), None)
+    if mapping is not None:
+        by_gram, specs = replace(config, objective="gram"), dict.fromkeys(names, spec)
+        found = _search_mapping(block, mapping, linears, specs, statistics, by_gram)
+        columns = mapping.expand(found.scale)
+        gram = gram / torch.outer(columns, columns)
+    result = {}
+    for name, weight in weights.items():
+        scaled = weight if columns is None else weight * columns
+        clip = None
+        if config.clip and (config.clip_scores or name not in block.structure.scores):
+            clip = search_clip(
+                scaled,
+                gram_blocks(gram, spec),
+                spec,
+                clip_grid=config.clip_grid,
+                clip_max_shrink=config.clip_max_shrink,
+            )
+            clip = keep_helpful_rows(scaled, clip, gram, spec)
+        approximation = _quantize(scaled, gram, spec, clip, config).dequantize(torch.float32)
+        result[name] = approximation if columns is None else approximation / columns
+    return result
+
+
 def _search_mapping(
     block: CalibrationBlock,
     mapping: ScaleMapping,
@@ -363,7 +435,7 @@ def _search_mapping(
 ) -> ScaleSearch:
     """Search the scales of one edge in the unchanged block, with the objective of the settings."""
     names = [name for name in mapping.consumers if name in targets]
-    linears, spec = [targets[name] for name in names], specs[names[0]]
+    linears, chosen = [targets[name] for name in names], [specs[name] for name in names]
     weights = [linear.weight.data for linear in linears]
     seen = [statistics[name] for name in names]
     # An expert counts as often as it is chosen.
@@ -373,16 +445,22 @@ def _search_mapping(
     module = block.module.get_submodule(mapping.inspected)
     inputs = _inputs_of(linears, module, calls) if config.objective == "linear" else []
     if config.objective == "module" and mapping.inspected not in names:
-        per_column = module_loss(module, linears, calls, spec)
+        per_column = module_loss(module, linears, calls, chosen)
     elif any(x.numel() for x in inputs):
-        per_column = sample_loss(weights, inputs, spec, shares)
+        per_column = sample_loss(weights, inputs, chosen, shares)
     else:
         # An expert that the sample doesn't reach has the statistics of all tokens.
-        per_column = gram_loss(weights, [each.gram for each in seen], spec, shares)
+        per_column = gram_loss(weights, [each.gram for each in seen], chosen, shares)
+    ranks = block.ranks
+
+    def losses(scales: Tensor) -> Tensor:
+        own = [mapping.expand(scale) for scale in scales[ranks.own(len(scales))]]
+        return ranks.collect(per_column(torch.stack(own)) if own else scales.new_zeros(0), len(scales))
+
     return search_scales(
         mapping.reduce(_mean_abs(seen)),
-        mapping.reduce(weight_magnitude(weights, spec)),
-        lambda scales: per_column(torch.stack([mapping.expand(scale) for scale in scales])),
+        mapping.reduce(weight_magnitude(weights, chosen[0])),
+        losses,
         n_grid=config.n_grid,
         duo_scaling=config.duo_scaling,
         refine=config.refine,
@@ -394,19 +472,6 @@ def _mean_abs(seen: Sequence[InputStatistics]) -> Tensor:
     distinct = list({id(each.gram): each for each in seen}.values())
     total = sum(each.tokens for each in distinct)
     return torch.stack([each.mean_abs * (each.tokens / total) for each in distinct]).sum(dim=0)
-
-
-def divide_statistics(statistics: dict[str, InputStatistics], names: Sequence[str], columns: Tensor) -> None:
-    """Divide the inputs of some linears by `columns` (K,); a matrix that they share stays shared."""
-    left = list(names)
-    while left:
-        # One after the other: the matrices of many experts mustn't be held twice.
-        gram = statistics[left[0]].gram
-        alike = [name for name in left if statistics[name].gram is gram]
-        divided = statistics[alike[0]].divided(columns)
-        for name in alike:
-            statistics[name] = replace(divided, routed=statistics[name].routed)
-        left = [name for name in left if name not in alike]
 
 
 def _inputs_of(linears: Sequence[nn.Linear], module: nn.Module, calls: Sequence[BlockCall]) -> list[Tensor]:

@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tensormill.compress.experts import expert_lists
 from tensormill.compress.fold import fold
+from tensormill.compress.output_error import search_numbers
 from tensormill.compress.precision import computing_dtype, gram_precision, widened
+from tensormill.compress.ranks import ALONE, Ranks
+from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import (
     BlockCall,
     BlockStructure,
@@ -37,12 +40,15 @@ from tensormill.compress.structure import (
 from tensormill.compress.text import read_texts
 from tensormill.errors import DataError, InvalidArgument, ModelError
 
+if TYPE_CHECKING:
+    from tensormill.compress.methods import LayerReport
+
 Progress = Callable[[str, float], None]
 """Called as `progress(message, fraction)`, fraction from 0 to 1."""
 
 # Tokens that run through a block at once: enough to fill the device, few enough that an MLP's intermediate
 # activations stay small beside its weights.
-_CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}
+_CHUNK_TOKENS = {"cpu": 4096, "cuda": 4096}
 
 # Tokens per input feature below which an expert is observed on all tokens of its layer. On Gaussian inputs
 # (256 features, 3 bits) AWQ's scales and ranges from an expert's own tokens are better than those from all
@@ -86,6 +92,14 @@ class Calibration:
                 )
         if self.lengths is not None and not all(1 <= each <= length for each in self.lengths):
             raise DataError(f"given lengths {list(self.lengths)[:8]}, expected 1 to {length} tokens each")
+
+    def part(self, windows: slice) -> Calibration:
+        """Some of the windows."""
+        return Calibration(
+            self.tokens[windows],
+            None if self.inputs is None else self.inputs[windows],
+            None if self.lengths is None else self.lengths[windows],
+        )
 
     def chunks(self, samples: int) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
         """Tokens (batch, length) and further inputs, up to `samples` windows at a time: one where windows have
@@ -259,16 +273,23 @@ class InputStatistics:
         """(K,) float32, the mean over tokens of x^2."""
         return self.gram.diagonal()
 
-    def divided(self, scale: Tensor) -> InputStatistics:
-        """The statistics of x / scale, for scale (K,)."""
-        gram = self.gram / torch.outer(scale, scale)
-        return InputStatistics(gram, self.mean_abs / scale, self.tokens, self.routed)
-
     def to_dict(self) -> dict[str, Any]:
         """What a layer's report says of them: nothing, unless an expert saw too few tokens."""
         if self.routed is None:
             return {}
         return {"calibrated_on": "all tokens of the layer", "routed_tokens": self.routed}
+
+    def divide(self, scale: Tensor) -> None:
+        """Make these the statistics of x / scale, for scale (K,), in place."""
+        for rows in _panels(len(scale), search_numbers(scale.device) // len(scale)):
+            self.gram[rows].div_(torch.outer(scale[rows], scale))
+        self.mean_abs.div_(scale)
+
+
+def _panels(rows: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step` rows, or one."""
+    step = max(1, step)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 class GramAccumulator:
@@ -293,15 +314,27 @@ class GramAccumulator:
         with gram_precision(x):
             x = x.float()
             self.abs_sum += x.abs().sum(dim=0)
-            for start in range(0, x.shape[1], self.panel):
-                rows = slice(start, start + self.panel)
-                self.gram[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+            for rows in _panels(x.shape[1], self.panel):
+                self.gram[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :])
+
+    def add_others(self, ranks: Ranks) -> None:
+        """Take in what all processes of a group saw, once."""
+        if self.finished is not None:
+            return
+        tokens = torch.tensor([self.tokens], device=self.gram.device)
+        for values in (self.gram, self.abs_sum, tokens):
+            ranks.add(values)
+        self.tokens = int(tokens)
 
     def finish(self) -> InputStatistics:
-        """The means over all tokens; one object however often it is asked for."""
+        """The means over all tokens, one object however often it is asked for; nothing more can be added."""
         if self.finished is None:
-            upper = self.gram.triu_().div_(self.tokens)
-            gram = upper + upper.triu(1).T
+            gram = self.gram.div_(self.tokens)
+            # The lower triangle is filled in place: beside a large matrix there may be no room for a second one.
+            for rows in _panels(len(gram), self.panel):
+                gram[rows.stop :, rows] = gram[rows, rows.stop :].T
+                corner = gram[rows, rows].triu()
+                gram[rows, rows] = corner + corner.triu(1).T
             self.finished = InputStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens)
         return self.finished
 
@@ -315,15 +348,23 @@ class CalibrationBlock:
         module: the block, on the computing device.
         hidden: the inputs, a list of (batch, length, hidden).
         calls: what the model passes to the block besides, per chunk.
+        keeps_inputs: whether `hidden` is needed after all linears were observed once; if not, the outputs take
+            its place as they come.
         outputs: the block's outputs as last computed with all chunks, or None.
+        captured: inputs of modules, as `observe` was asked to keep.
+        ranks: the processes that share the calibration; `hidden` is this one's share.
+        layers: reports on the layers compressed in it, for the caller to fill.
     """
 
     structure: BlockStructure
     module: nn.Module
     hidden: list[Tensor]
     calls: list[BlockCall]
+    keeps_inputs: bool = True
     outputs: list[Tensor] | None = None
     captured: dict[str, list[BlockCall]] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    ranks: Ranks = ALONE
 
     @property
     def name(self) -> str:
@@ -335,10 +376,12 @@ class CalibrationBlock:
         return f"{self.name}.{name}"
 
     @torch.no_grad()
-    def run(self) -> list[Tensor]:
-        """The block's outputs for all chunks, with its weights as they are now."""
+    def advance(self) -> list[Tensor]:
+        """Run the block with its weights as they are now; its outputs take the place of `hidden`."""
         with widened(self.module):
-            return [call.run(self.module, x) for call, x in zip(self.calls, self.hidden, strict=True)]
+            for chunk, call in enumerate(self.calls):
+                self.hidden[chunk] = call.run(self.module, self.hidden[chunk])
+        return self.hidden
 
     @torch.no_grad()
     def observe(
@@ -371,7 +414,10 @@ class CalibrationBlock:
         groups = [group for group in groups if group]
         accumulators: dict[str, GramAccumulator] = {}
         self.captured = {name: [] for name in capture}
-        outputs: list[Tensor] = []
+        experts = [group[0] for group in groups if self.list_of_experts(group[0])]
+        # Experts may have to be shown the inputs once more.
+        keeps_inputs = self.keeps_inputs or linears is not None or bool(experts)
+        outputs = list(self.hidden) if keeps_inputs else self.hidden
         chunk = 0
 
         def gather(name: str, last: bool) -> Callable[..., None]:
@@ -387,7 +433,7 @@ class CalibrationBlock:
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if chunk * self.hidden[0].shape[0] < capture_samples:
+                if chunk * len(self.hidden[0]) < capture_samples:
                     self.captured[name].append(BlockCall(args, kwargs))
 
             return hook
@@ -401,18 +447,18 @@ class CalibrationBlock:
             for name in capture:
                 part = self.module.get_submodule(name)
                 stack.callback(part.register_forward_pre_hook(keep(name), with_kwargs=True).remove)
-            for call, x in zip(self.calls, self.hidden, strict=True):
+            for chunk, call in enumerate(self.calls):
                 with suppress(Stop):
-                    outputs.append(call.run(self.module, x))
-                chunk += 1
+                    outputs[chunk] = call.run(self.module, self.hidden[chunk])
         if linears is None:
             self.outputs = outputs
+        routed = torch.tensor([getattr(accumulators.get(name), "tokens", 0) for name in experts])
+        routed = routed.to(self.hidden[0].device)
+        self.ranks.add(routed)
         starved = {
-            group[0]: seen
-            for group in groups
-            if self.list_of_experts(group[0])
-            and (seen := getattr(accumulators.get(group[0]), "tokens", 0))
-            < tokens_per_feature * linear_in(self.module, group[0]).in_features
+            name: seen
+            for name, seen in zip(experts, routed.tolist(), strict=True)
+            if seen < tokens_per_feature * linear_in(self.module, name).in_features
         }
         if starved:
             accumulators |= self._show_all(list(starved))
@@ -479,12 +525,18 @@ class CalibrationBlock:
         self, group: list[str], accumulators: dict[str, GramAccumulator], routed: int | None = None
     ) -> Iterator[tuple[str, InputStatistics]]:
         names = " and ".join(self.full_name(name) for name in group)
-        if group[0] not in accumulators:
+        accumulator = accumulators.get(group[0])
+        if accumulator is None:  # others may have tokens that reach it
+            features = linear_in(self.module, group[0]).in_features
+            accumulator = GramAccumulator(features, self.hidden[0].device)
+        accumulator.add_others(self.ranks)
+        if accumulator.tokens == 0:
             raise InvalidArgument(f"given calibration tokens that never reach {names}, expected other text")
-        statistics = accumulators[group[0]].finish()
+        statistics = accumulator.finish()
         if routed is not None:
             statistics = replace(statistics, routed=routed)
-        if not torch.isfinite(statistics.gram).all():
+        # The extremes of a matrix with NaN are NaN.
+        if not torch.isfinite(torch.stack(torch.aminmax(statistics.gram))).all():
             raise InvalidArgument(
                 f"given NaN or infinity in the input of {names}, expected finite activations; check the "
                 "checkpoint, or run the model in float32 or bfloat16"
@@ -502,10 +554,12 @@ def stream_blocks(
     device: torch.device | str | None = None,
     inputs: str = "original",
     progress: Progress | None = None,
+    residence: Residence | None = None,
 ) -> Iterator[CalibrationBlock]:
     """Yield the blocks in order, each on `device` with the hidden states that reach it.
 
-    The caller may change the block; it goes back to where it was afterwards.
+    The caller may change the block, and notes what it did in its `layers`; it goes back to where it was afterwards.
+    Blocks that an earlier run finished are passed over.
 
     Args:
         model: a causal language model, called as `model(tokens)`.
@@ -515,48 +569,63 @@ def stream_blocks(
         inputs: "original" feeds the next block what the unchanged block gave (AWQ), "compressed" what the
             changed block gives (GPTQ).
         progress: told after each block.
+        residence: of the model, with a device of its own; None stands for one in memory.
     """
     if inputs not in ("original", "compressed"):
         raise InvalidArgument(f"given inputs={inputs!r}, expected 'original' or 'compressed'")
     _check_tokens(model, calibration.tokens)
     names = [block.name for block in structure.blocks]
-    home = next(model.parameters()).device
-    device = home if device is None else torch.device(device)
-    batch = max(1, _CHUNK_TOKENS.get(device.type, 4096) // calibration.tokens.shape[1])
+    residence = residence or InMemory(model, device)
+    device = residence.device
+    ranks = residence.ranks
+    if len(calibration.tokens) < ranks.size:
+        raise InvalidArgument(
+            f"given {len(calibration.tokens)} calibration samples for {ranks.size} processes, expected at least one "
+            "for each"
+        )
+    share = calibration.part(ranks.own(len(calibration.tokens)))
+    batch = max(1, _CHUNK_TOKENS.get(device.type, 4096) // share.tokens.shape[1])
     dtype = computing_dtype(next(model.parameters()).dtype, device)
-    hidden: list[Tensor] = []
+    beginning, kept = residence.kept_inputs()
+    hidden: list[Tensor] = kept or []
     calls: list[list[BlockCall]] = []
     returns_tuple = [block.returns_tuple for block in structure.blocks]
-    stored = next(model.parameters()).dtype
-    for tokens, besides in calibration.chunks(batch):
-        more = {
-            name: value.to(home, stored) if value.is_floating_point() else value.to(home)
-            for name, value in besides.items()
-        }
-        first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple, more)
-        hidden.append(first.to(device, dtype))
-        calls.append(chunk_calls)
+    home, stored = residence.home, next(model.parameters()).dtype
+    with residence.entrance():
+        for tokens, besides in share.chunks(batch):
+            more = {
+                name: value.to(home, stored) if value.is_floating_point() else value.to(home)
+                for name, value in besides.items()
+            }
+            first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple, inputs=more)
+            calls.append(chunk_calls)
+            if kept is None:
+                hidden.append(first.to(device, dtype))
     training = model.training
     model.eval()
     try:
         for index, block_structure in enumerate(structure.blocks):
+            if index < beginning:
+                continue
             if progress is not None:
                 progress(f"block {index + 1} of {len(names)}", index / len(names))
-            module = model.get_submodule(block_structure.name).to(device)
-            block_calls = [chunk[index].to(device).to(dtype) for chunk in calls]
-            block = CalibrationBlock(block_structure, module, hidden, block_calls)
-            if inputs == "original":
+            with residence.part(block_structure.name) as module:
+                block_calls = [chunk[index].to(device).to(dtype) for chunk in calls]
+                block = CalibrationBlock(
+                    block_structure, module, hidden, block_calls, inputs != "original", ranks=ranks
+                )
+                if residence.is_finished(block.name):
+                    block.advance()
+                    continue
                 yield block
-                if block.outputs is None:
+                if inputs != "original":
+                    if index + 1 < len(names):
+                        block.advance()
+                elif block.outputs is None:
                     raise InvalidArgument(
                         "given a block that was not observed, expected observe() before it changes"
                     )
-                hidden = block.outputs
-            else:
-                yield block
-                if index + 1 < len(names):
-                    hidden = block.run()
-            module.to(home)
+                residence.finish(block.name, block.layers, hidden)
         if progress is not None:
             progress("done", 1.0)
     finally:

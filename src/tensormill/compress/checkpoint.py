@@ -15,7 +15,7 @@ import os
 import shutil
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,8 @@ _DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-_PACKED_PARTS = tuple({f".{part}" for found in FORMATS.values() for part in found.parts})
+#: How names of packed tensors end.
+PACKED_PARTS = tuple({f".{part}" for found in FORMATS.values() for part in found.parts})
 _SCANNED_DTYPES = ("F16", "BF16", "F32", "F64")
 _MAX_HEADER_BYTES = 100_000_000
 # Elements whose finiteness is tested at a time: bounds the temporary to 16 MiB.
@@ -86,12 +87,13 @@ _SCAN_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file: its place, dtype as the file names it, and shape."""
+    """A tensor in a safetensors file: its dtype as the file names it, its shape, and its first byte's place."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,20 +142,19 @@ def open_model(
         InvalidArgument: the device doesn't exist.
     """
     if gguf.is_gguf(resolve_path(path_or_builtin)):
-        with _quiet_transformers():
+        with quiet_transformers():
             opened, tokenizer = gguf.open_gguf(
                 resolve_path(path_or_builtin), device=_device(device), dtype=dtype
             )
         if check_finite:
             for name, tensor in opened.named_parameters():
-                if not _is_finite(tensor.detach()):
+                if not is_finite(tensor.detach()):
                     raise CheckpointError(
                         f"{name} in {path_or_builtin} has NaN or infinity, expected finite weights; get a sound copy"
                     )
         return opened, tokenizer
     info = inspect_checkpoint(path_or_builtin)
-    if info.quantization is not None:
-        raise CheckpointError(_already_quantized(info))
+    check_not_quantized(info)
     if check_finite:
         check_finite_tensors(info)
     model = _from_pretrained(info, _device(device), dtype)
@@ -263,7 +264,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     tensors, spans = {}, []
     for name, entry in header.items():
-        tensors[name], span = _read_entry(file, name, entry)
+        tensors[name], span = _read_entry(file, name, entry, 8 + length)
         spans.append(span)
     end = 0
     for first, last in sorted(spans):
@@ -294,12 +295,12 @@ def check_finite_tensors(info: CheckpointInfo) -> None:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in names:
-                    if not _is_finite(opened.get_tensor(name)):
+                    if not is_finite(opened.get_tensor(name)):
                         raise CheckpointError(
                             f"{name} in {file} has NaN or infinity, expected finite weights; get a sound copy"
                         )
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} can't be read: {_one_line(error)}") from error
+            raise CheckpointError(f"{file} can't be read: {one_line(error)}") from error
 
 
 def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
@@ -313,10 +314,10 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise CheckpointError(f"the tokenizer in {path} can't be read: {_one_line(error)}") from error
+        raise CheckpointError(f"the tokenizer in {path} can't be read: {one_line(error)}") from error
 
 
 def open_processor(path: Path) -> Any:
@@ -328,10 +329,10 @@ def open_processor(path: Path) -> Any:
     from transformers import AutoProcessor
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             found = AutoProcessor.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise CheckpointError(f"the processor in {path} can't be read: {_one_line(error)}") from error
+        raise CheckpointError(f"the processor in {path} can't be read: {one_line(error)}") from error
     if getattr(found, "image_processor", None) is None:
         raise CheckpointError(f"{path} has no processor of images, expected preprocessor_config.json")
     return found
@@ -379,8 +380,8 @@ def save_compressed(
         source = None  # no file in it can travel: configuration and tokenizer come from the opened model
     quantization = layout.quantization_config(model)
     config = _read_config(source) if source is not None else None
-    dtype = _config_dtype(config) if config is not None else None
-    tensors = _tensors_to_write(model, layout, dtype)
+    dtype = config_dtype(config) if config is not None else None
+    tensors = tensors_to_write(model, layout, dtype)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     check_output(output, source=origin, overwrite=overwrite, needed_bytes=needed)
     with whole_directory(output, overwrite=overwrite) as partial:
@@ -390,14 +391,73 @@ def save_compressed(
         tied = getattr(model.config, "tie_word_embeddings", None)
         if tied is not None and tied != config.get("tie_word_embeddings", tied):
             config["tie_word_embeddings"] = tied
-        _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-        travelled = _copy_travelling(source, partial) if source is not None else []
-        if tokenizer is not None and not set(travelled) & set(_TOKENIZER_FILES):
-            tokenizer.save_pretrained(partial)
-        if extra_files is not None:
-            for name, text in extra_files(partial).items():
-                _write_text(partial / name, text)
+        _write_beside_weights(partial, config, source, tokenizer, extra_files)
     return Path(output)
+
+
+def inspect_shards(
+    shards: Sequence[Path], source: CheckpointInfo, quantization: Mapping[str, Any]
+) -> CheckpointInfo:
+    """What the checkpoint will hold that `save_shards` makes of these files."""
+    tensors = {name: stored for shard in shards for name, stored in read_header(shard).items()}
+    return CheckpointInfo(source.path, {**source.config, "quantization_config": dict(quantization)}, tensors)
+
+
+def save_shards(
+    shards: Sequence[Path],
+    quantization: Mapping[str, Any],
+    source: Path,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    extra_files: Callable[[Path], Mapping[str, str]] | None = None,
+) -> Path:
+    """As `save_compressed`, for a compressed model whose tensors are written already.
+
+    Args:
+        shards: safetensors files, which stay where they are too.
+        quantization: the `quantization_config`.
+        source: the checkpoint that the model came from.
+        output, overwrite, extra_files: as for `save_compressed`.
+
+    Raises:
+        OutputError: the destination is refused, or can't be written (nothing is left behind).
+    """
+    config = {**_read_config(source), "quantization_config": dict(quantization)}
+    check_output(output, source=source, overwrite=overwrite)
+    places: dict[str, str] = {}
+    total = 0
+    with whole_directory(output, overwrite=overwrite) as partial:
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else _WEIGHTS
+            stored = read_header(shard)
+            places |= dict.fromkeys(stored, name)
+            total += sum(tensor.nbytes for tensor in stored.values())
+            try:
+                os.link(shard, partial / name)
+            except OSError:  # file systems without hard links
+                shutil.copyfile(shard, partial / name)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            _write_text(partial / _INDEX, json.dumps(index, indent=2) + "\n")
+        _write_beside_weights(partial, config, source, None, extra_files)
+    return Path(output)
+
+
+def _write_beside_weights(
+    directory: Path,
+    config: Mapping[str, Any],
+    source: Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    extra_files: Callable[[Path], Mapping[str, str]] | None,
+) -> None:
+    _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    travelled = _copy_travelling(source, directory) if source is not None else []
+    if tokenizer is not None and not set(travelled) & set(_TOKENIZER_FILES):
+        tokenizer.save_pretrained(directory)
+    if extra_files is not None:
+        for name, text in extra_files(directory).items():
+            _write_text(directory / name, text)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -466,7 +526,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_entry(file: Path, name: str, entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
+def _read_entry(file: Path, name: str, entry: Any, base: int) -> tuple[StoredTensor, tuple[int, int]]:
     try:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, first, last)
@@ -483,26 +543,28 @@ def _read_entry(file: Path, name: str, entry: Any) -> tuple[StoredTensor, tuple[
             f"{name} in {file} has {last - first} bytes, which don't fit {dtype} of shape {list(shape)}; "
             "download it again"
         )
-    return StoredTensor(file, dtype, shape, last - first), (first, last)
+    return StoredTensor(file, dtype, shape, last - first, base + first), (first, last)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite, at little memory."""
     flat = tensor.reshape(-1)
     return all(bool(torch.isfinite(part).all()) for part in flat.split(_SCAN_ELEMENTS))
 
 
-def _already_quantized(info: CheckpointInfo) -> str:
+def check_not_quantized(info: CheckpointInfo) -> None:
+    """Refuses, as `CheckpointError`, a checkpoint that is quantized already."""
     quantization = info.quantization
-    assert quantization is not None
+    if quantization is None:
+        return
     method = quantization.get("quant_method", "an unnamed method")
     try:
         format_of(quantization).parse_config(quantization)
     except CheckpointError:
-        return f"{info.path} is already quantized ({method}); start from the original floating-point model"
-    return (
-        f"{info.path} is already quantized ({method}); load it with tensormill.load(path), or start from the "
-        "original floating-point model"
-    )
+        advice = "start from the original floating-point model"
+    else:
+        advice = "load it with tensormill.load(path), or start from the original floating-point model"
+    raise CheckpointError(f"{info.path} is already quantized ({method}); {advice}")
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -515,12 +577,14 @@ def _device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def _from_pretrained(
-    info: CheckpointInfo, device: torch.device, dtype: torch.dtype | None
-) -> PreTrainedModel:
+def model_class(info: CheckpointInfo) -> Any:
+    """transformers' class that opens a checkpoint: of causal language models, or of those that read images too.
+
+    Raises:
+        CheckpointError: transformers knows no such model, or only with code from its repository.
+    """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    loaded: Any
     model_type = info.config["model_type"]
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in info.config:
@@ -539,9 +603,17 @@ def _from_pretrained(
             f"{info.path} has the model type {model_type!r}, expected a causal language model, or one that "
             "reads images and writes text"
         )
+    return known[0]
+
+
+def _from_pretrained(
+    info: CheckpointInfo, device: torch.device, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    loaded: Any
+    found_class = model_class(info)
     try:
-        with _quiet_transformers():
-            loaded = known[0].from_pretrained(
+        with quiet_transformers():
+            loaded = found_class.from_pretrained(
                 info.path,
                 dtype=dtype or "auto",
                 trust_remote_code=False,
@@ -552,7 +624,7 @@ def _from_pretrained(
     except TensormillError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{info.path} can't be opened: {_one_line(error)}") from error
+        raise CheckpointError(f"{info.path} can't be opened: {one_line(error)}") from error
     model, found = loaded
     for name in sorted(found.get("missing_keys") or ()):
         raise CheckpointError(f"{info.path} has no tensor {name}, which the model needs; download it again")
@@ -563,7 +635,7 @@ def _from_pretrained(
         )
     unexpected = sorted(found.get("unexpected_keys") or ())
     for name in unexpected:
-        if name.endswith(_PACKED_PARTS):
+        if name.endswith(PACKED_PARTS):
             raise CheckpointError(
                 f"{info.path} has the tensor {name}, which the quantization_config in config.json doesn't "
                 "account for; it belongs to another checkpoint"
@@ -577,7 +649,7 @@ def _from_pretrained(
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and reports from transformers: what matters in them is raised as an error here."""
     from transformers.utils import logging
 
@@ -592,37 +664,50 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+def stored_dtype(source: Path) -> torch.dtype | None:
+    """The dtype in which a compressed copy of this checkpoint stores what isn't quantized; None: the model's own."""
+    return None if gguf.is_gguf(source) else config_dtype(_read_config(source))
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     name = config.get("dtype") or config.get("torch_dtype")
     found = getattr(torch, str(name).removeprefix("torch."), None)
     return found if isinstance(found, torch.dtype) else None
 
 
-def _tensors_to_write(
-    model: nn.Module, layout: CheckpointFormat, dtype: torch.dtype | None
+def tensors_to_write(
+    model: nn.Module, layout: CheckpointFormat, dtype: torch.dtype | None, name: str = ""
 ) -> dict[str, Tensor]:
+    """The tensors of a model, or of its part `name`, as a checkpoint holds them; names as inside the part.
+
+    What isn't packed is cast to `dtype` (None: stays).
+
+    Raises:
+        ModelError: the format can't express a layer, or a number isn't finite.
+    """
     compressed = compressed_linears(model)
     scales = {f"{name}.{layout.scale_part}" for name in compressed}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for key in tied:
         if key.removesuffix(".weight") in compressed:
             raise ModelError(f"{key} is tied to another weight and can't be compressed alone; leave it out")
-    tensors = packed_state_dict(model, layout.pack_linear)
+    prefix = f"{name}." if name else ""
+    tensors = packed_state_dict(model, lambda module, inside: layout.pack_linear(module, prefix + inside))
     # Keyed by storage, not by name: tied weights are tested once, and stay one storage when they are cast.
     seen: dict[tuple[Any, ...], Tensor] = {}
-    for name, tensor in tensors.items():
+    for key, tensor in tensors.items():
         if tensor.is_meta:
             raise ModelError(
-                f"{name} is not in memory (offloaded), expected the whole model there; load it without"
+                f"{prefix}{key} is not in memory (offloaded), expected the whole model there; load it without"
             )
         if not tensor.is_floating_point():
             continue
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if key not in seen:
-            if not _is_finite(tensor):
-                raise ModelError(f"{name} has NaN or infinity after compression; nothing was written")
-            seen[key] = tensor if dtype is None or name in scales else tensor.to(dtype)
-        tensors[name] = seen[key]
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place not in seen:
+            if not is_finite(tensor):
+                raise ModelError(f"{prefix}{key} has NaN or infinity after compression; nothing was written")
+            seen[place] = tensor if dtype is None or key in scales else tensor.to(dtype)
+        tensors[key] = seen[place]
     return tensors
 
 
@@ -645,7 +730,7 @@ def _save_pretrained(
         # The source's own file is copied afterwards; transformers refuses to write some of those it reads.
         model.generation_config = type(generation_config)()
     try:
-        with _quiet_transformers(), having_stacked(model, tensors):
+        with quiet_transformers(), having_stacked(model, tensors):
             model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
     finally:
         if quantizer is not None:
@@ -674,6 +759,7 @@ def _write_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _one_line(error: BaseException, limit: int = 300) -> str:
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's text without line breaks, cut at `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -14,8 +14,11 @@ from tensormill.compress.formats.quantization import (
     fake_quantize_groups,
     split_groups,
 )
-from tensormill.compress.output_error import search_numbers
+from tensormill.compress.output_error import search_numbers, squared_outputs
 from tensormill.compress.precision import search_precision
+
+# Rows whose whole error is computed at once.
+_ROWS = 2048
 
 
 def gram_blocks(gram: Tensor, spec: QuantSpec) -> Tensor:
@@ -57,7 +60,8 @@ def search_clip(
         for step in range(max(1, math.ceil(clip_grid * clip_max_shrink))):
             candidate = largest * (1 - step / clip_grid)
             d = fake_quantize_groups(groups.clamp(-candidate, candidate), spec).sub_(groups).transpose(0, 1)
-            error = (torch.bmm(d, gram) * d).sum(dim=-1).T.unsqueeze(-1)  # [rows, G, 1]
+            with search_precision(gram.device):
+                error = torch.bmm(d, gram).mul_(d).sum(dim=-1).T.unsqueeze(-1)  # [rows, G, 1]
             if least is None:
                 least = error
             else:
@@ -82,10 +86,10 @@ def keep_helpful_rows(weight: Tensor, clip: Tensor, gram: Tensor, spec: QuantSpe
         (N, G) magnitudes, with the groups' own maxima in rows that are better off so.
     """
     largest = split_groups(weight, spec).abs().amax(dim=-1)
-
-    def error(limit: Tensor) -> Tensor:
-        d = fake_quantize(weight, spec, limit) - weight
-        with search_precision(gram.device):
-            return ((d @ gram) * d).sum(dim=1, keepdim=True)
-
-    return torch.where(error(clip) < error(largest), clip, largest)
+    kept = []
+    for rows, clipped, whole in zip(*(part.split(_ROWS) for part in (weight, clip, largest)), strict=True):
+        errors = [
+            squared_outputs(fake_quantize(rows, spec, limit) - rows, gram) for limit in (clipped, whole)
+        ]
+        kept.append(torch.where((errors[0] < errors[1]).unsqueeze(1), clipped, whole))
+    return torch.cat(kept)

@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -239,6 +239,11 @@ class _SplitModel:
             else:
                 self.body.forward = own
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go."""
+        return input_device(self.model)
+
     def hidden(self, ids: Tensor) -> Tensor:
         """(batch, length) int64 to (batch, length, hidden); where the model does not split, to its logits."""
         if self.body is None:
@@ -323,7 +328,8 @@ def max_positions(model: nn.Module) -> int | None:
     return None
 
 
-def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+    """Refuses, as `DataError`, ids that a model has no embedding for."""
     rows = getattr(embedding(model), "num_embeddings", None)
     if rows is not None and ids.numel() and int(ids.max()) >= rows:
         raise DataError(
@@ -411,31 +417,67 @@ def evaluate_models(
         raise InvalidArgument(f"given max_tokens {max_tokens}, expected at least 2")
     if not models:
         raise InvalidArgument("given no model, expected at least one")
-    text = join_texts(text)
-    tokenized = tokenize_text(tokenizer, text)
-    limits = [limit for limit in map(max_positions, models.values()) if limit is not None]
-    length = min([window, *limits])
-    ids = split_windows(tokenized.ids[:max_tokens], length)
-    byte_counts = split_windows(tokenized.byte_counts[:max_tokens], length)
-    scores = _score(models, ids, reference=reference, device=device, batch_size=batch_size, progress=progress)
-    scored_tokens = ids.shape[0] * (ids.shape[1] - 1)
-    scored_bytes = int(byte_counts[:, 1:].sum())
-    digest = text_sha256(text)
-    results = {}
-    for name, score in scores.items():
-        nats = float(score.nll.mean()) * scored_tokens  # windows have one length, so this is the total
-        results[name] = Evaluation(
+    windows = Windows.cut(tokenizer, text, list(models.values()), window=window, max_tokens=max_tokens)
+    scores = _score(
+        models, windows.ids, reference=reference, device=device, batch_size=batch_size, progress=progress
+    )
+    return {name: windows.evaluation(score) for name, score in scores.items()}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text in windows of tokens, and what is known of them.
+
+    Attributes:
+        ids: (windows, length) int64.
+        bytes: UTF-8 bytes of the scored tokens' text.
+        byte_rule: How the bytes were counted, see `TokenizedText`.
+        text_sha256: Which text this is.
+    """
+
+    ids: Tensor
+    bytes: int
+    byte_rule: str
+    text_sha256: str
+
+    @classmethod
+    def cut(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        text: Text,
+        models: Iterable[nn.Module],
+        *,
+        window: int = 2048,
+        max_tokens: int | None = None,
+    ) -> Windows:
+        """The windows of a text that all of `models` can take; the rest as for `evaluate`.
+
+        Raises:
+            DataError: The text is empty or too short.
+        """
+        text = join_texts(text)
+        tokenized = tokenize_text(tokenizer, text)
+        limits = [limit for limit in map(max_positions, models) if limit is not None]
+        length = min([window, *limits])
+        ids = split_windows(tokenized.ids[:max_tokens], length)
+        byte_counts = split_windows(tokenized.byte_counts[:max_tokens], length)
+        return cls(ids, int(byte_counts[:, 1:].sum()), tokenized.byte_rule, text_sha256(text))
+
+    def evaluation(self, score: Score) -> Evaluation:
+        """What a model's finished score says."""
+        tokens = self.ids.shape[0] * (self.ids.shape[1] - 1)
+        nats = float(score.nll.mean()) * tokens  # windows have one length, so this is the total
+        return Evaluation(
             perplexity=float(score.nll.mean().exp()),
-            bits_per_byte=nats / math.log(2) / scored_bytes if scored_bytes else math.nan,
-            tokens=scored_tokens,
-            bytes=scored_bytes,
+            bits_per_byte=nats / math.log(2) / self.bytes if self.bytes else math.nan,
+            tokens=tokens,
+            bytes=self.bytes,
             window_nll=score.nll,
-            window=ids.shape[1],
-            byte_rule=tokenized.byte_rule,
-            text_sha256=digest,
-            comparison=score.comparison(scored_tokens),
+            window=self.ids.shape[1],
+            byte_rule=self.byte_rule,
+            text_sha256=self.text_sha256,
+            comparison=score.comparison(tokens),
         )
-    return results
 
 
 def compare(
@@ -482,13 +524,43 @@ def compare(
     return comparison
 
 
+class BodyAndHead(Protocol):
+    """A model whose logits are asked for in slices: everything below its head runs once."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, for its configuration."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the head reads, (batch, length, ...), for ids (batch, length)."""
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Float32 logits of a slice of what `hidden` returned for the slice's ids."""
+
+
 @dataclass
-class _Score:
+class Score:
     """Sums per window of one model: losses, and against the reference divergences and agreements."""
 
     nll: Tensor
     kl: Tensor | None = None
     agree: Tensor | None = None
+
+    @classmethod
+    def blank(cls, windows: int, *, compared: bool) -> Score:
+        """Before anything is scored."""
+        sums = [torch.zeros(windows, dtype=torch.float64) for _ in range(3)]
+        return cls(sums[0], *(sums[1:] if compared else ()))
+
+    def finish(self, length: int) -> None:
+        """Turn sums over windows of `length` tokens into means over scored tokens."""
+        for sums in (self.nll, self.kl, self.agree):
+            if sums is not None:
+                sums /= length - 1
 
     def comparison(self, tokens: int) -> Comparison | None:
         if self.kl is None or self.agree is None:
@@ -505,7 +577,7 @@ def _score(
     batch_size: int | None,
     progress: Progress | None,
     what: str = "evaluating",
-) -> dict[str, _Score]:
+) -> dict[str, Score]:
     """Mean loss per window of each model on ids (windows, length), and its divergence from the reference."""
     if reference is not None and reference not in models:
         raise InvalidArgument(f"given reference {reference!r}, expected one of {', '.join(models)}")
@@ -513,16 +585,14 @@ def _score(
         raise InvalidArgument(f"given batch_size {batch_size}, expected at least 1")
     windows, length = ids.shape
     for model in models.values():
-        _check_vocabulary(model, ids)
+        check_vocabulary(model, ids)
         if device is not None and input_device(model) != torch.device(device):
             model.to(device)
     # The reference first, so that its logits are there when the others need them.
     order = sorted(models, key=lambda name: name != reference)
-    scores = {}
-    for name in order:
-        others = reference is not None and name != reference
-        blank = [torch.zeros(windows, dtype=torch.float64) for _ in range(3)]
-        scores[name] = _Score(blank[0], *(blank[1:] if others else ()))
+    scores = {
+        name: Score.blank(windows, compared=reference is not None and name != reference) for name in order
+    }
     kind = input_device(models[order[0]]).type
     batch = batch_size or max(1, _BATCH_TOKENS.get(kind, _BATCH_TOKENS["cuda"]) // length)
     with evaluating(models.values()), widened(*models.values()):
@@ -533,28 +603,27 @@ def _score(
         if progress is not None:
             progress(what, 0.0)
         for first in range(0, windows, batch):
-            _score_batch(split, scores, ids[first : first + batch], slice(first, first + batch), reference)
+            score_batch(split, scores, ids[first : first + batch], slice(first, first + batch), reference)
             if progress is not None:
                 progress(
                     f"{what} {min(first + batch, windows)} of {windows} windows",
                     min(1.0, (first + batch) / windows),
                 )
     for score in scores.values():
-        for sums in (score.nll, score.kl, score.agree):
-            if sums is not None:
-                sums /= length - 1
+        score.finish(length)
     return {name: scores[name] for name in models}
 
 
-def _score_batch(
-    split: Mapping[str, _SplitModel],
-    scores: Mapping[str, _Score],
+def score_batch(
+    split: Mapping[str, BodyAndHead],
+    scores: Mapping[str, Score],
     ids: Tensor,
     rows: slice,
     reference: str | None,
 ) -> None:
+    """Add what models make of ids (batch, length), windows `rows` of the text, to the sums in `scores`."""
     batch, length = ids.shape
-    places = {name: ids.to(input_device(part.model)) for name, part in split.items()}
+    places = {name: ids.to(part.device) for name, part in split.items()}
     hidden = {name: part.hidden(places[name]) for name, part in split.items()}
     vocabulary = _vocabulary(split)
     live = 3 if reference is None else 6  # float32 copies of the logits that exist at once
@@ -573,7 +642,7 @@ def _score_batch(
                 _add_divergence(scores[name], rows, reference_logp, logp.to(reference_logp.device))
 
 
-def _add_divergence(score: _Score, rows: slice, original: Tensor, other: Tensor) -> None:
+def _add_divergence(score: Score, rows: slice, original: Tensor, other: Tensor) -> None:
     """Add the KL sums and agreements of two (batch, slice, vocabulary) tensors of log-probabilities."""
     assert score.kl is not None and score.agree is not None
     if original.shape != other.shape:
@@ -588,6 +657,6 @@ def _add_divergence(score: _Score, rows: slice, original: Tensor, other: Tensor)
     score.kl[rows] += terms.sum(-1, dtype=torch.float64).clamp_min(0).sum(1).cpu()
 
 
-def _vocabulary(split: Mapping[str, _SplitModel]) -> int:
+def _vocabulary(split: Mapping[str, BodyAndHead]) -> int:
     sizes = (getattr(_text_config(part.model), "vocab_size", None) for part in split.values())
     return max(int(size or 1) for size in sizes)

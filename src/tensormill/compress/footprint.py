@@ -13,6 +13,8 @@ from torch import nn
 
 from tensormill.errors import CheckpointError
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers in memory; tensors that share memory count once.
@@ -119,6 +121,38 @@ def peak_memory(device: str | torch.device | None = None) -> PeakMemory:
     """
     on_gpu = device is not None and torch.device(device).type == "cuda"
     return PeakMemory(_peak_resident_bytes(), torch.cuda.max_memory_allocated(device) if on_gpu else 0)
+
+
+def available_bytes(device: str | torch.device = "cpu") -> int | None:
+    """Memory that could be taken on a device without pushing others out; None where the system doesn't say.
+
+    On the host that respects the limit of the control group, which is how containers bound memory.
+    """
+    if torch.device(device).type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    found = [size for size in (_free_on_host(), _free_in_control_group()) if size is not None]
+    return min(found, default=None)
+
+
+def _free_on_host() -> int | None:
+    with suppress(OSError, KeyError, ValueError):
+        return 1024 * _numbers("/proc/meminfo")["MemAvailable:"]
+    return None
+
+
+def _free_in_control_group() -> int | None:
+    with suppress(OSError, KeyError, ValueError):  # "max" is no number
+        limit = int((_CONTROL_GROUP / "memory.max").read_text())
+        used = int((_CONTROL_GROUP / "memory.current").read_text())
+        # Cached files count as used, but give way.
+        return max(0, limit - used + _numbers(str(_CONTROL_GROUP / "memory.stat"))["inactive_file"])
+    return None
+
+
+def _numbers(file: str) -> dict[str, int]:
+    """The number after the first word of every line."""
+    return {words[0]: int(words[1]) for words in map(str.split, Path(file).read_text().splitlines())}
 
 
 def _peak_resident_bytes() -> int:

@@ -13,7 +13,7 @@ Transformers, arXiv 2210.17323.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,7 @@ from tensormill.compress.methods import (
     round_outside,
 )
 from tensormill.compress.output_error import output_error
+from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import ModelStructure, discover, linear_in
 from tensormill.errors import InvalidArgument, ModelError
 
@@ -90,7 +91,13 @@ class GPTQConfig(WeightConfig):
 
 
 def gptq_quantize(
-    weight: Tensor, gram: Tensor, spec: QuantSpec, *, damping: float = 0.01, act_order: bool = False
+    weight: Tensor,
+    gram: Tensor,
+    spec: QuantSpec,
+    clip: Tensor | None = None,
+    *,
+    damping: float = 0.01,
+    act_order: bool = False,
 ) -> QuantizedWeight:
     """Quantize a weight so that its output changes least on inputs with this Gram matrix.
 
@@ -99,6 +106,8 @@ def gptq_quantize(
         gram: (K, K) float32, the mean over tokens of x x^T. The columns of inputs that are always zero are
             rounded to nearest.
         spec: the quantizer.
+        clip: (N, G) largest magnitudes that the groups' grids represent; None takes them from the weights as they
+            are when their turn comes.
         damping: fraction of the diagonal's mean that is added to it; raised tenfold until the matrix is
             regular.
         act_order: process columns by falling diagonal.
@@ -116,7 +125,11 @@ def gptq_quantize(
     grid: tuple[Tensor, Tensor] | None = None
     if act_order:
         order = gram.diagonal().argsort(descending=True)
-        grid = group_grid(split_groups(weight.float(), spec), spec)
+    if act_order or clip is not None:
+        groups = split_groups(weight.float(), spec)
+        if clip is not None:
+            groups = groups.clamp(-clip.float().unsqueeze(-1), clip.float().unsqueeze(-1))
+        grid = group_grid(groups, spec)
     factor = inverse_factor(gram[order][:, order], damping)
     # Transposed, so that a column is contiguous.
     remaining = weight.float().T[order].contiguous()
@@ -198,6 +211,7 @@ def apply(
     *,
     device: torch.device | str | None = None,
     structure: ModelStructure | None = None,
+    residence: Residence | None = None,
 ) -> MethodReport:
     """Compress a model's linear layers with GPTQ, in place.
 
@@ -208,18 +222,20 @@ def apply(
         progress: called as `progress(message, fraction)`.
         device: where blocks are calibrated and compressed; None stays where the model is.
         structure: of the model, if known already.
+        residence: of the model, with a device of its own; None stands for one in memory.
 
     Raises:
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers.
     """
+    residence = residence or InMemory(model, device)
     if structure is None:
         unfuse_experts(model)
-        structure = discover(model)
+        structure = discover(model, residence=residence)
     check_layers(model, structure, config)
-    layers = list(round_outside(model, structure, config))
+    round_outside(model, structure, config, residence)
     for block in stream_blocks(
-        model, structure, calibration, device=device, inputs=config.inputs, progress=progress
+        model, structure, calibration, inputs=config.inputs, progress=progress, residence=residence
     ):
         groups = [
             [
@@ -240,8 +256,10 @@ def apply(
                 [name for group in together for name in group], tokens_per_feature=_TOKENS_PER_FEATURE
             )
             for group in together:
-                layers += _compress_group(block.module, block.name, group, seen[group[0]], config)
-    return finish_report("gptq", config, layers, structure.left_out)
+                for bits in dict.fromkeys(config.bits_of(block.full_name(name)) for name in group):
+                    names = [name for name in group if config.bits_of(block.full_name(name)) == bits]
+                    block.layers += _compress_group(block.module, block.name, names, seen[group[0]], config)
+    return finish_report("gptq", config, residence.layers, structure.left_out)
 
 
 def _stages(block: CalibrationBlock, groups: list[list[str]]) -> list[list[list[str]]]:
@@ -254,6 +272,26 @@ def _stages(block: CalibrationBlock, groups: list[list[str]]) -> list[list[list[
     return list(stages.values())
 
 
+def rounded(
+    block: CalibrationBlock,
+    names: Sequence[str],
+    bits: int,
+    config: GPTQConfig,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    """See `METHODS.rounded`."""
+    linears = [linear_in(block.module, name) for name in names]
+    together = gptq_quantize(
+        torch.cat([linear.weight.detach().float() for linear in linears]),
+        statistics[names[0]].gram,
+        config.spec_at(bits),
+        damping=config.damping,
+        act_order=config.act_order,
+    )
+    rows = [linear.out_features for linear in linears]
+    return dict(zip(names, torch.split(together.dequantize(torch.float32), rows), strict=True))
+
+
 def _is_target(module: nn.Module, name: str) -> bool:
     return type(module.get_submodule(name)) is nn.Linear
 
@@ -261,12 +299,12 @@ def _is_target(module: nn.Module, name: str) -> bool:
 def _compress_group(
     module: nn.Module, block: str, names: list[str], seen: InputStatistics, config: GPTQConfig
 ) -> Iterator[LayerReport]:
-    """Compress the linears that read one tensor together: their rows are independent."""
+    """Compress linears of one width that read one tensor together: their rows are independent."""
     start = time.perf_counter()
     gram = seen.gram
     linears = [linear_in(module, name) for name in names]
     dtype = linears[0].weight.dtype
-    spec = config.spec(dtype)
+    spec = config.spec_of(f"{block}.{names[0]}", dtype)
     together = gptq_quantize(
         torch.cat([linear.weight.float() for linear in linears]),
         gram,
@@ -289,7 +327,7 @@ def _compress_group(
         quantized = QuantizedWeight(codes, scale, zero, together.spec)
         report = LayerReport(
             f"{block}.{name}",
-            config.bits,
+            spec.bits,
             config.group_size,
             nmse=output_error(weight, quantized.dequantize(torch.float32), gram),
             loss_rtn=output_error(weight, fake_quantize(weight, spec), gram),

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensormill.compress.formats.quantization import (
     QuantizedWeight,
@@ -18,6 +18,7 @@ from tensormill.compress.formats.quantization import (
     check_weight,
     quantize_weight,
 )
+from tensormill.compress.residence import Residence
 from tensormill.compress.structure import ModelStructure, linear_in, shared_parameters
 from tensormill.errors import InvalidArgument, ModelError
 
@@ -28,6 +29,8 @@ class WeightConfig:
 
     Attributes:
         bits: width of a weight's code, 2 to 8.
+        bits_by_layer: other widths for some layers: full names, last parts of names, or patterns with `*`, each
+            with its width; the first that fits a layer counts.
         group_size: input features that share a scale, or -1 for all.
         symmetric: codes centred on zero instead of a zero point per group.
         tail: "error" or "smaller", for layers whose input features `group_size` doesn't divide.
@@ -48,9 +51,16 @@ class WeightConfig:
     only: Sequence[str] | None = None
     calibration_samples: int = 128
     calibration_length: int = 512
+    bits_by_layer: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.spec()
+        widths = self.bits_by_layer
+        if not isinstance(widths, Mapping) or not all(isinstance(name, str) for name in widths):
+            raise InvalidArgument(
+                f"given bits_by_layer={widths!r}, expected layer names or patterns with widths, as in {{'*.o_proj': 8}}"
+            )
+        for bits in self.widths():
+            self.spec_at(bits)
         for name in ("skip", "only"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(item, str) for item in value or ()):
@@ -58,10 +68,22 @@ class WeightConfig:
         for name in ("calibration_samples", "calibration_length"):
             check_number(self, name, 1)
 
-    def spec(self, dtype: torch.dtype | None = None) -> QuantSpec:
-        """The quantizer, with scales stored in `dtype` (None: the weight's own)."""
+    def widths(self) -> list[int]:
+        """Every width that a layer may get, `bits` first."""
+        return list(dict.fromkeys([self.bits, *self.bits_by_layer.values()]))
+
+    def bits_of(self, name: str) -> int:
+        """The width of the layer of this full name."""
+        return next((bits for key, bits in self.bits_by_layer.items() if _matches(name, [key])), self.bits)
+
+    def spec_of(self, name: str, dtype: torch.dtype | None = None) -> QuantSpec:
+        """The quantizer of the layer of this full name, with scales stored in `dtype` (None: the weight's own)."""
+        return self.spec_at(self.bits_of(name), dtype)
+
+    def spec_at(self, bits: int, dtype: torch.dtype | None = None) -> QuantSpec:
+        """The quantizer for a width."""
         return QuantSpec(
-            bits=self.bits,
+            bits=bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
             tail=self.tail,  # type: ignore[arg-type]
@@ -144,15 +166,20 @@ def check_layers(model: nn.Module, structure: ModelStructure, config: WeightConf
     """Refuse, before anything is changed, weights that can't be compressed.
 
     Raises:
-        InvalidArgument: names the layer whose weights aren't finite or whose size doesn't fit.
+        InvalidArgument: names the layer whose weights aren't finite or whose size doesn't fit, or what
+            `bits_by_layer` names and the model doesn't have.
         ModelError: a layer to compress shares its weight with another module.
     """
     names = [f"{block.name}.{linear}" for block in structure.blocks for linear in block.linears]
+    modules = [name for name, _ in model.named_modules()]
+    for key in config.bits_by_layer:
+        if not any(_matches(name, [key]) for name in modules):
+            raise InvalidArgument(f"given bits_by_layer for {key!r}, which fits no layer of the model")
     shared = shared_parameters(model)
     for name in (*names, *structure.outside):
         module = model.get_submodule(name)
         if config.touches(name) and type(module) is nn.Linear:
-            check_weight(module.weight, config.spec(), name)
+            check_weight(module.weight, config.spec_of(name), name)
             if id(module.weight) in shared:
                 raise ModelError(
                     f"given {name}, which shares its weight with another module, expected its own; "
@@ -177,14 +204,22 @@ def replace_linear(parent: nn.Module, name: str, quantized: QuantizedWeight, dty
     setattr(parent.get_submodule(owner), last, layer.train(linear.training))
 
 
-def round_outside(model: nn.Module, structure: ModelStructure, config: WeightConfig) -> Iterator[LayerReport]:
+def round_outside(
+    model: nn.Module, structure: ModelStructure, config: WeightConfig, residence: Residence
+) -> None:
     """Round to nearest the linear layers outside the blocks, which calibration doesn't reach."""
     for name in structure.outside:
-        linear = model.get_submodule(name)
-        if type(linear) is nn.Linear and config.touches(name):
+        if type(model.get_submodule(name)) is not nn.Linear or not config.touches(name):
+            continue
+        if residence.is_finished(name):
+            continue
+        with residence.part(name):
+            linear = linear_in(model, name)
             dtype = linear.weight.dtype
-            replace_linear(model, name, quantize_weight(linear.weight.detach(), config.spec(dtype)), dtype)
-            yield LayerReport(name, config.bits, config.group_size, None, None, 0.0, {"method": "rtn"})
+            spec = config.spec_of(name, dtype)
+            replace_linear(model, name, quantize_weight(linear.weight.detach(), spec), dtype)
+            report = LayerReport(name, spec.bits, config.group_size, None, None, 0.0, {"method": "rtn"})
+            residence.finish(name, [report])
 
 
 class _Methods(Mapping[str, tuple[type[WeightConfig], Callable[..., MethodReport]]]):
@@ -196,6 +231,17 @@ class _Methods(Mapping[str, tuple[type[WeightConfig], Callable[..., MethodReport
         config = self._configs[name]
         module = importlib.import_module(f"tensormill.compress.{name}")
         return getattr(module, config), module.apply
+
+    def rounded(self, name: str) -> Callable[..., dict[str, Tensor]]:
+        """What a method would make of some linears of an unchanged block, as weights of the unchanged model.
+
+        Called as `(block, names, bits, config, statistics)`: an observed `CalibrationBlock` in float32, linears in it
+        that read one tensor, their width, the method's settings, and what `block.observe()` returned.
+        """
+        rounded: Callable[..., dict[str, Tensor]] = importlib.import_module(
+            f"tensormill.compress.{name}"
+        ).rounded
+        return rounded
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._configs)

@@ -88,7 +88,7 @@ def whole_directory(output: str | os.PathLike[str], *, overwrite: bool = False) 
             shutil.rmtree(partial, ignore_errors=True)
             if _is_write_error(error):
                 raise OutputError(
-                    f"{output} could not be written: {_reason(error)}; nothing was left behind"
+                    f"{output} could not be written: {reason(error)}; nothing was left behind"
                 ) from error
             raise
 
@@ -194,7 +194,7 @@ def _publish(partial: Path, target: Path, overwrite: bool) -> None:
             os.replace(old, target)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -216,11 +216,12 @@ def _finish_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():
             path.chmod(mode & 0o666)
-        _sync(path)
-    _sync(directory)
+        sync(path)
+    sync(directory)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or directory to disk."""
     # Directories can't be opened on every system; what can't be synced there is left to it.
     with contextlib.suppress(PermissionError):
         descriptor = os.open(path, os.O_RDONLY)
@@ -241,7 +242,8 @@ def _is_write_error(error: BaseException) -> bool:
     return isinstance(error, (OSError, SafetensorError)) or "os error" in str(error)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why the system refused to write, in words."""
     text = " ".join(str(error).split())
     if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in text:
         return "the disk is full"

@@ -27,7 +27,11 @@ ScaleLoss = Callable[[Tensor], Tensor]
 
 # Numbers in one temporary of a search: large enough to keep the device busy, small enough for a CPU's caches
 # and a small part of a GPU's memory.
-_SEARCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
+_SEARCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}
+# Columns of a Gram matrix that are multiplied at once; a CPU, whose products are no faster for being large, takes all.
+_PANEL = {"cuda": 2048}
+# Rows that are multiplied by a Gram matrix at once: enough for fast products, few beside the matrix.
+_ROWS = 2048
 
 
 def search_numbers(device: torch.device) -> int:
@@ -49,9 +53,31 @@ def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
     >>> output_error(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.eye(1))
     0.25
     """
-    difference = approximation - weight
-    error = ((difference @ gram) * difference).sum()
-    return (error / ((weight @ gram) * weight).sum().clamp(min=1e-30)).clamp(min=0).item()
+    error, energy = torch.zeros(2, device=gram.device)
+    for rows, approximated in zip(weight.split(_ROWS), approximation.split(_ROWS), strict=True):
+        error += squared_outputs(approximated - rows, gram).sum()
+        energy += squared_outputs(rows, gram).sum()
+    return (error / energy.clamp(min=1e-30)).clamp(min=0).item()
+
+
+def squared_outputs(weight: Tensor, gram: Tensor) -> Tensor:
+    """(..., N) the mean over tokens of the square of each output, for weight (..., N, K) and gram (K, K).
+
+    The matrix is symmetric: in panels, what lies below them counts twice and what lies above needs no product, which
+    saves up to half of the work.
+    """
+    columns = gram.shape[0]
+    panel = _PANEL.get(gram.device.type, columns)
+    total = weight.new_zeros(weight.shape[:-1])
+    with search_precision(gram.device):
+        for start in range(0, columns, panel):
+            stop = min(start + panel, columns)
+            here = weight[..., start:stop]
+            total += (here @ gram[start:stop, start:stop]).mul_(here).sum(dim=-1)
+            if stop < columns:
+                below = weight[..., stop:] @ gram[stop:, start:stop]
+                total += below.mul_(here).sum(dim=-1).mul_(2)
+    return total
 
 
 def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:
@@ -73,7 +99,7 @@ def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor
 def gram_loss(
     weights: Sequence[Tensor],
     gram: Tensor | Sequence[Tensor],
-    spec: QuantSpec,
+    spec: QuantSpec | Sequence[QuantSpec],
     shares: Sequence[float] | None = None,
 ) -> ScaleLoss:
     """The sum of linears' normalized squared output errors, exact for all tokens of a Gram matrix.
@@ -86,27 +112,28 @@ def gram_loss(
         weights: of the linears whose inputs are scaled together, (N, K) float32 each.
         gram: (K, K) float32, the mean over tokens of x x^T; or one for each linear, where some see other
             tokens than others (experts).
-        spec: the quantizer.
+        spec: the quantizer, or each linear's own.
         shares: how much each linear counts, the share of tokens that it sees; None counts all alike.
     """
     grams = [gram] * len(weights) if isinstance(gram, Tensor) else list(gram)
     counts = [1.0] * len(weights) if shares is None else list(shares)
+    specs = _each(spec, len(weights))
     device = grams[0].device
     limit = search_numbers(device)
-    energies = [
-        ((weight @ seen) * weight).sum().clamp(min=1e-30) for weight, seen in zip(weights, grams, strict=True)
-    ]
+    energies = []
+    for weight, seen in zip(weights, grams, strict=True):
+        parts = [squared_outputs(rows, seen).sum() for rows in weight.split(_ROWS)]
+        energies.append(torch.stack(parts).sum().clamp(min=1e-30))
 
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=device)
-        for weight, seen, energy, count in zip(weights, grams, energies, counts, strict=True):
+        for weight, seen, energy, count, spec in zip(weights, grams, energies, counts, specs, strict=True):
             for rows in torch.split(weight, max(1, limit // weight.shape[1])):
                 step = max(1, limit // rows.numel())
                 for start in range(0, len(scales), step):
                     # d S d^T, summed over rows: the mean over tokens of |d x|^2.
                     d = scaled_difference(rows, scales[start : start + step], spec)
-                    with search_precision(device):
-                        errors = ((d @ seen) * d).sum(dim=(1, 2))
+                    errors = squared_outputs(d, seen).sum(dim=1)
                     total[start : start + step] += errors * (count / energy)
         return total
 
@@ -116,12 +143,13 @@ def gram_loss(
 def sample_loss(
     weights: Sequence[Tensor],
     x: Tensor | Sequence[Tensor],
-    spec: QuantSpec,
+    spec: QuantSpec | Sequence[QuantSpec],
     shares: Sequence[float] | None = None,
 ) -> ScaleLoss:
     """As `gram_loss`, on tokens x (tokens, K), or on other ones for each linear."""
     inputs = [x] * len(weights) if isinstance(x, Tensor) else list(x)
     counts = [1.0] * len(weights) if shares is None else list(shares)
+    specs = _each(spec, len(weights))
     energies = [
         (seen @ weight.T).square().sum().clamp(min=1e-30)
         for weight, seen in zip(weights, inputs, strict=True)
@@ -130,7 +158,9 @@ def sample_loss(
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=scales.device)
         for index, scale in enumerate(scales):
-            for weight, seen, energy, count in zip(weights, inputs, energies, counts, strict=True):
+            for weight, seen, energy, count, spec in zip(
+                weights, inputs, energies, counts, specs, strict=True
+            ):
                 difference = scaled_difference(weight, scale[None], spec)[0]
                 total[index] += (seen @ difference.T).square().sum() * (count / energy)
         return total
@@ -139,7 +169,10 @@ def sample_loss(
 
 
 def module_loss(
-    module: nn.Module, linears: Sequence[nn.Linear], calls: Sequence[BlockCall], spec: QuantSpec
+    module: nn.Module,
+    linears: Sequence[nn.Linear],
+    calls: Sequence[BlockCall],
+    spec: QuantSpec | Sequence[QuantSpec],
 ) -> ScaleLoss:
     """The mean squared output error of the module that holds the linears (section 3.2 of the paper).
 
@@ -147,8 +180,9 @@ def module_loss(
         module: attention or MLP, in float32.
         linears: those of its layers whose input gets scales.
         calls: arguments with which the model called the module.
-        spec: the quantizer.
+        spec: the quantizer, or each linear's own.
     """
+    specs = _each(spec, len(linears))
 
     def outputs() -> list[Tensor]:
         results = [module(*call.args, **call.kwargs) for call in calls]
@@ -162,7 +196,7 @@ def module_loss(
         total = torch.zeros(len(scales), device=scales.device)
         try:
             for index, scale in enumerate(scales):
-                for linear, weight in zip(linears, originals, strict=True):
+                for linear, weight, spec in zip(linears, originals, specs, strict=True):
                     linear.weight.data = weight + scaled_difference(weight, scale[None], spec)[0]
                 for output, wanted in zip(outputs(), expected, strict=True):
                     total[index] += (output - wanted).square().sum()
@@ -172,3 +206,7 @@ def module_loss(
         return total / count
 
     return loss
+
+
+def _each(spec: QuantSpec | Sequence[QuantSpec], count: int) -> Sequence[QuantSpec]:
+    return [spec] * count if isinstance(spec, QuantSpec) else spec

@@ -17,12 +17,15 @@ from tensormill.errors import InvalidArgument
 __all__ = [
     "PLOT_STYLE",
     "Bar",
+    "Cell",
+    "GridRow",
     "Pair",
     "PairGroup",
     "Point",
     "Series",
     "bar_plot",
     "format_value",
+    "grid_plot",
     "line_plot",
     "log_ticks",
     "method_label",
@@ -51,6 +54,7 @@ PLOT_STYLE = (
 .plot .stem { stroke-width: 1.5; opacity: 0.45; }
 .plot .better { stroke: var(--awq); }
 .plot .worse { stroke: var(--rtn); }
+.plot .cell { fill: var(--awq); stroke: none; }
 """
     + "".join(
         f".plot .{tone}.mark, .plot .{tone}.bar {{ fill: var(--{tone}); }}\n"
@@ -115,6 +119,22 @@ class Bar:
     text: str
     tone: str = "other"
     title: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number in a grid, and what hovering shows."""
+
+    value: float
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """Cells that stand in a row under one label; None leaves a gap."""
+
+    label: str
+    cells: Sequence[Cell | None]
 
 
 def method_label(method: str) -> str:
@@ -488,3 +508,43 @@ def bar_plot(bars: Sequence[Bar], *, title: str, description: str = "", width: i
         parts.append(_text(left + length + 8, y + 15, bar.text, css="strong"))
     parts.append(_line(left, 26, left, height - 4, "axis"))
     return _svg(width, height, description or title, parts)
+
+
+def grid_plot(rows: Sequence[GridRow], *, title: str, description: str = "", width: int = 1040) -> str:
+    """Numbers in a grid, darker where larger, each written in its cell.
+
+    Args:
+        rows: From top to bottom; values that aren't finite are left out.
+        title: What is shown, with its unit.
+        description: What a screen reader says.
+        width: In CSS pixels at most.
+
+    Returns:
+        One ``<svg>`` element; the empty string without a finite value.
+    """
+    values = [
+        cell.value for row in rows for cell in row.cells if cell is not None and math.isfinite(cell.value)
+    ]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    columns = max(len(row.cells) for row in rows)
+    left = 14 + max(len(row.label) for row in rows) * _TEXT_WIDTH
+    size = max(9.0, min(34.0, (width - left - 8) / columns))
+    height = 26.0
+    parts = [_text(0, 14, title, css="strong")]
+    for number, row in enumerate(rows):
+        y = 28 + number * height
+        parts.append(_text(left - 10, y + 16, row.label, anchor="end"))
+        for column, cell in enumerate(row.cells):
+            if cell is None or not math.isfinite(cell.value):
+                continue
+            x = left + column * size
+            share = (cell.value - low) / ((high - low) or 1.0)
+            box = _rectangle(x + 0.5, y, size - 1, height - 2, "cell")
+            shape = box.replace("/>", f' fill-opacity="{0.12 + 0.5 * share:.2f}"/>')
+            shape += _text(x + size / 2, y + 16, _tick_label(cell.value), anchor="middle", css="strong")
+            parts.append(_titled(shape, cell.title or f"{row.label}: {format_value(cell.value)}"))
+    # A page scales plots to its width: a small grid must not become a large one.
+    whole = max(left + columns * size + 8, 14 + len(title) * _BOLD_WIDTH, 520.0)
+    return _svg(math.ceil(whole), math.ceil(34 + len(rows) * height), description or title, parts)

@@ -17,16 +17,17 @@ def computing_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def widened(*modules: nn.Module) -> Iterator[None]:
+def widened(*modules: nn.Module, always: bool = False) -> Iterator[None]:
     """Inside, modules whose 16-bit products this CPU can't compute fast hold the same numbers in float32.
 
-    Changes to the parameters made inside are lost.
+    With `always`, all 16-bit modules do, for what would drown in 16-bit rounding of the activations. Changes to the parameters made inside are lost.
     """
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
-                if computing_dtype(tensor.dtype, tensor.device) != tensor.dtype:
+                narrow = always and tensor.dtype in (torch.float16, torch.bfloat16)
+                if narrow or computing_dtype(tensor.dtype, tensor.device) != tensor.dtype:
                     kept.append((tensor, tensor.data))
                     tensor.data = tensor.data.float()
         yield

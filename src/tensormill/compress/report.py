@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from tensormill.compress.budget import parse_budget
 from tensormill.compress.evaluate import Evaluation, Interval, paired_bootstrap
 from tensormill.compress.output import write_files
 from tensormill.compress.page import render_page
@@ -34,6 +35,7 @@ from tensormill.compress.plots import (
     method_series,
     pair_plot,
 )
+from tensormill.compress.search_report import BudgetSearch
 from tensormill.compress.speed import Speed
 from tensormill.errors import InvalidArgument
 
@@ -143,6 +145,7 @@ class CompressionReport:
         left_out: Linear layers and routers that keep their precision whatever the settings.
         few_tokens: Layers of experts that few calibration tokens were routed to, and that were therefore
             calibrated on all tokens of their block.
+        search: How the layers' widths were chosen, where a budget was given.
     """
 
     model: str
@@ -170,6 +173,7 @@ class CompressionReport:
     source: Mapping[str, Any] = field(default_factory=dict)
     left_out: Sequence[str] = ()
     few_tokens: Sequence[str] = ()
+    search: BudgetSearch | None = None
 
     @classmethod
     def from_evaluations(
@@ -291,6 +295,7 @@ class CompressionReport:
             "source": dict(self.source),
             "left_out": list(self.left_out),
             "few_tokens": list(self.few_tokens),
+            "search": None if self.search is None else self.search.to_dict(),
         }
         result: dict[str, Any] = plain({**contract, **more})
         return result
@@ -326,6 +331,11 @@ class CompressionReport:
         marks = {"good": ("+ ", "green"), "note": ("- ", "dim"), "warning": ("! ", "bold yellow")}
         for finding in self.findings():
             line(marks[finding.level], finding.text)
+        if self.search is not None:
+            console.print()
+            for note in self.search.notes():
+                line((note, "dim"))
+            console.print(self.search.table())
         line("Checkpoint: ", (self.output, "cyan"), soft_wrap=True)
 
     def to_html(self) -> str:
@@ -337,6 +347,8 @@ class CompressionReport:
                 "size_plot": self._size_plot(),
                 "speed_plot": self._speed_plot(),
                 "layer_plot": self._layer_plot(),
+                "front_plot": "" if self.search is None else self.search.front_plot(),
+                "width_plot": "" if self.search is None else self.search.width_plot(),
             },
             report=self,
             method=self._label(),
@@ -356,6 +368,7 @@ class CompressionReport:
                 }
                 for layer in self.layers
             ],
+            search_notes=[] if self.search is None else self.search.notes(),
             conditions=self._conditions(),
             recipe=_recipe_text(self.recipe),
         )
@@ -386,7 +399,9 @@ class CompressionReport:
             *self._original_findings(),
             *self._rtn_findings(),
             *self._agreement_findings(),
+            *self._streaming_findings(),
             *self._speed_findings(),
+            *self._budget_findings(),
             *self._layer_findings(),
         ]
         windows = max(
@@ -432,6 +447,11 @@ class CompressionReport:
                 Finding("note", f"{text} and took those of the whole block: {_first_of(self.few_tokens)}.")
             )
         return found
+
+    def _streaming_findings(self) -> list[Finding]:
+        if not self.environment.get("streamed"):
+            return []
+        return [Finding("note", "Compressed from disk to disk, block by block; speed was not measured.")]
 
     def _original_findings(self) -> list[Finding]:
         original, compressed = self.perplexity.get("original"), self.perplexity.get("compressed")
@@ -506,6 +526,19 @@ class CompressionReport:
             ),
         ]
 
+    def _budget_findings(self) -> list[Finding]:
+        """Where what was measured in the end oversteps the budget."""
+        if self.search is None:
+            return []
+        budget, found = parse_budget(self.search.budget), []
+        speed = self.tokens_per_second.get("compressed")
+        wanted = budget.tokens_per_second
+        if wanted is not None and speed is not None and speed < wanted:
+            found.append(f"{format_value(speed)} tokens/s measured, {format_value(wanted)} asked for")
+        if budget.bytes is not None and self.bytes_after > budget.bytes:
+            found.append(f"{format_bytes(self.bytes_after)} written, {format_bytes(budget.bytes)} asked for")
+        return [Finding("warning", f"Not within the budget: {text}.") for text in found]
+
     def _layer_findings(self) -> list[Finding]:
         compared = [layer for layer in self.layers if layer.ratio is not None]
         # Within one per cent is rounding, not a loss.
@@ -578,6 +611,8 @@ class CompressionReport:
             ("compression time", format_seconds(self.seconds)),
             ("peak memory", format_bytes(self.peak_memory_bytes)),
         ]
+        if self.search is not None:
+            rows.append(("search for widths", format_seconds(self.search.seconds)))
         if self.source:
             rows.append(("original", describe_source(self.source, self.bytes_before)))
         rows += [(key.replace("_", " "), value) for key, value in self.evaluation.items()]

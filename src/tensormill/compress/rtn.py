@@ -9,15 +9,21 @@ calibration. Composes with methods that touch other layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tensormill.compress.calibration import Calibration, InputStatistics, Progress, stream_blocks
+from tensormill.compress.calibration import (
+    Calibration,
+    CalibrationBlock,
+    InputStatistics,
+    Progress,
+    stream_blocks,
+)
 from tensormill.compress.experts import unfuse_experts
-from tensormill.compress.formats.quantization import quantize_weight
+from tensormill.compress.formats.quantization import fake_quantize, quantize_weight
 from tensormill.compress.methods import (
     LayerReport,
     MethodReport,
@@ -28,7 +34,8 @@ from tensormill.compress.methods import (
     round_outside,
 )
 from tensormill.compress.output_error import output_error
-from tensormill.compress.structure import BlockStructure, ModelStructure, discover
+from tensormill.compress.residence import InMemory, Residence
+from tensormill.compress.structure import BlockStructure, ModelStructure, discover, linear_in
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ def apply(
     *,
     device: torch.device | str | None = None,
     structure: ModelStructure | None = None,
+    residence: Residence | None = None,
 ) -> MethodReport:
     """Round a model's linear layers to nearest, in place.
 
@@ -55,48 +63,60 @@ def apply(
         progress: called as `progress(message, fraction)`.
         device: where blocks are calibrated; None stays where the model is.
         structure: of the model, if known already.
+        residence: of the model, with a device of its own; None stands for one in memory.
 
     Raises:
         InvalidArgument: weights or calibration inputs aren't finite, or a size doesn't fit.
         ModelError: the model has no blocks of linear layers.
     """
+    residence = residence or InMemory(model, device)
     if structure is None:
         unfuse_experts(model)
-        structure = discover(model)
+        structure = discover(model, residence=residence)
     check_layers(model, structure, config)
-    layers = list(round_outside(model, structure, config))
-    for name, block, module, statistics in _blocks(model, structure, calibration, progress, device):
-        for linear_name in block.linears:
-            linear = module.get_submodule(linear_name)
-            if type(linear) is not nn.Linear or not config.touches(f"{name}.{linear_name}"):
-                continue
-            start = time.perf_counter()
-            dtype = linear.weight.dtype
-            quantized = quantize_weight(linear.weight.detach(), config.spec(dtype))
-            error, details = None, {}
-            if statistics is not None:
-                gram, details = statistics[linear_name].gram, statistics[linear_name].to_dict()
-                error = output_error(linear.weight.float(), quantized.dequantize(torch.float32), gram)
-            replace_linear(module, linear_name, quantized, dtype)
-            seconds = time.perf_counter() - start
-            layers.append(
-                LayerReport(
-                    f"{name}.{linear_name}", config.bits, config.group_size, error, error, seconds, details
-                )
-            )
-    return finish_report("rtn", config, layers, structure.left_out)
-
-
-def _blocks(
-    model: nn.Module,
-    structure: ModelStructure,
-    calibration: Calibration | None,
-    progress: Progress | None,
-    device: torch.device | str | None,
-) -> Iterator[tuple[str, BlockStructure, nn.Module, dict[str, InputStatistics] | None]]:
+    round_outside(model, structure, config, residence)
     if calibration is None:
         for block in structure.blocks:
-            yield block.name, block, model.get_submodule(block.name), None
+            if not residence.is_finished(block.name):
+                with residence.part(block.name) as module:
+                    residence.finish(block.name, list(_compress_block(module, block, config, None)))
     else:
-        for step in stream_blocks(model, structure, calibration, device=device, progress=progress):
-            yield step.name, step.structure, step.module, step.observe()
+        for step in stream_blocks(model, structure, calibration, progress=progress, residence=residence):
+            step.layers += _compress_block(step.module, step.structure, config, step.observe())
+    return finish_report("rtn", config, residence.layers, structure.left_out)
+
+
+def rounded(
+    block: CalibrationBlock,
+    names: Sequence[str],
+    bits: int,
+    config: WeightConfig,
+    statistics: Mapping[str, InputStatistics],
+) -> dict[str, Tensor]:
+    """See `METHODS.rounded`."""
+    spec = config.spec_at(bits)
+    return {name: fake_quantize(linear_in(block.module, name).weight.detach(), spec) for name in names}
+
+
+def _compress_block(
+    module: nn.Module,
+    structure: BlockStructure,
+    config: RTNConfig,
+    statistics: Mapping[str, InputStatistics] | None,
+) -> Iterator[LayerReport]:
+    for name in structure.linears:
+        linear = module.get_submodule(name)
+        full_name = f"{structure.name}.{name}"
+        if type(linear) is not nn.Linear or not config.touches(full_name):
+            continue
+        start = time.perf_counter()
+        dtype = linear.weight.dtype
+        spec = config.spec_of(full_name, dtype)
+        quantized = quantize_weight(linear.weight.detach(), spec)
+        error, details = None, {}
+        if statistics is not None:
+            gram, details = statistics[name].gram, statistics[name].to_dict()
+            error = output_error(linear.weight.float(), quantized.dequantize(torch.float32), gram)
+        replace_linear(module, name, quantized, dtype)
+        seconds = time.perf_counter() - start
+        yield LayerReport(full_name, spec.bits, config.group_size, error, error, seconds, details)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormill.compress.experts import ExpertList, expert_lists, is_fused, routers
+from tensormill.compress.residence import InMemory, Residence
 from tensormill.errors import ModelError
 
 # A block's output after an exact fold differs by rounding: about 1e-15 in float64, 1e-7 where a norm or
@@ -274,7 +275,9 @@ def record_calls(
     blocks: Sequence[str],
     tokens: Tensor,
     returns_tuple: Sequence[bool] | None = None,
+    *,
     inputs: Mapping[str, Tensor] | None = None,
+    residence: Residence | None = None,
 ) -> tuple[Tensor, list[BlockCall], list[bool]]:
     """Run what comes before the blocks, and note what each block is called with.
 
@@ -287,6 +290,7 @@ def record_calls(
         tokens: (batch, length) int64.
         returns_tuple: whether each block returns a tuple; None runs one block of each kind to find out.
         inputs: what else the model is called with, by keyword: pixel values, say.
+        residence: of the model; None stands for one in memory.
 
     Returns:
         The first block's input (batch, length, hidden), each block's call, and whether it returns a tuple.
@@ -294,6 +298,7 @@ def record_calls(
     Raises:
         ModelError: the blocks don't run once each, in order, on hidden states.
     """
+    residence = residence or InMemory(model)
     modules = [model.get_submodule(name) for name in blocks]
     calls: list[BlockCall] = []
     kinds: dict[Any, bool] = {}
@@ -314,7 +319,10 @@ def record_calls(
             if returns_tuple is None:
                 kind = _signature(modules[index])
                 if kind not in kinds:
-                    kinds[kind] = isinstance(forward(hidden, *args[1:], **kwargs), tuple)
+                    with residence.part(blocks[index]):
+                        there = call.to(residence.device)
+                        output = forward(hidden.to(residence.device), *there.args, **there.kwargs)
+                    kinds[kind] = isinstance(output, tuple)
                 answers.append(kinds[kind])
             else:
                 answers.append(returns_tuple[index])
@@ -344,7 +352,10 @@ def record_calls(
 
 @torch.no_grad()
 def discover(
-    model: nn.Module, mappings: Literal["auto"] | Sequence[ScaleMapping | Mapping[str, Any]] = "auto"
+    model: nn.Module,
+    mappings: Literal["auto"] | Sequence[ScaleMapping | Mapping[str, Any]] = "auto",
+    *,
+    residence: Residence | None = None,
 ) -> ModelStructure:
     """Find the blocks of a model and the edges along which scales can be moved.
 
@@ -353,6 +364,7 @@ def discover(
         mappings: "auto" finds the edges; a list gives them by hand, as
             `{"producer": name, "consumers": [names]}` with names as inside a block.
             Edges given by hand are tried like found ones.
+        residence: of the model; None stands for one in memory.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1)
@@ -365,9 +377,10 @@ def discover(
     """
     names = find_blocks(model)
     vocabulary = _vocabulary(model)
-    device = next(model.parameters()).device
-    tokens = (torch.arange(8, device=device) * 7919 % vocabulary).unsqueeze(0)
-    hidden, calls, tuples = record_calls(model, names, tokens)
+    residence = residence or InMemory(model)
+    tokens = (torch.arange(8, device=residence.home) * 7919 % vocabulary).unsqueeze(0)
+    with residence.entrance():
+        hidden, calls, tuples = record_calls(model, names, tokens, residence=residence)
     shared = shared_parameters(model)
     known: dict[Any, BlockStructure] = {}
     blocks = []
@@ -375,7 +388,11 @@ def discover(
         module = model.get_submodule(name)
         kind = (_signature(module), any(id(parameter) in shared for parameter in module.parameters()))
         if kind not in known:
-            probe = _Probe(name, module, call, hidden, shared, _head_dims(model, module))
+            there = residence.device
+            with residence.part(name):
+                probe = _Probe(
+                    name, module, call.to(there), hidden.to(there), shared, _head_dims(model, module)
+                )
             known[kind] = BlockStructure(
                 name=name,
                 linears=tuple(probe.linears),
@@ -386,6 +403,7 @@ def discover(
                 scores=probe.find_scores(),
                 returns_tuple=returns_tuple,
             )
+            del probe  # holds the block eight bytes a weight
         found = known[kind]
         blocks.append(replace(found, name=name, returns_tuple=returns_tuple))
     if mappings != "auto" and not any(block.mappings for block in blocks):

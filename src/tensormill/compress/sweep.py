@@ -88,6 +88,15 @@ def plan(methods: Sequence[str], bits: Sequence[int], **settings: Any) -> list[S
     return [Step.of(method, {"bits": width, **settings}) for width in sorted(bits) for method in methods]
 
 
+def calibration_texts(files: Sequence[str | os.PathLike[str]] | None) -> list[str]:
+    """The texts to calibrate on: of the files, or else sources of Python's standard library.
+
+    Raises:
+        DataError: a file can't be read.
+    """
+    return list(read_texts(files).values()) if files is not None else [python_source.calibration_text()]
+
+
 def calibration_for(
     step: Step, files: Sequence[str | os.PathLike[str]] | None, tokenizer: PreTrainedTokenizerBase
 ) -> Calibration | None:
@@ -98,7 +107,7 @@ def calibration_for(
     """
     if step.method == "rtn":
         return None
-    texts = list(read_texts(files).values()) if files is not None else [python_source.calibration_text()]
+    texts = calibration_texts(files)
     config = step.config
     return Calibration.from_text(
         texts, tokenizer, samples=config.calibration_samples, length=config.calibration_length
@@ -112,6 +121,7 @@ def sweep(
     steps: Sequence[Step],
     *,
     calibration_text: Sequence[str | os.PathLike[str]] | None = None,
+    calibration: Calibration | None = None,
     max_tokens: int | None = None,
     speed: bool = False,
     seed: int = 0,
@@ -125,6 +135,7 @@ def sweep(
         text: What to evaluate on, by name.
         steps: Different configurations, see `plan`.
         calibration_text: Files to calibrate on; None takes the standard library.
+        calibration: Windows for all steps, instead of `calibration_text`.
         max_tokens: Of the evaluation; None takes the whole text.
         speed: Measure speed too, the models' repeats interleaved.
         seed: Of the prompt on which speed is measured.
@@ -142,11 +153,13 @@ def sweep(
     for step in steps:
         key = (step.config.calibration_samples, step.config.calibration_length)
         if step.method != "rtn" and key not in calibrations:
-            calibrations[key] = calibration_for(step, calibration_text, tokenizer)
+            calibrations[key] = calibration or calibration_for(step, calibration_text, tokenizer)
     models: dict[str, nn.Module] = {ORIGINAL: model}
     seconds: dict[str, float] = {}
     for i, step in enumerate(steps):
         name = f"{step.method} at {step.config.bits} bits"
+        if step.config.bits_by_layer:
+            name = f"{step.method}, mixture {i + 1}"
         stages.enter("compress", name, i, len(steps))
         key = (step.config.calibration_samples, step.config.calibration_length)
         candidate = copy.deepcopy(model)

@@ -243,7 +243,7 @@ def sentence_bleu(
     """
     scoring = _scoring(settings)
     counted = _statistics(scoring, candidates, references, candidate_lengths, reference_lengths, pad_id, True)
-    matches, totals, lengths, closest = (t.to(torch.float64) for t in counted)
+    matches, totals, lengths, closest = _in_float64(*counted)
     if scoring.dialect == "sacrebleu":
         scores = _sacrebleu(scoring, matches, totals, lengths, closest, scoring.effective_order is not False)
     else:
@@ -507,6 +507,14 @@ def _statistics(
     return matches, totals, lengths, closest
 
 
+def _in_float64(matches: Tensor, totals: Tensor, lengths: Tensor, closest: Tensor) -> tuple[Tensor, ...]:
+    """Statistics of candidates as views of one float64 tensor: on a GPU every conversion would be a launch."""
+    orders = matches.shape[-1]
+    both = torch.cat([matches, totals, closest.unsqueeze(-1)], -1).to(torch.float64)
+    totals = both[..., orders : 2 * orders]
+    return both[..., :orders], totals, totals[..., 0], both[..., -1]
+
+
 def _as_ids(name: str, ids: Ids, lengths: Tensor | None, pad_id: int | None) -> tuple[Tensor, Tensor | None]:
     """Token ids as an int32 or int64 tensor, and their lengths."""
     if not isinstance(ids, Tensor) and not hasattr(ids, "__array__"):
@@ -640,8 +648,8 @@ def _nltk(
     nothing = matches[..., 0] == 0
     if scoring.smoothing == "method6":
         precisions = _checked_trigrams(scoring, precisions, matches, nothing)
-    logs = precisions.log().masked_fill(precisions <= 0, 0.0)
-    penalty = (1 - closest / lengths.clamp_min(1)).exp().masked_fill(lengths > closest, 1.0)
+    logs = torch.xlogy(precisions > 0, precisions)
+    penalty = _log_penalty(lengths, closest)
     scores = []
     for weights in sets:
         exponent = _weighted(logs, weights)
@@ -650,11 +658,21 @@ def _nltk(
             size = lengths[..., None]
             own = (logs[..., :4] * (order < size)).sum(-1) / lengths.clamp_min(1)
             exponent = torch.where(lengths < 4, own, exponent)
-        score = penalty * exponent.exp()
+        score = (penalty + exponent).exp()
         if scoring.strict:
             score = score.masked_fill((matches[..., : len(weights)] == 0).any(-1), 0.0)
         scores.append(score.masked_fill(nothing, 0.0))
-    return torch.stack(scores, -1)
+    return _of_sets(scores)
+
+
+def _log_penalty(lengths: Tensor, closest: Tensor) -> Tensor:
+    """Logarithm of the brevity penalty (...), 0 for candidates at least as long as their closest reference."""
+    return (1 - closest / lengths.clamp_min(1)).clamp_max(0.0)
+
+
+def _of_sets(scores: list[Tensor]) -> Tensor:
+    """(..., sets) from the scores (...) of each set of weights."""
+    return scores[0].unsqueeze(-1) if len(scores) == 1 else torch.stack(scores, -1)
 
 
 def _weighted(logs: Tensor, weights: tuple[float, ...]) -> Tensor:
@@ -746,7 +764,7 @@ def _sacrebleu(
     scoring: Scoring, matches: Tensor, totals: Tensor, lengths: Tensor, closest: Tensor, effective: bool
 ) -> Tensor:
     """Scores (..., sets) as sacreBLEU takes them; arguments as for `_nltk`, `totals` true numbers of n-grams."""
-    penalty = (1 - closest / lengths.clamp_min(1)).exp().masked_fill(lengths >= closest, 1.0)
+    penalty = _log_penalty(lengths, closest)
     scores = []
     for weights in scoring.weight_sets:
         m, t = matches[..., : len(weights)], totals[..., : len(weights)]
@@ -764,10 +782,10 @@ def _sacrebleu(
         precisions = numerator / t.clamp_min(torch.finfo(torch.float64).tiny) * reached
         used = reached if effective else torch.ones_like(reached)
         impossible = ((precisions <= 0) & (used > 0)).any(-1)
-        logs = precisions.log().masked_fill(precisions <= 0, 0.0) * used
-        score = penalty * (logs.sum(-1) / used.sum(-1).clamp_min(1)).exp()
+        logs = torch.xlogy(precisions > 0, precisions) * used
+        score = (penalty + logs.sum(-1) / used.sum(-1).clamp_min(1)).exp()
         scores.append(score.masked_fill(nothing | impossible, 0.0))
-    return torch.stack(scores, -1)
+    return _of_sets(scores)
 
 
 def _finished(scoring: Scoring, scores: Tensor) -> Tensor:

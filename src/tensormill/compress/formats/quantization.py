@@ -180,13 +180,16 @@ def fake_quantize(weight: Tensor, spec: QuantSpec, clip: Tensor | None = None) -
 
 
 def check_weight(weight: Tensor, spec: QuantSpec, name: str = "weight") -> None:
-    """Raise `InvalidArgument`, with `name`, if `weight` isn't a finite float matrix that `spec` can cut."""
+    """Raise `InvalidArgument`, with `name`, if `weight` isn't a finite float matrix that `spec` can cut.
+
+    Of a weight on the meta device only shape and dtype are known.
+    """
     if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise InvalidArgument(
             f"given {name} of shape {tuple(weight.shape)} and {weight.dtype}, expected a float matrix [N, K]"
         )
     spec.check(weight.shape[1], name)
-    if not torch.isfinite(weight).all():
+    if not weight.is_meta and not torch.isfinite(weight).all():
         raise InvalidArgument(
             f"given NaN or infinity in {name}, expected finite weights; check the checkpoint"
         )

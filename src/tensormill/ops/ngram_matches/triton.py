@@ -116,14 +116,15 @@ def _outside_32_bits(tokens, size, CHUNK: tl.constexpr):
     return tl.max(seen, axis=0)
 
 
-@triton.jit(do_not_specialize=["group", "width", "count", "longest", "blocks"])
+@triton.jit(do_not_specialize=["batch", "group", "width", "count", "longest", "blocks"])
 def _ngram_matches(
     candidates, candidate_lengths, references, reference_lengths, matches, totals, closest,
-    group, width, count, longest, blocks,
+    batch, group, width, count, longest, blocks,
     N: tl.constexpr, ORDERS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK
+    # The last blocks of all candidates first: they walk furthest, and short walks fill the end of the grid.
+    b = tl.program_id(0) % batch
+    first = (blocks - 1 - tl.program_id(0) // batch) * BLOCK
     prompt = (b // group).to(tl.int64)
     candidate = candidates + b.to(tl.int64) * width
     sets = references + prompt * count * longest
@@ -183,6 +184,7 @@ def count_matches(
         matches,
         totals,
         closest,
+        batch,
         batch // prompts,
         width,
         count,

@@ -290,7 +290,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:the experts in:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:the experts in:UserWarning", "ignore:plain transformers reads:UserWarning"
+)
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_are_compressed_and_loaded(name, tmp_path, monkeypatch):
     """Fewer checks than above: the fold, the search, and our own loading."""

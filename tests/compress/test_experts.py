@@ -17,7 +17,9 @@ from tensormill.compress.calibration import Calibration, CalibrationBlock, strea
 from tensormill.compress.checkpoint import load, save_compressed
 from tensormill.compress.experts import ExpertList, expert_lists, routers, unfuse_experts
 from tensormill.compress.formats.quantization import QuantSpec, fake_quantize
+from tensormill.compress.methods import METHODS
 from tensormill.compress.output_error import gram_loss, output_error, sample_loss
+from tensormill.compress.recipe import parse_recipe
 from tensormill.compress.structure import discover
 from tensormill.errors import InvalidArgument, ModelError
 
@@ -334,6 +336,23 @@ def test_architectures_that_store_experts_stacked(tmp_path):
     found = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     assert not list(expert_lists(found))
     assert relative_error(logits(found), logits(model)) < 1e-5
+
+
+def test_two_steps_on_one_mixture():
+    """The second finds blocks of which the first left nothing to do (a dense one), and half-done experts."""
+    model = architecture_model("deepseek_v3")
+    expected = logits(model)
+    steps = parse_recipe("""
+- {method: awq, bits: 8, group_size: 16, n_grid: 3, clip_grid: 4, skip: [lm_head, "*.experts.*.down_proj"]}
+- {method: gptq, bits: 8, group_size: 16, only: ["*.experts.*.down_proj"]}
+""")
+    counts = []
+    for step in steps:
+        report = METHODS[step.method][1](model, step.config, Calibration(TOKENS))
+        counts.append(len(report.layers))
+    assert counts == [8 + 2 * (5 + 16 + 3), 16]
+    change = (logits(model) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert change.median() < 0.03
 
 
 def test_the_whole_job(tmp_path):

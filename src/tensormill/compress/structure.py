@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.experts import expert_lists, is_fused, routers
+from tensormill.compress.experts import ExpertList, expert_lists, is_fused, routers
 from tensormill.compress.residence import InMemory, Residence
 from tensormill.errors import ModelError
 
@@ -193,8 +193,9 @@ def find_blocks(model: nn.Module) -> list[str]:
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(linear_weights(entry) for entry in module)
+        and not isinstance(module, ExpertList)
+        and linear_weights(module)
+        and all(linear_weights(entry) or _compressed_parts(entry) for entry in module)
     ]
     if not lists:
         raise ModelError(
@@ -213,6 +214,11 @@ def find_blocks(model: nn.Module) -> list[str]:
         outermost, key=lambda item: (len(_common_path(item[0], embedding)), linear_weights(item[1]))
     )
     return [f"{name}.{index}" for index in range(len(blocks))]
+
+
+def _compressed_parts(block: nn.Module) -> bool:
+    """Whether an earlier step compressed layers of this block, all of them perhaps."""
+    return any(hasattr(part, "dequantize") for part in block.modules())
 
 
 def left_out(model: nn.Module) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FRACTION = 0.01
 BITS = 3
-WINDOW = 512
+WINDOW = 256
 """Tokens of an evaluation window: short ones, so that there are enough to resample."""
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 4.0)
@@ -53,7 +53,7 @@ def salience(run: Run) -> Measurement:
     without scaling, which the paper predicts as (D'/D)/s, and that of all other weights.
     """
     full = run.scale == "full"
-    subjects = list(builtin_subjects(run, ("plain", "outliers"), None if full else 8192))
+    subjects = list(builtin_subjects(run, ("plain", "outliers"), None if full else 4096))
     notes = []
     if full:
         found = smollm2(run)
@@ -66,7 +66,7 @@ def salience(run: Run) -> Measurement:
     for i, subject in enumerate(subjects):
         run.progress(subject.name, i / len(subjects))
         made, missed, best = _measure(
-            run, subject, samples=128 if full else 16, draws=10 if full else 3, part=(i, len(subjects))
+            run, subject, samples=128 if full else 8, draws=10 if full else 3, part=(i, len(subjects))
         )
         rows += made
         failures += missed

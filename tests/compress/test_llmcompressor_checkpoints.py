@@ -26,7 +26,10 @@ needs_llmcompressor = pytest.mark.skipif(
 def relative_error(folder: Path) -> float:
     """Of our logits, relative to the size of what `expected.safetensors` says."""
     model = load(folder)
-    assert sum(isinstance(module, LinearWNA16) for module in model.modules()) == 7 * model.config.num_hidden_layers
+    assert (
+        sum(isinstance(module, LinearWNA16) for module in model.modules())
+        == 7 * model.config.num_hidden_layers
+    )
     expected = load_file(folder / "expected.safetensors")
     with torch.no_grad():
         logits = model(expected["tokens"]).logits

@@ -1,6 +1,6 @@
 """Write checkpoints of a tiny random Llama with llm-compressor, and what they should compute.
 
-    python tests/compress/write_llmcompressor_checkpoints.py FOLDER
+python tests/compress/write_llmcompressor_checkpoints.py FOLDER
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def tiny_llama(seed: int, **sizes: int):
     return model
 
 
-def write(folder: Path, *, method: str, symmetric: bool, seed: int = 0, group_size: int = 16, **sizes: int) -> None:
+def write(
+    folder: Path, *, method: str, symmetric: bool, seed: int = 0, group_size: int = 16, **sizes: int
+) -> None:
     """One checkpoint, with `expected.safetensors` (tokens and logits) beside its weights."""
     from tensormill.compress.calibration import Calibration
     from tensormill.compress.peers import quantize_with_llmcompressor

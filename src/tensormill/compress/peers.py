@@ -6,8 +6,8 @@ quantized weights read as: plain floating-point matrices that any evaluation run
 installed is in `installed()`.
 
 - llm-compressor (vllm-project): AWQ and GPTQ through `oneshot`, on a data loader of the very windows.
-- HQQ (Badri and Shaji): half-quadratic quantization, which needs no calibration; its zero points are float numbers,
-  so that its weights take a little more room than ours at the same bits and group size.
+- HQQ (Badri and Shaji): half-quadratic quantization, which needs no calibration; but for 4 bits its zero points are
+  float numbers, so that its weights take a little more room than ours at the same bits and group size.
 """
 
 from __future__ import annotations

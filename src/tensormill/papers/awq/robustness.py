@@ -58,7 +58,9 @@ def robustness(run: Run) -> Measurement:
     python = ("Python", calibration_text())
     cases: list[tuple[Subject, str, tuple[str, str]]] = [
         (subject, "Python", (name, prose))
-        for subject in builtin_subjects(run, ("plain", "outliers") if full else ("plain",), None if full else 8192)
+        for subject in builtin_subjects(
+            run, ("plain", "outliers") if full else ("plain",), None if full else 8192
+        )
     ]
     notes = [f"English is {name}"]
     if full:

@@ -123,9 +123,12 @@ def english_text() -> tuple[str, str]:
     from tensormill.data import real_data_dir
 
     folder = real_data_dir()
-    books = sorted((folder / "english_public_domain").glob("**/*.txt")) if folder is not None else []
+    books = sorted((folder / "english_public_domain").glob("*.txt.xz")) if folder is not None else []
     if books:
-        return "English books and speeches", "\n\n".join(book.read_text(errors="replace") for book in books)
+        import lzma
+
+        texts = (lzma.decompress(book.read_bytes()).decode("utf-8", errors="replace") for book in books)
+        return "English books and speeches", "\n\n".join(texts)
     return "docstrings", docstrings()
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tensormill.compress.calibration import Calibration
 from tensormill.compress.footprint import PeakMemory, peak_memory, reset_peak_memory
-from tensormill.compress.structure import discover
+from tensormill.compress.structure import discover, linear_in
 from tensormill.errors import InvalidArgument, ModelError
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def quantize_with_hqq(
     seconds = 0.0
     for block in discover(made).blocks:
         for name in block.linears:
-            linear = made.get_submodule(f"{block.name}.{name}")
+            linear = linear_in(made, f"{block.name}.{name}")
             began = time.perf_counter()
             # A copy, since it takes the weight away from the layer that it is given.
             layer = HQQLinear(
@@ -242,39 +242,23 @@ def quantize_with_hqq(
     return PeerRun(made, seconds, peak_memory(device))
 
 
-PEERS: dict[str, Peer] = {}
+def _llmcompressor(method: str, **settings: Any) -> Peer:
+    def run(*args: Any, **named: Any) -> PeerRun:
+        return quantize_with_llmcompressor(*args, method=method, **named)
+
+    return Peer("llmcompressor", "llmcompressor", method, run, settings)
 
 
-def _add(name: str, module: str, distribution: str, method: str, run: Any, **settings: Any) -> None:
-    PEERS[name] = Peer(module, distribution, method, run, settings)
-
-
-def _llmcompressor(method: str) -> Callable[..., PeerRun]:
-    return lambda *args, **named: quantize_with_llmcompressor(*args, method=method, **named)
-
-
-for _options in ({}, {"duo_scaling": "both"}, {"duo_scaling": "both", "observer": "mse"}):
-    _suffix = "".join(f", {value}" for value in _options.values())
-    _add(
-        f"llm-compressor awq{_suffix}",
-        "llmcompressor",
-        "llmcompressor",
-        "awq",
-        _llmcompressor("awq"),
-        **_options,
-    )
-for _options in ({}, {"observer": "mse"}):
-    _suffix = "".join(f", {value}" for value in _options.values())
-    _add(
-        f"llm-compressor gptq{_suffix}",
-        "llmcompressor",
-        "llmcompressor",
-        "gptq",
-        _llmcompressor("gptq"),
-        **_options,
-    )
-_add("hqq", "hqq", "hqq", "hqq", quantize_with_hqq)
-_add("hqq, axis 0", "hqq", "hqq", "hqq", quantize_with_hqq, axis=0)
+PEERS = {
+    "llm-compressor awq": _llmcompressor("awq"),
+    "llm-compressor awq, duo both": _llmcompressor("awq", duo_scaling="both"),
+    "llm-compressor awq, duo both, mse": _llmcompressor("awq", duo_scaling="both", observer="mse"),
+    "llm-compressor gptq": _llmcompressor("gptq"),
+    "llm-compressor gptq, mse": _llmcompressor("gptq", observer="mse"),
+    "hqq": Peer("hqq", "hqq", "hqq", quantize_with_hqq),
+    "hqq, axis 0": Peer("hqq", "hqq", "hqq", quantize_with_hqq, {"axis": 0}),
+}
+"""Every way to run a peer, by the name it has in tables: first its defaults, then its better options."""
 
 
 def _loader(tokens: Tensor, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tensormill.compress.calibration import Calibration
     from tensormill.compress.evaluate import Evaluation, Interval
+    from tensormill.compress.peers import Peer
 
     Compressor = Callable[[PreTrainedModel, Calibration], PreTrainedModel]
 
@@ -74,11 +75,9 @@ def robustness(run: Run) -> Measurement:
     failures: list[str] = []
     for i, (subject, own, foreign) in enumerate(cases):
         run.progress(subject.name, i / len(cases))
-        compressors = our_compressors(subject)
-        for peer in peers:
-            compressors[peer] = lambda model, calibration, peer=peer, subject=subject: (
-                peers[peer](model, calibration, bits=BITS, group_size=subject.group_size).model
-            )
+        compressors = our_compressors(subject) | {
+            name: peer_compressor(peer, subject.group_size) for name, peer in peers.items()
+        }
         made, missed = _measure(
             run, subject, own, foreign, compressors, samples=128 if full else 16, part=(i, len(cases))
         )
@@ -106,6 +105,11 @@ def our_compressors(subject: Subject) -> dict[str, Compressor]:
         return run
 
     return {method: compressor(method) for method in ("awq", "gptq")}
+
+
+def peer_compressor(peer: Peer, group_size: int) -> Compressor:
+    """A peer as a function of a model and the calibration."""
+    return lambda model, calibration: peer(model, calibration, bits=BITS, group_size=group_size).model
 
 
 def _measure(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tensormill.compress.calibration import Calibration
+    from tensormill.compress.output_error import ScaleLoss
+    from tensormill.compress.structure import ScaleMapping
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -232,17 +234,19 @@ def chosen_losses(model: PreTrainedModel, calibration: Calibration, bits: int = 
                 ("linear", by_sample),
                 ("module", by_module),
             ):
-                found = search_scales(
-                    *reduced,
-                    lambda scales, loss=loss, mapping=mapping: loss(
-                        torch.stack([mapping.expand(scale) for scale in scales])
-                    ),
-                )
+                found = search_scales(*reduced, _of_reduced(loss, mapping))
                 columns[name] = mapping.expand(found.scale)
             for name in names:
                 explicit[name].append(by_sample(columns[name][None]).item())
                 module[name].append(by_module(columns[name][None]).item())
     return ChosenLosses(explicit, module)
+
+
+def _of_reduced(loss: ScaleLoss, mapping: ScaleMapping) -> ScaleLoss:
+    """A loss of scales per column as one of scales per channel of the mapping."""
+    import torch
+
+    return lambda scales: loss(torch.stack([mapping.expand(scale) for scale in scales]))
 
 
 @dataclass(frozen=True)
@@ -256,8 +260,12 @@ class BlockCosts:
 def block_costs(run: Run, subject: Subject, calibration: Calibration) -> BlockCosts:
     """Seconds and peak memory per block of AWQ with each objective, without clipping, and of llm-compressor."""
     import copy
+    import time
+
+    import torch
 
     from tensormill.compress.awq import AWQConfig, apply
+    from tensormill.compress.calibration import Calibration
     from tensormill.compress.footprint import peak_memory, reset_peak_memory
     from tensormill.compress.peers import installed
 
@@ -278,17 +286,25 @@ def block_costs(run: Run, subject: Subject, calibration: Calibration) -> BlockCo
         "module": AWQConfig(clip=False, objective="module", objective_samples=samples),
         "gram, with clipping": AWQConfig(),
     }
+    # Once each on one window before the clock runs: imports and the device's libraries are loaded then.
+    warm_up = Calibration(calibration.tokens[:1])
+    apply(copy.deepcopy(subject.model), AWQConfig(), warm_up)
     for i, (name, config) in enumerate(kinds.items()):
         run.progress(f"cost of {name}", 0.2 + 0.1 * i)
         model = copy.deepcopy(subject.model)
         before = _memory_in_use(run.device)
         reset_peak_memory(run.device)
-        took = _seconds(run.device, lambda model=model, config=config: apply(model, config, calibration))
+        began = time.perf_counter()
+        apply(model, config, calibration)
+        if run.device != "cpu":
+            torch.cuda.synchronize(run.device)
+        took = time.perf_counter() - began
         add(name, took, peak_memory(run.device).bytes - before)
         del model
-    for name, peer in installed(("awq",)).items():
-        if "observer" in peer.settings:
-            continue
+    peers = {name: peer for name, peer in installed(("awq",)).items() if "observer" not in peer.settings}
+    for peer in list(peers.values())[:1]:
+        peer(subject.model, warm_up, bits=4, group_size=subject.group_size)
+    for name, peer in peers.items():
         run.progress(f"cost of {name}", 0.6)
         model = copy.deepcopy(subject.model)
         before = _memory_in_use(run.device)
@@ -297,18 +313,6 @@ def block_costs(run: Run, subject: Subject, calibration: Calibration) -> BlockCo
         )
         add(name, made.seconds, made.memory.bytes - before)
     return BlockCosts(rows, seconds)
-
-
-def _seconds(device: str, action: Any) -> float:
-    import time
-
-    import torch
-
-    began = time.perf_counter()
-    action()
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def _memory_in_use(device: str) -> int:
@@ -478,13 +482,14 @@ def write_random_llama(
 
     folder = Path(folder)
     folder.mkdir(parents=True)
-    config = LlamaConfig(
+    settings: dict[str, Any] = {
         **sizes,
-        tie_word_embeddings=False,
-        max_position_embeddings=2048,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": "bfloat16",
+    }
+    config = LlamaConfig(**settings)
     config.save_pretrained(folder)
     tokenizer = open_tokenizer(resolve_path("builtin:python-lm"))
     assert tokenizer is not None

@@ -199,28 +199,6 @@ def test_the_objectives_agree_on_a_tiny_model():
     assert any("explicit loss of the scales by gram" in row.what for row in losses.rows())
 
 
-def test_a_random_checkpoint_opens_with_its_sizes(tmp_path):
-    from tensormill.compress.checkpoint import open_model
-
-    sizes = {
-        "vocab_size": 4096,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    search_cost.write_random_llama(tmp_path / "a", sizes, seed=1)
-    search_cost.write_random_llama(tmp_path / "b", sizes, seed=1)
-    model, tokenizer = open_model(tmp_path / "a")
-    again, _ = open_model(tmp_path / "b")
-    assert tokenizer is not None and len(model.model.layers) == 3
-    assert model.model.layers[2].self_attn.k_proj.weight.shape == (32, 64)
-    for one, other in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, other) and one.dtype == torch.bfloat16
-    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
-
-
 def test_docstrings_are_prose_and_hold_nothing_that_is_judged():
     from tensormill.data.python_source import heldout_text
 

@@ -45,12 +45,13 @@ def quality(run: Run) -> Measurement:
 
     Injected outliers are exactly what scale folding can undo, so they are reported beside the untouched model and,
     at full scale, beside the mixture of value heads, which no channel scale undoes, and SmolLM2-135M on WikiText-2.
-    Peers get the same windows; at quick scale only their defaults, and only on the untouched model.
+    Peers get the same windows; at quick scale only GPTQ and HQQ with their defaults, on the untouched model, since
+    llm-compressor's AWQ takes a CPU many minutes.
     """
     from tensormill.compress.peers import installed
 
     full = run.scale == "full"
-    peers = installed(options=full)
+    peers = installed() if full else installed(("gptq", "hqq"), options=False)
     rows: list[Row] = []
     failures: list[str] = []
     notes = [] if peers else ["no peer is installed"]

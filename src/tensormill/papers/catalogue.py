@@ -1,7 +1,7 @@
 """The catalogue: what each paper claims, and the functions that measure those claims on this machine.
 
-One file per paper, `tensormill/papers/<slug>.py`, defines `PAPER = Paper(...)` with the figures the paper
-publishes. The catalogue is the listing of that package: there is no central list to edit. A module whose name
+One file per paper, `tensormill/papers/<slug>.py` (or a package of that name), defines `PAPER = Paper(...)` with the
+figures the paper publishes. The catalogue is the listing of that package: there is no central list to edit. A module whose name
 starts with an underscore is shared measuring code, not a paper.
 
 A claim is a function in the paper's file under the decorator `PAPER.claim`. It gets a `Run` (scale, device,

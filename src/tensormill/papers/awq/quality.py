@@ -1,0 +1,174 @@
+"""C1: what AWQ loses, beside round-to-nearest, GPTQ, and the quantizers that people use today."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tensormill.papers.awq.paper import PAPER
+from tensormill.papers.awq.subjects import SOURCES, Subject, builtin_subjects, smollm2
+from tensormill.papers.catalogue import Measurement, Row, Run
+
+if TYPE_CHECKING:
+    from tensormill.compress.evaluate import Evaluation
+    from tensormill.compress.peers import Peer
+
+METHODS = ("rtn", "gptq", "awq")
+BITS = (4, 3)
+GAP_WANTED = {"plain": (0.0, 0.0), "outliers": (0.5, 0.35), "SmolLM2-135M": (0.5, 0.35)}
+"""Share of the gap between round-to-nearest and the original to close at 4 and 3 bits; the mixture is only shown."""
+
+
+@PAPER.claim(
+    "C1",
+    figure="int4-perplexity",
+    statement="AWQ loses less quality than round-to-nearest, and no more than the peers, at 4 and at 3 bits",
+    criterion=(
+        "at 4 and 3 bits in groups of 128, AWQ's perplexity is below round-to-nearest's with a paired 95 % interval "
+        "that excludes zero; with outliers it closes at least 50 % (4 bits) and 35 % (3 bits) of the gap; and it is "
+        "not significantly above that of the best peer installed, at the best of the peer's options"
+    ),
+    measures=(
+        *SOURCES,
+        "tensormill.compress.awq",
+        "tensormill.compress.gptq",
+        "tensormill.compress.rtn",
+        "tensormill.compress.clipping",
+        "tensormill.compress.output_error",
+        "tensormill.compress.peers",
+    ),
+    peers=("llmcompressor", "compressed-tensors", "hqq"),
+)
+def quality(run: Run) -> Measurement:
+    """Perplexity of the built-in model, untouched and with injected outliers, after RTN, GPTQ, AWQ and the peers.
+
+    Injected outliers are exactly what scale folding can undo, so they are reported beside the untouched model and,
+    at full scale, beside the mixture of value heads, which no channel scale undoes, and SmolLM2-135M on WikiText-2.
+    Peers get the same windows; at quick scale only GPTQ and HQQ with their defaults, on the untouched model, since
+    llm-compressor's AWQ takes a CPU many minutes.
+    """
+    from tensormill.compress.peers import installed
+
+    full = run.scale == "full"
+    peers = installed() if full else installed(("gptq", "hqq"), options=False)
+    rows: list[Row] = []
+    failures: list[str] = []
+    notes = [] if peers else ["no peer is installed"]
+    subjects: list[Subject] = list(
+        builtin_subjects(
+            run, ("plain", "outliers", "mixture") if full else ("plain", "outliers"), None if full else 16384
+        )
+    )
+    if full:
+        found = smollm2(run)
+        if isinstance(found, str):
+            notes.append(found)
+        else:
+            subjects.append(found)
+    for i, subject in enumerate(subjects):
+        for j, bits in enumerate(BITS):
+            run.progress(f"{subject.name}, {bits} bits", (len(BITS) * i + j) / (len(BITS) * len(subjects)))
+            chosen = peers if full or subject.name == "plain" else {}
+            comparison = compare_methods(run, subject, bits, chosen, samples=128 if full else 32)
+            rows += comparison.rows
+            if subject.name in GAP_WANTED:
+                failures += shortfalls(comparison, GAP_WANTED[subject.name][j])
+    reason = "; ".join(
+        [*failures, *notes] or ["better than round-to-nearest everywhere, and the gaps are closed"]
+    )
+    return Measurement(rows, holds=not failures, reason=reason)
+
+
+@dataclass(frozen=True)
+class QualityComparison:
+    """Rows of every method on one model at one width, and what the criterion needs of them."""
+
+    label: str
+    rows: list[Row]
+    scores: Mapping[str, Evaluation]
+    peers: tuple[str, ...]
+    seed: int
+
+
+def compare_methods(
+    run: Run, subject: Subject, bits: int, peers: Mapping[str, Peer], samples: int
+) -> QualityComparison:
+    """Compress copies of a model with every method and peer on the same windows, and evaluate all on the same text."""
+    import copy
+
+    from tensormill.compress.evaluate import evaluate_models, paired_bootstrap
+    from tensormill.compress.methods import METHODS as REGISTRY
+
+    calibration = subject.calibration(samples)
+    models = {"original": subject.model}
+    for method in METHODS:
+        config, apply = REGISTRY[method]
+        models[method] = copy.deepcopy(subject.model)
+        settings = config(bits=bits, group_size=subject.group_size)
+        apply(models[method], settings, None if method == "rtn" else calibration, None)
+    for name, peer in peers.items():
+        run.progress(f"{subject.name}, {bits} bits: {name}", None)
+        models[name] = peer(subject.model, calibration, bits=bits, group_size=subject.group_size).model
+    window = 1024 if subject.name.startswith("SmolLM2") else 2048
+    scores = evaluate_models(
+        models,
+        subject.tokenizer,
+        subject.text,
+        reference="original",
+        window=window,
+        max_tokens=subject.max_tokens,
+    )
+    label = f"{subject.name} W{bits}"
+    gap = scores["rtn"].perplexity - scores["original"].perplexity
+    setting = {
+        "group_size": subject.group_size,
+        "samples": samples,
+        "tokens": scores["rtn"].tokens,
+        "windows": scores["rtn"].windows,
+    }
+    rows = [Row(f"{label} original", scores["original"].perplexity, "perplexity", setting=setting)]
+    for name in models:
+        score = scores[name]
+        if score.comparison is None:
+            continue
+        options = dict(peers[name].settings) if name in peers else {}
+        rows.append(Row(f"{label} {name}", score.perplexity, "perplexity", setting={**setting, **options}))
+        rows.append(Row(f"{label} {name} KL to the original", score.comparison.kl, "nats per token"))
+        if name == "rtn":
+            continue
+        closed = (scores["rtn"].perplexity - score.perplexity) / gap
+        rows.append(Row(f"{label} {name} gap closed", closed, "share"))
+        for other in ("rtn",) if name == "awq" else ("rtn", "awq"):
+            interval = paired_bootstrap(score.window_nll, scores[other].window_nll, seed=run.seed)
+            spread = (interval.low, interval.high)
+            rows.append(Row(f"{label} {name} minus {other}", interval.estimate, "perplexity", spread))
+    return QualityComparison(label, rows, scores, tuple(peers), run.seed)
+
+
+def shortfalls(comparison: QualityComparison, wanted: float) -> list[str]:
+    """What AWQ fell short of, in words.
+
+    Args:
+        comparison: of one model at one width.
+        wanted: share of the gap to close.
+    """
+    from tensormill.compress.evaluate import paired_bootstrap
+
+    label, scores = comparison.label, comparison.scores
+    awq, rtn = scores["awq"], scores["rtn"]
+    missed = []
+    interval = paired_bootstrap(awq.window_nll, rtn.window_nll, seed=comparison.seed)
+    if not (interval.excludes_zero and interval.estimate < 0):
+        missed.append(f"{label}: not significantly better than round-to-nearest")
+    closed = (rtn.perplexity - awq.perplexity) / (rtn.perplexity - scores["original"].perplexity)
+    if closed < wanted:
+        missed.append(f"{label}: {closed:.0%} of the gap closed, {wanted:.0%} wanted")
+    if comparison.peers:
+        best = min(comparison.peers, key=lambda name: scores[name].perplexity)
+        interval = paired_bootstrap(awq.window_nll, scores[best].window_nll, seed=comparison.seed)
+        if interval.excludes_zero and interval.estimate > 0:
+            missed.append(
+                f"{label}: {best} is better ({scores[best].perplexity:.3f}, ours {awq.perplexity:.3f})"
+            )
+    return missed

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 # Tensors outside of the blocks go into files of about this size, larger ones into files of their own.
 _OUTSIDE_BYTES = 1 << 28
 # Hidden states are kept again once this many times the time has passed that keeping them took.
-_PAUSE = 10.0
+_PAUSE = 30.0
 
 
 class OnDisk:

@@ -113,26 +113,20 @@ def test_nan_in_the_experts_is_named():
 
 
 def observed(model: nn.Module, tokens: Tensor, tokens_per_feature: float):
-    """Statistics of the last block, and the block."""
-    structure = discover(model)
-    for block in stream_blocks(model, structure, Calibration(tokens)):
+    """The last block with its statistics, and what its experts read: (tokens, H), (tokens, k) their experts."""
+    for block in stream_blocks(model, discover(model), Calibration(tokens)):
+        seen: list[tuple[Tensor, Tensor]] = []
+        part = block.module.get_submodule("mlp.experts")
+        hook = part.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append((args[0], args[1])))
+        for call, hidden in zip(block.calls, block.hidden, strict=True):
+            call.run(block.module, hidden)
+        hook.remove()
         statistics = block.observe(tokens_per_feature=tokens_per_feature)
-    return statistics, block
-
-
-def routed(block, path: str) -> tuple[Tensor, Tensor]:
-    """What reaches a list of experts: (tokens, H), and (tokens, k) their experts."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    part = block.module.get_submodule(path)
-    hook = part.register_forward_pre_hook(lambda _m, args: seen.append((args[0], args[1])))
-    block.run()
-    hook.remove()
-    return torch.cat([x for x, _ in seen]), torch.cat([index for _, index in seen])
+    return statistics, block, torch.cat([x for x, _ in seen]), torch.cat([index for _, index in seen])
 
 
 def test_statistics_are_those_of_the_routed_tokens():
-    statistics, block = observed(opened("qwen3_moe"), TOKENS, 0)
-    x, index = routed(block, "mlp.experts")
+    statistics, block, x, index = observed(opened("qwen3_moe"), TOKENS, 0)
     for number, expert in enumerate(block.module.mlp.experts):
         own = x[(index == number).any(dim=1)]
         found = statistics[f"mlp.experts.{number}.gate_proj"]
@@ -145,8 +139,8 @@ def test_statistics_are_those_of_the_routed_tokens():
 
 
 def test_an_expert_of_few_tokens_is_shown_all_of_them():
-    statistics, block = observed(opened("qwen3_moe"), TOKENS, 1.5)  # 96 tokens of 192 in gate and up
-    x, index = routed(block, "mlp.experts")
+    # 96 tokens of 192 in gate and up
+    statistics, block, x, index = observed(opened("qwen3_moe"), TOKENS, 1.5)
     counts = [(index == number).any(dim=1).sum().item() for number in range(4)]
     assert min(counts) < 96 < max(counts), "the test needs experts on both sides"
     everything = x.T @ x / len(x)

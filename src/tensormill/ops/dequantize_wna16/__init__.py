@@ -111,6 +111,9 @@ def make_weight(
         scale = scale * (torch.rand(rows, groups, generator=generator, device=device) > 0.5)
     scale = scale.to(getattr(torch, shape.get("scale_dtype", "float16")))
     if shape.get("symmetric", False):
+        # A row of one weight that is 0 has a result of 0, of which no relative error is small.
+        code, middle = weight[:, :1] & ((1 << bits) - 1), 1 << (bits - 1)
+        weight[:, :1] ^= (code == middle).to(torch.int32)
         return weight, scale, None
     largest = (1 << bits) - 1
     zero_point = torch.randint(0, largest + 1, (rows, groups), generator=generator, device=device)

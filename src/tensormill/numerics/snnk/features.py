@@ -40,7 +40,9 @@ class RandomFeatures(nn.Module):
         normalize: inputs and weights are scaled to this length first; None: they are taken as they are.
     """
 
-    def __init__(self, in_features: int, num_features: int, feature_size: int, normalize: float | None) -> None:
+    def __init__(
+        self, in_features: int, num_features: int, feature_size: int, normalize: float | None
+    ) -> None:
         super().__init__()
         if normalize is not None and not (normalize > 0 and math.isfinite(normalize)):
             raise InvalidArgument(f"given normalize={normalize}, expected a positive length or None")
@@ -166,10 +168,14 @@ class URF(RandomFeatures):
         self._angle = math.pi / 4 if split == "even" else math.pi / 2
         self.A = self._best_A() if A == "auto" else float(A)
         if not self.A < 0.125:
-            raise InvalidArgument(f"given A={A}, expected less than 1/8 (the features' variance is infinite there)")
+            raise InvalidArgument(
+                f"given A={A}, expected less than 1/8 (the features' variance is infinite there)"
+            )
         omega, amplitude, phase = self._sampled(uniform)
         lengths = self.projection.dense().square().sum(-1)
-        log_scale = 0.25 * in_features * math.log1p(-4 * self.A) + self.A * lengths - 0.5 * math.log(num_features)
+        log_scale = (
+            0.25 * in_features * math.log1p(-4 * self.A) + self.A * lengths - 0.5 * math.log(num_features)
+        )
         beta = math.pi / 2 - self._angle
         self.register_buffer("phi_table", self._table(omega, self.balance, self._angle))
         self.register_buffer("psi_table", self._table(omega, 1 / self.balance, beta))
@@ -214,7 +220,9 @@ class URF(RandomFeatures):
         size = coefficients.abs()
         # |c| times the root of a sample's second moment, for x orthogonal to w, is the best law of the frequencies
         x2, w2 = (torch.tensor(n**2, dtype=torch.float64) for n in self.norms)
-        logits = size.log() + 0.5 * self._log_moments(omega, x2, w2, torch.zeros((), dtype=torch.float64))[0].real
+        logits = (
+            size.log() + 0.5 * self._log_moments(omega, x2, w2, torch.zeros((), dtype=torch.float64))[0].real
+        )
         return omega, size, coefficients.angle(), torch.softmax(logits, 0)
 
     def _log_moments(self, omega: Tensor, x2: Tensor, w2: Tensor, xw: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +257,9 @@ class URF(RandomFeatures):
         half = 2 * d - 4 * phi
         return (half - math.sqrt(half**2 + 64 * d * phi)) / (32 * d)
 
-    def _features(self, x: Tensor, table: Tensor, log_scale: Tensor, turn: Tensor | None, sign: float) -> Tensor:
+    def _features(
+        self, x: Tensor, table: Tensor, log_scale: Tensor, turn: Tensor | None, sign: float
+    ) -> Tensor:
         wide = _real(x)
         projected = self.projection(wide)
         squared = wide.square().sum(-1, keepdim=True)
@@ -406,9 +416,7 @@ class URF(RandomFeatures):
         return deviation / typical if typical else math.inf
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.num_features}, {self.spectrum.name!r}, split={self.split!r}, A={self.A:.4g}"
-        )
+        return f"{self.in_features}, {self.num_features}, {self.spectrum.name!r}, split={self.split!r}, A={self.A:.4g}"
 
 
 def arc_cosine_kernel(x: Tensor, weight: Tensor) -> Tensor:
@@ -503,7 +511,9 @@ class ReLUFeatures(RandomFeatures):
         weight = self._prepared("weight", weight)
         self._checked_bias(weight, bias)
         if bias is not None and not self.bias:
-            raise InvalidArgument("given a bias to features without one, expected ReLUFeatures(..., bias=True)")
+            raise InvalidArgument(
+                "given a bias to features without one, expected ReLUFeatures(..., bias=True)"
+            )
         return self._extended(weight, 0.0 if bias is None else bias)
 
     def psi(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:

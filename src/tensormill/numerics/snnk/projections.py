@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormill.errors import InvalidArgument
-from tensormill.ops import hadamard_transform
+from tensormill.ops.hadamard_transform import hadamard_transform
 
 __all__ = ["KINDS", "DenseProjection", "HadamardProjection", "Kind", "Projection", "draw"]
 
@@ -88,7 +88,7 @@ class HadamardProjection(Projection):
 
     def forward(self, x: Tensor) -> Tensor:
         """G x for every row: (..., d) to (..., m)."""
-        blocks, n = self.permutation.shape
+        n = self.permutation.shape[-1]
         y = nn.functional.pad(x, (0, n - self.in_features)).unsqueeze(-2)
         y = hadamard_transform(y * self.diagonals[0].to(x.dtype), n**-0.5)
         y = y.gather(-1, self.permutation.expand_as(y))

@@ -37,12 +37,13 @@ class SNNKAdapter(nn.Module):
         init: "zero": the gain, or the projection up, starts at 0 and the model as it was, the layer at the features of
             a random dense layer; "weight": the layer starts at 0 and the gain at 1, which trains faster, as the
             layer's gradient does not wait for the gain.
-        normalize: inputs are scaled to this length; "auto": dim ** 0.5, so that the scale of hidden states, which
-            varies from layer to layer, does not matter; None: they are taken as they are.
+        normalize: inputs are scaled to this length, so that the scale of hidden states, which varies from layer to
+            layer, does not matter; "auto": dim ** 0.5 for ReLU features and 1 for others, whose size and frequency
+            grow with it; None: they are taken as they are.
         seed: of the features and of the layer's start.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
-        **settings: of the features: projection, shift, split, A, ...
+        **settings: of the features: projection, shift, split ("phase" unless given), A, ...
 
     Raises:
         InvalidArgument: sizes below 1, an unknown feature or init.
@@ -88,8 +89,12 @@ class SNNKAdapter(nn.Module):
             "seed": seed,
             **settings,
         }
-        length = float(dim) ** 0.5 if normalize == "auto" else normalize
+        length: Any = normalize
+        if normalize == "auto":
+            length = float(dim) ** 0.5 if feature == "relu" else 1.0
         generator = torch.Generator().manual_seed(seed)
+        if feature != "relu":
+            settings.setdefault("split", "phase")  # bounded features: an input can't blow up what was trained
         features = random_features(
             dim, num_features, feature, normalize=length, seed=seed, device=device, dtype=dtype, **settings
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,18 +124,20 @@ class RidgeRegression:
 
 
 class ScaledFeatures(nn.Module):
-    """Features times a fixed number, which keeps their length the same from layer to layer.
+    """Features times a number, which keeps their length the same from layer to layer.
 
     Args:
         features: a feature map.
-        scale: positive factor.
+        scale: positive factor, or with `per_input` the length that every feature vector is given.
+        per_input: scale every feature vector for itself.
     """
 
     scale: Tensor
 
-    def __init__(self, features: RandomFeatures, scale: float) -> None:
+    def __init__(self, features: RandomFeatures, scale: float, per_input: bool = False) -> None:
         super().__init__()
         self.features = features
+        self.per_input = per_input
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
 
     @property
@@ -145,7 +147,10 @@ class ScaledFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) to (..., feature_size)."""
-        return self.features(x) * self.scale.to(x.dtype)
+        phi = self.features(x)
+        if self.per_input:
+            phi = nn.functional.normalize(phi, dim=-1)
+        return phi * self.scale.to(x.dtype)
 
 
 class BundledNet(nn.Module):
@@ -283,6 +288,7 @@ def bundle(
     projection: str = "orthogonal",
     seed: int = 0,
     length: float = 1.0,
+    scaling: Literal["fixed", "per_input"] = "fixed",
     **settings: Any,
 ) -> BundledNet:
     """Bundle a network of linear layers and activations into fixed features and one matrix.
@@ -302,7 +308,10 @@ def bundle(
         projection: "iid", "orthogonal", "hadamard", "sorf" or "qmc".
         seed: of all draws.
         length: see `calibration`.
-        **settings: of the features: split, A, shift, ...
+        scaling: "fixed", by one number a layer, or "per_input", every feature vector for itself. Fourier features of
+            long inputs are exponentially large, so that a deep net of them needs "per_input"; its matrix is no
+            estimate of the network, and only makes sense after `fit`.
+        **settings: of the features: split ("phase" unless given), A, shift, ...
 
     Returns:
         The bundled net, on the network's device and of its dtype.
@@ -313,6 +322,8 @@ def bundle(
     """
     if not isinstance(network, nn.Sequential):
         raise ModelError(f"given a {type(network).__name__}, expected nn.Sequential; list its layers in one")
+    if scaling not in ("fixed", "per_input"):
+        raise InvalidArgument(f"given scaling {scaling!r}, expected 'fixed' or 'per_input'")
     layers = _layers(network)
     hidden = [layer for layer in layers if layer[1] is not None]
     counts = [num_features] * len(hidden) if isinstance(num_features, int) else list(num_features)
@@ -338,8 +349,12 @@ def bundle(
         name = feature if feature is not None else _activation_name(activation)
         assert name is not None
         chosen = dict(settings)
-        if name != "relu" and "norms" not in chosen and x is not None:
-            chosen["norms"] = tuple(max(float(v.square().sum(-1).mean().sqrt()), 1e-6) for v in (x, weight))
+        if name != "relu":
+            chosen.setdefault("split", "phase")  # bounded features: what is fitted to them stays bounded too
+            if x is not None and truth is not None:
+                # as large as the network's own arguments can be: psi of psi is far longer than what it stands for
+                length_x, length_w, length_h = (_length(v) for v in (x, dense, truth))
+                chosen.setdefault("norms", (length_x, length_w * length_h / length_x))
         features = random_features(
             weight.shape[1],
             count,
@@ -351,15 +366,21 @@ def bundle(
             **where,
         )
         scale = 1.0
+        if scaling == "per_input":
+            scale = length
+        elif x is not None:
+            scale = length / _length(features(x))
+        layer = ScaledFeatures(features, scale, scaling == "per_input")
         if x is not None:
-            x = features(x)
-            scale = length / float(x.square().sum(-1).mean().sqrt())
-            x = x * scale
+            x = layer(x)
         before = features.psi(weight, bias) / scale
-        maps.append(ScaledFeatures(features, scale))
+        maps.append(layer)
         if x is not None and truth is not None:
             truth = activation(nn.functional.linear(truth, dense, bias))
-            errors.append(float((x @ before.T - truth).square().mean().sqrt() / truth.square().mean().sqrt()))
+            if scaling == "fixed":
+                errors.append(
+                    float((x @ before.T - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+                )
     assert before is not None
     tail = layers[-1][0] if layers[-1][1] is None else None
     if tail is not None:
@@ -367,13 +388,18 @@ def bundle(
         before, end = weight @ before, bias
     else:
         end = before.new_zeros(before.shape[0])
-    if errors and errors[-1] > 1:
+    if errors and not errors[-1] <= 1:
         warnings.warn(
-            f"the last bundled layer's estimate is off by {errors[-1]:.3g} times its size; call fit(inputs, targets), "
-            "or use more features",
+            f"the last bundled layer's estimate is off by {errors[-1]:.3g} times its size; use more features, or "
+            "call fit(inputs, targets), for Fourier features with scaling='per_input'",
             stacklevel=2,
         )
     return BundledNet(nn.Sequential(*maps), before, end, errors).to(first.dtype)
+
+
+def _length(x: Tensor) -> float:
+    """Root mean square length of the rows."""
+    return max(float(x.square().sum(-1).mean().sqrt()), 1e-6)
 
 
 def _merged(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:

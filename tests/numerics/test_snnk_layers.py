@@ -139,6 +139,15 @@ def test_ridge_is_scikit_learns(intercept, ridge):
     torch.testing.assert_close(bias, expected, rtol=1e-8, atol=1e-8)
 
 
+def test_products_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    f, y = torch.randn(300, 20, generator=generator), torch.randn(300, 2, generator=generator)
+    solvers = [RidgeRegression(products=dtype) for dtype in (torch.float32, torch.float64)]
+    for solver in solvers:
+        solver.update(f, y)
+    torch.testing.assert_close(*(solver.solve(0.1)[0] for solver in solvers), rtol=0, atol=1e-5)
+
+
 def test_ridge_refuses():
     solver = RidgeRegression()
     with pytest.raises(InvalidArgument, match="no rows"):
@@ -148,6 +157,8 @@ def test_ridge_refuses():
     with pytest.raises(InvalidArgument, match="linearly dependent"):
         solver.solve(0.0)
     solver.solve(1e-3)
+    with pytest.raises(InvalidArgument, match="bfloat16"):
+        RidgeRegression(products=torch.bfloat16)
     with pytest.raises(InvalidArgument, match="ridge=-1"):
         solver.solve(-1.0)
     with pytest.raises(InvalidArgument, match="as in the batches before"):

@@ -38,7 +38,7 @@ class SNNKAdapter(nn.Module):
             a random dense layer; "weight": the layer starts at 0 and the gain at 1, which trains faster, as the
             layer's gradient does not wait for the gain.
         normalize: inputs are scaled to this length, so that the scale of hidden states, which varies from layer to
-            layer, does not matter; "auto": dim ** 0.5 for ReLU features and 1 for others, whose size and frequency
+            layer, does not matter; "auto": dim ** 0.25 for ReLU features, as in the paper's code, and 1 for others, whose size and frequency
             grow with it; None: they are taken as they are.
         seed: of the features and of the layer's start.
         device: of parameters and buffers.
@@ -91,7 +91,7 @@ class SNNKAdapter(nn.Module):
         }
         length: Any = normalize
         if normalize == "auto":
-            length = float(dim) ** 0.5 if feature == "relu" else 1.0
+            length = float(dim) ** 0.25 if feature == "relu" else 1.0
         generator = torch.Generator().manual_seed(seed)
         if feature != "relu":
             settings.setdefault("split", "phase")  # bounded features: an input can't blow up what was trained

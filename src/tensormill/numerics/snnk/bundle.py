@@ -30,6 +30,11 @@ class RidgeRegression:
 
     Args:
         intercept: fit a constant as well, which is not penalized.
+        products: dtype in which a batch's products are computed: float32 takes half the time of float64, or less, and
+            is enough unless the ridge is tiny beside the features' squares.
+
+    Raises:
+        InvalidArgument: another dtype of products.
 
     Example:
         >>> import torch
@@ -42,8 +47,11 @@ class RidgeRegression:
         (3.0, 1.0)
     """
 
-    def __init__(self, intercept: bool = True) -> None:
+    def __init__(self, intercept: bool = True, products: torch.dtype = torch.float64) -> None:
+        if products not in (torch.float32, torch.float64):
+            raise InvalidArgument(f"given products={products}, expected torch.float32 or torch.float64")
         self.intercept = intercept
+        self.products = products
         self.rows = 0
         self._origin: tuple[Tensor, Tensor] | None = None
 
@@ -81,8 +89,9 @@ class RidgeRegression:
                 f"{self._cross.shape[1]} as in the batches before"
             )
         f, y = f - self._origin[0], y - self._origin[1]
-        self._gram.addmm_(f.T, f)
-        self._cross.addmm_(f.T, y)
+        narrow, narrow_y = f.to(self.products), y.to(self.products)
+        self._gram += narrow.T @ narrow
+        self._cross += narrow.T @ narrow_y
         self._sums = (self._sums[0] + f.sum(0), self._sums[1] + y.sum(0))
         self.rows += f.shape[0]
 
@@ -185,6 +194,7 @@ class BundledNet(nn.Module):
         *,
         ridge: float = 1e-3,
         batch_size: int = 4096,
+        products: torch.dtype = torch.float64,
     ) -> BundledNet:
         """Set weight and bias to the ridge regression of targets on features, in one pass over the data.
 
@@ -193,6 +203,7 @@ class BundledNet(nn.Module):
             targets: (n, out); None with batches.
             ridge: weight of the squared entries, as scikit-learn's `alpha`.
             batch_size: rows at a time.
+            products: as for `RidgeRegression`.
 
         Returns:
             The net itself.
@@ -200,7 +211,7 @@ class BundledNet(nn.Module):
         Raises:
             InvalidArgument: shapes that don't fit, or ridge 0 with linearly dependent features.
         """
-        solver = RidgeRegression()
+        solver = RidgeRegression(products=products)
         for x, y in _batches(inputs, targets, batch_size):
             if y.shape[-1:] != self.bias.shape:
                 raise InvalidArgument(

@@ -84,18 +84,9 @@ def _adapted(model: nn.Module, method: str, size: int, seed: int) -> list[nn.Par
 
     torch.manual_seed(seed)
     if method.startswith("snnk"):
-        options: dict[str, Any] = {"snnk": {}, "snnk-sin": {"feature": "sin"}, "snnk-down": {"down": size}}[
-            method
-        ]
-        draws = 256 if method == "snnk-down" else size
-        attach(
-            model,
-            r"model\.layers\.\d+\.(self_attn|mlp)",
-            size,
-            feature=feature,
-            init="weight",
-            seed=1000 * seed,
-        )
+        feature = "sin" if method == "snnk-sin" else "relu"
+        pattern = r"model\.layers\.\d+\.(self_attn|mlp)"
+        attach(model, pattern, size, feature=feature, init="weight", seed=1000 * seed)
         return list(adapter_parameters(model).values())
     model.requires_grad_(False)
     layers: Any = model.get_submodule("model.layers")
@@ -225,7 +216,7 @@ def adapters(run: Run) -> Measurement:
     for step, (method, size, rate) in enumerate(chosen):
         run.progress(f"{method}, size {size}", 0.1 + 0.9 * step / len(chosen))
         if full:
-            rate = min(_RATES, key=lambda r: task.adapt(method, size, r, run.seed + 100, "valid")[0])  # noqa: B023
+            rate = min(_RATES, key=lambda r: task.adapt(method, size, r, run.seed + 100, "valid")[0])
         runs = [task.adapt(method, size, rate, seed) for seed in seeds]
         losses[method, size] = [loss for loss, _ in runs]
         counts[method, size] = runs[0][1]

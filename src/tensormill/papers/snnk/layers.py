@@ -255,7 +255,7 @@ def closed_form(run: Run) -> Measurement:
         # what the matrix is before the fit plays no part: the network gives widths and scales
         for name, feature, depth in (("closed form, relu", "relu", 2), ("closed form, cos", "cos", 1)):
             start = time.perf_counter()
-            shape = net if depth == 2 else torch.nn.Sequential(*net[:2], *net[4:])
+            shape = net if depth == 2 else torch.nn.Sequential(net[0], net[1], net[4])
             size = m if feature == "relu" else m // 2
             bundled = bundle(
                 shape,
@@ -285,7 +285,7 @@ def closed_form(run: Run) -> Measurement:
         def watch(
             net: Any = net, since: float = start, reached: list[float] = reached, goal: float = fitted
         ) -> bool:
-            if not reached and _accuracy(net, x_test, y_test) >= goal:  # noqa: B023
+            if not reached and _accuracy(net, x_test, y_test) >= goal:
                 reached.append(time.perf_counter() - since)
             return False
 

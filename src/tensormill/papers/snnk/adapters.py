@@ -115,10 +115,13 @@ class _Task:
         layers: how many of the upper layers are adapted; the others are evaluated once.
         batch: windows in a batch.
         steps: of training.
-        held_out: windows to measure on, and as many to choose learning rates on.
+        held_out: windows to measure on.
+        validation: windows to choose learning rates on.
     """
 
-    def __init__(self, run: Run, text: str, layers: int, batch: int, steps: int, held_out: int) -> None:
+    def __init__(
+        self, run: Run, text: str, layers: int, batch: int, steps: int, held_out: int, validation: int
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -128,14 +131,14 @@ class _Task:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model = model.to(run.device).eval()
-        wanted = batch * steps + 2 * held_out
+        wanted = batch * steps + validation + held_out
         # 4 characters a token and more: what is not needed is not tokenized
         text = text[: 6 * (_WINDOW + 1) * wanted]
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device=run.device)
         pieces = ids[: len(ids) // (_WINDOW + 1) * (_WINDOW + 1)].reshape(-1, _WINDOW + 1)[-wanted:]
         self.ids = {
-            "train": pieces[: -2 * held_out],
-            "valid": pieces[-2 * held_out : -held_out],
+            "train": pieces[: -(validation + held_out)],
+            "valid": pieces[-(validation + held_out) : -held_out],
             "test": pieces[-held_out:],
         }
         self.batch, self.steps = batch, steps
@@ -143,6 +146,8 @@ class _Task:
         self.states: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, part in self.ids.items():
+                if not len(part):
+                    continue
                 self.states[name] = torch.cat(
                     [
                         model.model(x[:, :-1], output_hidden_states=True).hidden_states[lower] if lower

@@ -280,15 +280,7 @@ def closed_form(run: Run) -> Measurement:
         note("Adam on the same features", _accuracy(head, f_test, y_test), time.perf_counter() - start)
 
         start = time.perf_counter()
-        reached: list[float] = []
-
-        def watch(
-            net: Any = net, since: float = start, reached: list[float] = reached, goal: float = fitted
-        ) -> bool:
-            if not reached and _accuracy(net, x_test, y_test) >= goal:
-                reached.append(time.perf_counter() - since)
-            return False
-
+        reached, watch = _stopwatch(net, x_test, y_test, fitted)
         _train(net, net.parameters(), x, y, epochs, 3e-3, seed, watch)
         _wait(run)
         elapsed = time.perf_counter() - start
@@ -327,6 +319,19 @@ def closed_form(run: Run) -> Measurement:
         "the network learned"
     )
     return Measurement(rows, speedup >= 50 and behind <= 2, reason, seeds)
+
+
+def _stopwatch(net: nn.Module, x: Tensor, y: Tensor, goal: float) -> tuple[list[float], Callable[[], bool]]:
+    """A list that gets the seconds until the network first was as accurate as the goal, and what to call each epoch."""
+    start = time.perf_counter()
+    reached: list[float] = []
+
+    def watch() -> bool:
+        if not reached and _accuracy(net, x, y) >= goal:
+            reached.append(time.perf_counter() - start)
+        return False
+
+    return reached, watch
 
 
 def _wait(run: Run) -> None:

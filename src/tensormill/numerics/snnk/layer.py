@@ -43,7 +43,7 @@ def random_features(
 
 
 class SNNKLinear(nn.Module):
-    """Takes the place of a linear layer and its activation: y = phi(x) weight^T.
+    """Takes the place of a linear layer and its activation: y = phi(x) weight^T + bias.
 
     A neuron has as many parameters as a feature vector has numbers (m, or 2m for complex features) instead of d; the
     features are fixed. The cost for an input is m d (m log d with Hadamard projections) for the features and
@@ -54,6 +54,7 @@ class SNNKLinear(nn.Module):
         out_features: neurons.
         features: made for d inputs, or a number m of arc-cosine features.
         init: "psi", features of a Kaiming-uniform dense layer, or "zero".
+        bias: add a trained constant, which starts at 0. The dense layer's own bias is within the features.
         generator: of the dense layer; None: the global one.
         device: of the weight.
         dtype: of the weight.
@@ -76,6 +77,7 @@ class SNNKLinear(nn.Module):
         features: RandomFeatures | int,
         *,
         init: str = "psi",
+        bias: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -101,6 +103,7 @@ class SNNKLinear(nn.Module):
             first = next(features.buffers())
             weight = features.psi(dense.to(first.device, first.dtype)).detach()
         self.weight = nn.Parameter(weight.to(device=device, dtype=dtype))
+        self.bias = nn.Parameter(self.weight.new_zeros(out_features)) if bias else None
 
     @classmethod
     def from_linear(
@@ -154,7 +157,44 @@ class SNNKLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return nn.functional.linear(self.features(x), self.weight)
+        return nn.functional.linear(self.features(x), self.weight, self.bias)
+
+    @torch.no_grad()
+    def absorb(self, linear: nn.Linear) -> SNNKLinear:
+        """This layer and the linear layer that follows it, as one layer of the same features.
+
+        So a Transformer's MLP, its first layer replaced, ends up with one matrix of (hidden, m), and a pooler becomes
+        one with the classifier behind it (section 3.3).
+
+        Args:
+            linear: takes this layer's outputs.
+
+        Returns:
+            A layer that shares the features with this one: linear(self(x)) up to rounding.
+
+        Raises:
+            InvalidArgument: no nn.Linear, or one for another width.
+
+        Example:
+            >>> import torch
+            >>> from tensormill.numerics.snnk import SNNKLinear
+            >>> up, down = SNNKLinear(8, 32, 4), torch.nn.Linear(32, 8)
+            >>> sum(p.numel() for p in up.absorb(down).parameters())
+            40
+        """
+        if not isinstance(linear, nn.Linear) or linear.in_features != self.out_features:
+            raise InvalidArgument(f"given {linear}, expected nn.Linear of {self.out_features} inputs")
+        where: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        merged = SNNKLinear(
+            self.in_features, linear.out_features, self.features, init="zero", bias=True, **where
+        )
+        assert merged.bias is not None
+        merged.weight.copy_(linear.weight.double() @ self.weight.double())
+        if self.bias is not None:
+            merged.bias.add_(linear.weight @ self.bias)
+        if linear.bias is not None:
+            merged.bias.add_(linear.bias)
+        return merged
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 # (method, size, learning rate) at one number of trained parameters, and at about five times as many. The rates are each
 # one's best of 4e-3, 8e-3, 1.6e-2 and 3.2e-2 at the quick scale on another text, State of the Union addresses; the full scale
 # chooses among `_RATES` on windows of its own.
-_SMALL = (("snnk", 8, 1.6e-2), ("snnk-sin", 4, 1.6e-2), ("houlsby", 4, 1.6e-2), ("lora-all", 1, 1.6e-2))
-_LARGE = (("snnk", 44, 8e-3), ("houlsby", 22, 1.6e-2), ("lora-all", 5, 8e-3), ("lora-attention", 15, 8e-3))
-_QUICK = (("snnk", 8), ("houlsby", 4), ("lora-all", 1), ("houlsby", 22), ("lora-all", 5))
-_RATES = (4e-3, 8e-3, 1.6e-2)
+_SMALL = (("snnk", 8, 1.6e-2), ("snnk-sin", 4, 3.2e-2), ("houlsby", 4, 1.6e-2), ("lora-all", 1, 1.6e-2))
+_LARGE = (("snnk", 44, 1.6e-2), ("houlsby", 22, 1.6e-2), ("lora-all", 5, 8e-3), ("lora-attention", 15, 4e-3))
+_QUICK = (("snnk", 8), ("snnk-sin", 4), ("houlsby", 4), ("lora-all", 1), ("houlsby", 22), ("lora-all", 5))
+_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 _WINDOW = 64
 
 

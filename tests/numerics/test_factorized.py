@@ -25,6 +25,7 @@ from tensormill.numerics.factorized import (
     kronecker,
     mode_product,
     rhosvd,
+    rhosvd_blocks,
     sthosvd,
     tt_svd,
     unfold,
@@ -371,3 +372,22 @@ def test_bad_input_is_refused(call, message):
 
 def test_examples_in_docstrings():
     assert doctest.testmod(factorized).failed == 0
+
+
+def test_rhosvd_does_not_depend_on_blocks():
+    c = canonical((9, 8, 7), terms=50)
+    factors = [f * torch.linspace(1, 2, 50).double() ** k for k, f in enumerate(c.factors)]
+    whole = rhosvd(c.weights, factors, 1e-3)
+    for block in (1, 7, 50):
+        parts = rhosvd(c.weights, factors, 1e-3, block=block)
+        assert parts.ranks == whole.ranks
+        close(parts.full(), whole.full(), 1e4)
+
+
+def test_rhosvd_of_blocks_refuses_what_does_not_fit():
+    with pytest.raises(InvalidArgument, match="no blocks"):
+        rhosvd_blocks(lambda: [])
+    with pytest.raises(InvalidArgument, match="expected equal ones"):
+        rhosvd_blocks(lambda: [canonical((3, 4)), canonical((4, 3))])
+    with pytest.raises(InvalidArgument, match="block=0"):
+        rhosvd(torch.ones(1), [torch.ones(2, 1)], block=0)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from tensormill.errors import InvalidArgument
 
 __all__ = [
     "CPTensor",
+    "FactorSpectra",
     "TTTensor",
     "TuckerTensor",
     "contract_rows",
@@ -41,6 +42,7 @@ __all__ = [
     "kronecker",
     "mode_product",
     "rhosvd",
+    "rhosvd_blocks",
     "sthosvd",
     "tt_svd",
     "unfold",
@@ -703,64 +705,136 @@ def rhosvd(
     factors: Sequence[Tensor],
     tol: float | None = None,
     rank: int | Sequence[int] | None = None,
+    *,
+    block: int = 4096,
 ) -> TuckerTensor:
     """Tucker format of a CP tensor without ever forming it: reduced HOSVD, then ST-HOSVD of the small core.
 
-    Column r of mode k is first scaled to carry its term's whole norm, |weight| times the norms of its columns in all
-    modes; so the result does not depend on how a term's size is spread over weight and columns. With V the unit
-    columns of the other modes' Khatri-Rao product, dropping a tail of singular values of the scaled factor costs at
-    most tail * ||V||_2 <= tail * min_j ||unit columns of mode j||_2: this bound, against the norm of the core that
-    comes out, decides the subspaces; they are widened until a quarter of tol^2 is not spent. The core's own
-    ST-HOSVD takes the rest. (The paper's released code compares the tails of unscaled factors with an absolute tol.)
-
     Args:
         weights: (R,).
-        factors: one (n_k, R) per mode. Cost O(R n^2) for the factors and O(R r^d) for the core, memory O(R r) plus a
-            block of the Khatri-Rao product.
+        factors: one (n_k, R) per mode.
         tol: relative to the Frobenius norm of the tensor. None: the rounding of the dtype.
         rank: largest rank, one number or one per mode.
+        block: terms that are worked on at a time.
 
     Returns:
         Tucker tensor with orthonormal factors. An empty or vanishing sum gives ranks 1 and a zero core.
 
     Raises:
-        InvalidArgument: shapes that don't fit, non-finite numbers, a bad tol or rank.
+        InvalidArgument: shapes that don't fit, non-finite numbers, a bad tol, rank or block.
     """
-    given = CPTensor(weights, tuple(factors))
-    for name, part in (("weights", weights), *((f"factor {k}", f) for k, f in enumerate(factors))):
-        if not bool(torch.isfinite(part).all()):
-            raise InvalidArgument(f"given {name} with infinite or NaN entries, expected finite ones")
-    eps = torch.finfo(given.dtype).eps
-    ranks, tol = _checked_truncation_of(given.shape, given.dtype, tol, rank)
-    unit = given.normalize()
-    sizes = unit.weights.abs()
-    if given.rank == 0 or float(sizes.max()) == 0.0:
-        basis = [torch.eye(n, 1, dtype=given.dtype, device=given.device) for n in given.shape]
-        return TuckerTensor(weights.new_zeros((1,) * given.ndim), tuple(basis))
-    d = given.ndim
-    spectral = [float(_left_singular(f)[1][0]) for f in unit.factors]
-    svds = [_left_singular(f * sizes) for f in unit.factors]
-    spread = [min((s for j, s in enumerate(spectral) if j != k), default=1.0) for k in range(d)]
-    scale = float(torch.linalg.vector_norm(sizes))
-    while True:
-        kept = [
-            _kept(values, tol * scale / (2 * math.sqrt(d) * spread[k])) for k, (_, values) in enumerate(svds)
-        ]
-        lefts = [left[:, :r] for (left, _), r in zip(svds, kept, strict=True)]
-        core = CPTensor(
-            unit.weights, tuple(left.mH @ f for left, f in zip(lefts, unit.factors, strict=True))
-        ).full()
-        norm = float(torch.linalg.vector_norm(core))
-        tails = [
-            float(torch.linalg.vector_norm(values[r:])) for (_, values), r in zip(svds, kept, strict=True)
-        ]
-        spent = math.hypot(*(t * s for t, s in zip(tails, spread, strict=True)))
-        exact = all(t <= 8 * eps * float(values[0]) for t, (_, values) in zip(tails, svds, strict=True))
-        if spent <= 0.5 * tol * norm or exact:
-            break
-        scale *= 0.5 * tol * norm / spent if norm > 0 else 0.0
-    rest = math.sqrt(max(0.0, (tol * norm) ** 2 - spent**2)) / norm if norm > 0 else tol
-    return _expand(sthosvd(core, max(rest, eps), ranks), lefts)
+    whole = CPTensor(weights, tuple(factors))
+    _check_block(block)
+
+    def blocks() -> Iterator[CPTensor]:
+        for start in range(0, max(1, whole.rank), block):
+            part = slice(start, start + block)
+            yield CPTensor(whole.weights[part], tuple(f[:, part] for f in whole.factors))
+
+    return rhosvd_blocks(blocks, tol, rank)
+
+
+def rhosvd_blocks(
+    blocks: Callable[[], Iterable[CPTensor]],
+    tol: float | None = None,
+    rank: int | Sequence[int] | None = None,
+) -> TuckerTensor:
+    """`rhosvd` of a CP tensor that is made block by block, twice or more: memory does not grow with its terms.
+
+    Column r of mode k is first scaled to carry its term's whole norm, |weight| times the norms of its columns in all
+    modes; so the result does not depend on how a term's size is spread over weight and columns. Dropping a tail of
+    singular values of a scaled factor costs at most sqrt(R) * tail (R unit columns in the Khatri-Rao product of the
+    other modes). This bound, against the norm of the core that comes out, decides the subspaces: they are widened
+    until it spends at most a quarter of tol^2. The core's own ST-HOSVD takes the rest. (The released code of
+    arXiv 2503.01696 compares tails of unscaled factors with an absolute tolerance.)
+
+    Args:
+        blocks: gives the blocks anew at each call, in any order, all of the same shape, dtype and device.
+        tol, rank: as `rhosvd`. Cost O(R n^2) for the factors and O(R r^d) for the core.
+    """
+    spectra = FactorSpectra(blocks())
+    return spectra.compress(blocks, tol, rank)
+
+
+class FactorSpectra:
+    """Left singular vectors and values of the scaled factors of a CP tensor given in blocks: `rhosvd`'s first pass.
+
+    Args:
+        blocks: CP tensors whose sum is meant. QR merges them, so that small singular values keep their digits.
+
+    Attributes:
+        terms: number of terms R.
+        vectors, values: per mode, (n_k, at most n_k) and singular values in descending order.
+    """
+
+    def __init__(self, blocks: Iterable[CPTensor]) -> None:
+        held: list[Tensor] = []
+        self.terms, self.shape = 0, ()
+        for given in blocks:
+            if self.terms and given.shape != self.shape:
+                raise InvalidArgument(f"given blocks of shapes {self.shape} and {given.shape}, expected equal ones")
+            for name, part in (("weights", given.weights), *((f"mode {k}", f) for k, f in enumerate(given.factors))):
+                if not bool(torch.isfinite(part).all()):
+                    raise InvalidArgument(
+                        f"given {name} with infinite or NaN entries among terms {self.terms} to "
+                        f"{self.terms + given.rank - 1}, expected finite ones"
+                    )
+            self.terms += given.rank
+            self.shape = given.shape
+            unit = given.normalize()
+            sizes = unit.weights.abs()
+            scaled = [f * sizes for f in unit.factors]
+            held = scaled if not held else [torch.cat(pair, dim=1) for pair in zip(held, scaled, strict=True)]
+            held = [
+                torch.linalg.qr(f.mH, mode="r").R.mH if f.shape[1] > 2 * f.shape[0] else f for f in held
+            ]
+        if not held:
+            raise InvalidArgument("given no blocks, expected at least one CP tensor")
+        self.dtype, self.device = held[0].dtype, held[0].device
+        svds = [_left_singular(f) if f.shape[1] else (f, f.real.new_zeros(0)) for f in held]
+        self.vectors = [left for left, _ in svds]
+        self.values = [values for _, values in svds]
+
+    def row_norms(self, mode: int) -> Tensor:
+        """Norms of the rows of the scaled factor: (n_mode,)."""
+        return torch.linalg.vector_norm(self.vectors[mode] * self.values[mode], dim=1)
+
+    def compress(
+        self,
+        blocks: Callable[[], Iterable[CPTensor]],
+        tol: float | None = None,
+        rank: int | Sequence[int] | None = None,
+    ) -> TuckerTensor:
+        """The rest of `rhosvd_blocks`: cores by further passes over the same blocks."""
+        ranks, tol = _checked_truncation_of(self.shape, self.dtype, tol, rank)
+        d = len(self.shape)
+        eps = torch.finfo(self.dtype).eps
+        scale = min((float(torch.linalg.vector_norm(v)) for v in self.values), default=0.0)
+        if scale == 0.0:
+            basis = [torch.eye(n, 1, dtype=self.dtype, device=self.device) for n in self.shape]
+            return TuckerTensor(torch.zeros((1,) * d, dtype=self.dtype, device=self.device), tuple(basis))
+        spread = math.sqrt(self.terms)
+        while True:
+            kept = [_kept(values, tol * scale / (2 * math.sqrt(d) * spread)) for values in self.values]
+            bases = [left[:, :r] for left, r in zip(self.vectors, kept, strict=True)]
+            core = self._core(blocks(), bases)
+            norm = float(torch.linalg.vector_norm(core))
+            tails = [float(torch.linalg.vector_norm(v[r:])) for v, r in zip(self.values, kept, strict=True)]
+            spent = spread * math.hypot(*tails)
+            exact = all(t <= 8 * eps * float(v[0]) for t, v in zip(tails, self.values, strict=True))
+            if spent <= 0.5 * tol * norm or exact:
+                break
+            scale *= 0.5 * tol * norm / spent
+        rest = math.sqrt(max(0.0, (tol * norm) ** 2 - spent**2)) / norm if norm > 0 else tol
+        return _expand(sthosvd(core, max(rest, eps), ranks), bases)
+
+    @staticmethod
+    def _core(blocks: Iterable[CPTensor], bases: Sequence[Tensor]) -> Tensor:
+        core = bases[0].new_zeros([b.shape[1] for b in bases])
+        for given in blocks:
+            projected = [b.mH @ f for b, f in zip(bases, given.factors, strict=True)]
+            core += CPTensor(given.weights, tuple(projected)).full()
+        return core
 
 
 def tt_svd(tensor: Tensor, tol: float | None = None, rank: int | Sequence[int] | None = None) -> TTTensor:
@@ -919,6 +993,11 @@ def _checked_truncation(
     if not bool(torch.isfinite(tensor).all()):
         raise InvalidArgument("given a tensor with infinite or NaN entries, expected finite ones")
     return _checked_truncation_of(tensor.shape, tensor.dtype, tol, rank)
+
+
+def _check_block(block: int) -> None:
+    if not isinstance(block, int) or block < 1:
+        raise InvalidArgument(f"given block={block!r}, expected a positive number of terms")
 
 
 def _inner_ranks(rank: int | Sequence[int] | None, ndim: int) -> list[int]:

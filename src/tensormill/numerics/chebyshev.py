@@ -193,7 +193,7 @@ def differentiate(coefficients: Tensor, dim: int = 0, domain: Interval = (-1.0, 
     a, b = checked_interval(domain)
     if m == 1:
         return torch.zeros_like(coefficients)
-    k = torch.arange(m, device=coefficients.device)
+    k = torch.arange(m, dtype=torch.float64, device=coefficients.device)
     # T_k' = 2 k (T_{k-1} + T_{k-3} + ...), with T_0 halved
     matrix = 2.0 * k[None, :] * ((k[None, :] - k[:-1, None]) % 2 == 1) * (k[None, :] > k[:-1, None])
     matrix[0] *= 0.5

@@ -37,6 +37,7 @@ from tensormill.numerics.factorized import (
     hooi,
     mode_product,
     sthosvd,
+    unfold,
 )
 
 __all__ = ["Accuracy", "ChebTucker", "Factor", "SampledError"]
@@ -190,14 +191,14 @@ class ChebTucker:
                 samples += asked
                 factors = [chebyshev.vals2coeffs(u, 0) for u in tensor.factors]
                 tucker = TuckerTensor(tensor.core, tuple(factors)).orthogonalize()
-                norms = [torch.linalg.vector_norm(mode_product(tucker.core, u, k).movedim(k, 0).flatten(1), dim=1)
+                norms = [torch.linalg.vector_norm(unfold(mode_product(tucker.core, u, k), k), dim=1)
                          for k, u in enumerate(tucker.factors)]  # fmt: skip
             else:
                 dense = _sample(evaluate, grids)
                 samples += dense.numel()
                 for k in range(dense.ndim):
                     dense = chebyshev.vals2coeffs(dense, k)
-                norms = [torch.linalg.vector_norm(dense.movedim(k, 0).flatten(1), dim=1) for k in range(dense.ndim)]
+                norms = [torch.linalg.vector_norm(unfold(dense, k), dim=1) for k in range(dense.ndim)]
             tails = _tails(norms)
             unresolved = [t > tol for t in tails]
             if not (adaptive and any(unresolved)) or not _double(sizes, unresolved, m_max, tails, tol):
@@ -206,7 +207,9 @@ class ChebTucker:
         if method == "aca":
             compressed = tucker.round(share, rank)
         else:
-            compressed = hooi(dense, share, rank, sweeps=n_als) if method == "hooi" else sthosvd(dense, share, rank)
+            compressed = (
+                hooi(dense, share, rank, sweeps=n_als) if method == "hooi" else sthosvd(dense, share, rank)
+            )
         if chop:
             compressed = _chop(compressed, tol)
         return cls(compressed, box, _accuracy(compressed, tails, tol, rank, samples), evaluate)
@@ -254,7 +257,7 @@ class ChebTucker:
             dense = chebyshev.resample(dense, x, points, k, period=b - a if wraps else None)
         for k in range(dense.ndim):
             dense = chebyshev.vals2coeffs(dense, k)
-        norms = [torch.linalg.vector_norm(dense.movedim(k, 0).flatten(1), dim=1) for k in range(dense.ndim)]
+        norms = [torch.linalg.vector_norm(unfold(dense, k), dim=1) for k in range(dense.ndim)]
         compressed = sthosvd(dense, _SHARE * tol if chop else tol, rank)
         if chop:
             compressed = _chop(compressed, tol)
@@ -299,9 +302,13 @@ class ChebTucker:
         box = _checked_domain(domain)
         tol = _checked_tol(tol, weights.dtype)
         if weights.ndim != 1 or weights.shape[0] < 1:
-            raise InvalidArgument(f"given weights {tuple(weights.shape)}, expected (R,) with at least one term")
+            raise InvalidArgument(
+                f"given weights {tuple(weights.shape)}, expected (R,) with at least one term"
+            )
         if len(factors) != len(box):
-            raise InvalidArgument(f"given {len(factors)} factors, expected one for each of {len(box)} intervals")
+            raise InvalidArgument(
+                f"given {len(factors)} factors, expected one for each of {len(box)} intervals"
+            )
         for k, factor in enumerate(factors):
             if isinstance(factor, Tensor) and (factor.ndim != 2 or factor.shape[1] != weights.shape[0]):
                 raise InvalidArgument(
@@ -406,7 +413,8 @@ class ChebTucker:
 
     def _rows(self, x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
         return [
-            chebyshev.evaluate(u, x[:, k], ab) for k, (u, ab) in enumerate(zip(factors, self.domain, strict=True))
+            chebyshev.evaluate(u, x[:, k], ab)
+            for k, (u, ab) in enumerate(zip(factors, self.domain, strict=True))
         ]
 
     def _points(self, x: Tensor, outside: str) -> tuple[Tensor | None, Tensor]:
@@ -610,7 +618,9 @@ class ChebTucker:
             factors = tuple(tensors[f"factors.{k}"] for k in range(len(domain)))
             return cls(TuckerTensor(tensors["core"], factors), tuple(map(tuple, domain)))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"given {path}, expected a file that ChebTucker.save wrote: {error}") from error
+            raise CheckpointError(
+                f"given {path}, expected a file that ChebTucker.save wrote: {error}"
+            ) from error
 
 
 def cell_centres(
@@ -646,8 +656,11 @@ class _Terms:
         self.block, self.progress = block, progress
 
     def blocks(self, sizes: Sequence[int]) -> Iterator[CPTensor]:
-        like = {"dtype": self.weights.real.dtype, "device": self.weights.device}
-        points = [chebyshev.nodes(n, ab, **like) for n, ab in zip(sizes, self.domain, strict=True)]
+        dtype, device = self.weights.real.dtype, self.weights.device
+        points = [
+            chebyshev.nodes(n, ab, dtype=dtype, device=device)
+            for n, ab in zip(sizes, self.domain, strict=True)
+        ]
         terms = self.weights.shape[0]
         for start in range(0, terms, self.block):
             if self.progress:
@@ -709,7 +722,9 @@ def _sampler(f: Function, vectorized: bool) -> Callable[[Tensor], Tensor]:
             values = f(points)
         else:
             values = torch.tensor([f(*row) for row in points.tolist()])
-            values = values.to(device=points.device, dtype=values.dtype if values.is_complex() else points.dtype)
+            values = values.to(
+                device=points.device, dtype=values.dtype if values.is_complex() else points.dtype
+            )
         if not isinstance(values, Tensor) or values.shape != points.shape[:1]:
             raise InvalidArgument(
                 f"given a function that returns {tuple(getattr(values, 'shape', ()))} for points {tuple(points.shape)}, "
@@ -778,7 +793,7 @@ def _cross(
         for k in range(d):
             around = [with_random(s, j, 3) if j != k else s for j, s in enumerate(sets)]
             around[k] = torch.arange(shape[k], device=device)
-            fibres = sampled(around).movedim(k, 0).flatten(1)
+            fibres = unfold(sampled(around), k)
             left, values, _ = torch.linalg.svd(fibres, full_matrices=False)
             floor = tol * float(torch.linalg.vector_norm(values)) / math.sqrt(d)
             tails = values.double().square().flip(0).cumsum(0).flip(0).sqrt()
@@ -794,7 +809,9 @@ def _cross(
         exact = evaluate(torch.stack([g[test[:, k]] for k, g in enumerate(grids)], dim=-1))
         asked += len(test)
         error = float(torch.linalg.vector_norm(found.at(test) - exact))
-        if error <= tol * max(float(torch.linalg.vector_norm(exact)), 1e-300) or (rank is not None and sweep >= 2):
+        if error <= tol * max(float(torch.linalg.vector_norm(exact)), 1e-300) or (
+            rank is not None and sweep >= 2
+        ):
             return found, asked
     warnings.warn(
         f"cross approximation: after {sweeps} sweeps random values still differ by {error:.1e}; use method='hosvd', or a "
@@ -814,7 +831,9 @@ def _tails(norms: Sequence[Tensor]) -> list[float]:
     return result
 
 
-def _double(sizes: list[int], unresolved: Sequence[bool], m_max: int, tails: Sequence[float], tol: float) -> bool:
+def _double(
+    sizes: list[int], unresolved: Sequence[bool], m_max: int, tails: Sequence[float], tol: float
+) -> bool:
     """Double m - 1 where a variable is not resolved; False, with a warning, if all of those are at m_max."""
     before = list(sizes)
     for k, needed in enumerate(unresolved):
@@ -835,7 +854,7 @@ def _chop(tensor: TuckerTensor, tol: float) -> TuckerTensor:
     whole = float(torch.linalg.vector_norm(tensor.core))  # the factors are orthonormal
     factors = []
     for k, factor in enumerate(tensor.factors):
-        rows = torch.linalg.vector_norm(mode_product(tensor.core, factor, k).movedim(k, 0).flatten(1), dim=1)
+        rows = torch.linalg.vector_norm(unfold(mode_product(tensor.core, factor, k), k), dim=1)
         tails = rows.double().square().flip(0).cumsum(0).flip(0).sqrt()
         kept = max(1, int((tails > (1 - _SHARE) * tol * whole / math.sqrt(tensor.ndim)).sum()))
         factors.append(factor[:kept])
@@ -920,9 +939,7 @@ def _sizes(m: int | Sequence[int] | str, ndim: int, m_max: int) -> tuple[list[in
     return sizes, False  # type: ignore[return-value]
 
 
-def _grid(
-    grid: str | Sequence[Tensor], k: int, n: int, a: float, b: float, periodic: bool
-) -> Tensor:
+def _grid(grid: str | Sequence[Tensor], k: int, n: int, a: float, b: float, periodic: bool) -> Tensor:
     if isinstance(grid, str):
         if grid == "cells":
             return cell_centres(n, (a, b))
@@ -930,5 +947,7 @@ def _grid(
             if periodic:
                 return a + (b - a) / n * torch.arange(n, dtype=torch.float64)
             return torch.linspace(a, b, n, dtype=torch.float64)
-        raise InvalidArgument(f"given grid {grid!r}, expected 'cells', 'vertices' or coordinates per variable")
+        raise InvalidArgument(
+            f"given grid {grid!r}, expected 'cells', 'vertices' or coordinates per variable"
+        )
     return torch.as_tensor(grid[k], dtype=torch.float64)

@@ -18,6 +18,7 @@ which leaves about a third of the terms.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +142,7 @@ def yukawa_quadrature(screening: float, r_min: float, r_max: float, tol: float =
     widest = share / (10 * r_max)  # beyond it even the sum of all is nothing
     count = math.ceil(math.log(sharpest / widest) / step)
     exponents = [sharpest * math.exp(-step * k) for k in range(count, -1, -1)]
-    weights = [
-        2 / math.sqrt(math.pi) * step * t * math.exp(-((screening / (2 * t)) ** 2)) for t in exponents
-    ]
+    weights = [2 / math.sqrt(math.pi) * step * t * math.exp(-((screening / (2 * t)) ** 2)) for t in exponents]
     # Merge the widest: sum w exp(-t^2 r^2) ~ W exp(-s^2 r^2) with the same sum of w and of w t^2.
     merged = 1
     for count in range(2, len(exponents)):
@@ -162,6 +161,7 @@ def yukawa_quadrature(screening: float, r_min: float, r_max: float, tol: float =
     else:
         exponents, weights = exponents[merged:], weights[merged:]
     used = [(t, w) for t, w in zip(exponents, weights, strict=True) if w > 0]
+    used = used or [(sharpest, sys.float_info.min)]  # so strong a screening that nothing is left in range
     exponents, weights = [t for t, _ in used], [w for _, w in used]
     return GaussianSum(tuple(exponents), tuple(weights), screening, r_min, r_max, tol)
 
@@ -312,7 +312,7 @@ class MultiParticlePotential:
             t_cut = _inverse_erfc(tol) / reach
         reach = _inverse_erfc(tol) / t_cut
         quadrature = yukawa_quadrature(screening, min(0.5 * reach, 0.5 * diagonal), diagonal, tol)
-        self.kernel = quadrature.long_range(t_cut)
+        self.kernel = quadrature.long_range(max(t_cut, quadrature.exponents[0]))
         self.cutoff = self.kernel.short_range_radius(tol)
         self.tol = tol
         self.long = long_range_potential(

@@ -769,11 +769,17 @@ class FactorSpectra:
 
     def __init__(self, blocks: Iterable[CPTensor]) -> None:
         held: list[Tensor] = []
-        self.terms, self.shape = 0, ()
+        self.terms = 0
+        self.shape: tuple[int, ...] = ()
         for given in blocks:
             if self.terms and given.shape != self.shape:
-                raise InvalidArgument(f"given blocks of shapes {self.shape} and {given.shape}, expected equal ones")
-            for name, part in (("weights", given.weights), *((f"mode {k}", f) for k, f in enumerate(given.factors))):
+                raise InvalidArgument(
+                    f"given blocks of shapes {self.shape} and {given.shape}, expected equal ones"
+                )
+            for name, part in (
+                ("weights", given.weights),
+                *((f"mode {k}", f) for k, f in enumerate(given.factors)),
+            ):
                 if not bool(torch.isfinite(part).all()):
                     raise InvalidArgument(
                         f"given {name} with infinite or NaN entries among terms {self.terms} to "
@@ -785,9 +791,7 @@ class FactorSpectra:
             sizes = unit.weights.abs()
             scaled = [f * sizes for f in unit.factors]
             held = scaled if not held else [torch.cat(pair, dim=1) for pair in zip(held, scaled, strict=True)]
-            held = [
-                torch.linalg.qr(f.mH, mode="r").R.mH if f.shape[1] > 2 * f.shape[0] else f for f in held
-            ]
+            held = [torch.linalg.qr(f.mH, mode="r").R.mH if f.shape[1] > 2 * f.shape[0] else f for f in held]
         if not held:
             raise InvalidArgument("given no blocks, expected at least one CP tensor")
         self.dtype, self.device = held[0].dtype, held[0].device

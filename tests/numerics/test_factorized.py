@@ -15,6 +15,7 @@ from tensormill.errors import InvalidArgument
 from tensormill.numerics import factorized
 from tensormill.numerics.factorized import (
     CPTensor,
+    FactorSpectra,
     TTTensor,
     TuckerTensor,
     contract_rows,
@@ -391,3 +392,12 @@ def test_rhosvd_of_blocks_refuses_what_does_not_fit():
         rhosvd_blocks(lambda: [canonical((3, 4)), canonical((4, 3))])
     with pytest.raises(InvalidArgument, match="block=0"):
         rhosvd(torch.ones(1), [torch.ones(2, 1)], block=0)
+
+
+def test_maps_are_applied_as_if_to_every_block():
+    c = canonical((9, 8, 7), terms=40)
+    maps = [randn(4 + k, n, seed=k) for k, n in enumerate((9, 8, 7))]
+    parts = [CPTensor(c.weights[s], [f[:, s] for f in c.factors]) for s in (slice(0, 15), slice(15, 40))]
+    found = FactorSpectra(parts, maps).compress(lambda: parts, 1e-6)
+    exact = CPTensor(c.weights, [m @ f for m, f in zip(maps, c.factors, strict=True)]).full()
+    assert found.shape == (4, 5, 6) and relative(found.full(), exact) <= 1e-6

@@ -274,7 +274,7 @@ class ChebTucker:
         rank: int | Sequence[int] | None = None,
         *,
         method: str = "reduced",
-        block: int = 4096,
+        block: int = 2048,
         m_max: int = 1025,
         chop: bool = True,
         n_als: int = 0,
@@ -322,7 +322,11 @@ class ChebTucker:
         sizes, adaptive = _sizes(m, len(box), m_max)
         samples = 0
         while True:
-            spectra = FactorSpectra(source.blocks(sizes))
+            maps = [
+                chebyshev.vals2coeffs(torch.eye(n, dtype=weights.dtype, device=weights.device), 0)
+                for n in sizes
+            ]
+            spectra = FactorSpectra(source.blocks(sizes), maps)
             samples += weights.shape[0] * sum(sizes)
             tails = _tails([spectra.row_norms(k) for k in range(len(box))])
             unresolved = [t > tol for t in tails]
@@ -330,8 +334,11 @@ class ChebTucker:
                 break
         share = _SHARE * tol if chop else tol
         if method == "full":
-            dense = sum(part.full() for part in source.blocks(sizes))
-            assert isinstance(dense, Tensor)
+            dense = weights.new_zeros(sizes)
+            for part in source.blocks(sizes):
+                dense += part.full()
+            for k in range(len(box)):
+                dense = chebyshev.vals2coeffs(dense, k)
             compressed = sthosvd(dense, share, rank)
         else:
             compressed = spectra.compress(lambda: source.blocks(sizes), share, rank)
@@ -642,7 +649,7 @@ def cell_centres(
 
 
 class _Terms:
-    """A CP sum whose factors are tabulated or functions, as coefficients at any number of nodes, block by block."""
+    """A CP sum whose factors are tables or functions, as values at any number of nodes, block by block."""
 
     def __init__(
         self,
@@ -666,8 +673,7 @@ class _Terms:
             if self.progress:
                 self.progress(f"terms {start} to {min(start + self.block, terms)} of {terms}")
             part = slice(start, min(start + self.block, terms))
-            columns = [chebyshev.vals2coeffs(self.values(k, x, part), 0) for k, x in enumerate(points)]
-            yield CPTensor(self.weights[part], tuple(columns))
+            yield CPTensor(self.weights[part], tuple(self.values(k, x, part) for k, x in enumerate(points)))
 
     def values(self, mode: int, x: Tensor, part: slice) -> Tensor:
         factor = self.factors[mode]

@@ -206,7 +206,7 @@ def long_range_potential(
     m: int | Sequence[int] | str = "adaptive",
     tol: float = 1e-7,
     *,
-    block: int = 4096,
+    block: int = 2048,
     progress: Callable[[str], None] | None = None,
 ) -> ChebTucker:
     """The long-range potential as a function on a box: `ChebTucker.from_cp` of `long_range_cp`.
@@ -288,7 +288,7 @@ class MultiParticlePotential:
         screening: float = 0.0,
         margin: float | None = None,
         m: int | Sequence[int] | str = "adaptive",
-        block: int = 4096,
+        block: int = 2048,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self.charges, self.positions = _checked_charges(charges, positions)

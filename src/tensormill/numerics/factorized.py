@@ -48,8 +48,8 @@ __all__ = [
     "unfold",
 ]
 
-_BLOCK_NUMBERS = 1 << 23
-"""Numbers in the largest temporary when a CP tensor is summed in blocks of terms (64 MB in float64)."""
+_BLOCK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Numbers in the largest temporary of work in blocks: 2 MB in float64 stay in a core's cache, a GPU wants large products."""
 
 Self = TypeVar("Self", bound="_Factorized")
 
@@ -288,7 +288,7 @@ class TuckerTensor(_Factorized):
         """Entries at integer multi-indices (..., d): a tensor (...)."""
         flat = _checked_indices(indices, self.shape)
         rows = [f[flat[:, k]] for k, f in enumerate(self.factors)]
-        block = max(1, _BLOCK_NUMBERS // max(1, math.prod(self.ranks[:-1])))
+        block = max(1, _block_numbers(self.device) // max(1, math.prod(self.ranks[:-1])))
         parts = [
             contract_rows(self.core, [r[start : start + block] for r in rows])
             for start in range(0, max(1, flat.shape[0]), block)
@@ -410,7 +410,7 @@ class CPTensor(_Factorized):
         if not others:
             return first @ self.weights
         width = math.prod(self.shape[1:])
-        block = max(1, _BLOCK_NUMBERS // max(1, width))
+        block = max(1, _block_numbers(self.device) // max(1, width))
         result = first.new_zeros(first.shape[0], width)
         for start in range(0, self.rank, block):
             part = slice(start, start + block)
@@ -421,7 +421,7 @@ class CPTensor(_Factorized):
     def at(self, indices: Tensor) -> Tensor:
         """Entries at integer multi-indices (..., d): a tensor (...)."""
         flat = _checked_indices(indices, self.shape)
-        block = max(1, _BLOCK_NUMBERS // max(1, self.rank))
+        block = max(1, _block_numbers(self.device) // max(1, self.rank))
         parts = []
         for start in range(0, max(1, flat.shape[0]), block):
             piece = flat[start : start + block]
@@ -433,7 +433,7 @@ class CPTensor(_Factorized):
         """Sum of conj(self) * other over all entries, by R x R' Gram matrices in blocks."""
         self._check_partner(other)
         total = self.weights.new_zeros(())
-        block = max(1, _BLOCK_NUMBERS // max(1, other.rank))
+        block = max(1, _block_numbers(self.device) // max(1, other.rank))
         for start in range(0, self.rank, block):
             part = slice(start, start + block)
             grams = [a[:, part].mH @ b for a, b in zip(self.factors, other.factors, strict=True)]
@@ -529,7 +529,9 @@ class TTTensor(_Factorized):
     def at(self, indices: Tensor) -> Tensor:
         """Entries at integer multi-indices (..., d): a tensor (...)."""
         flat = _checked_indices(indices, self.shape)
-        block = max(1, _BLOCK_NUMBERS // max(1, max(c.shape[0] * c.shape[2] for c in self.cores)))
+        block = max(
+            1, _block_numbers(self.device) // max(1, max(c.shape[0] * c.shape[2] for c in self.cores))
+        )
         parts = []
         for start in range(0, max(1, flat.shape[0]), block):
             piece = flat[start : start + block]
@@ -706,7 +708,7 @@ def rhosvd(
     tol: float | None = None,
     rank: int | Sequence[int] | None = None,
     *,
-    block: int = 4096,
+    block: int = 2048,
 ) -> TuckerTensor:
     """Tucker format of a CP tensor without ever forming it: reduced HOSVD, then ST-HOSVD of the small core.
 
@@ -761,14 +763,18 @@ class FactorSpectra:
 
     Args:
         blocks: CP tensors whose sum is meant. QR merges them, so that small singular values keep their digits.
+        maps: per mode a matrix (n_k, N_k) that is applied to the factors (N_k, R) of all blocks: as if it had been applied
+            to each, but only once. None: the factors are meant as they are.
 
     Attributes:
         terms: number of terms R.
         vectors, values: per mode, (n_k, at most n_k) and singular values in descending order.
     """
 
-    def __init__(self, blocks: Iterable[CPTensor]) -> None:
+    def __init__(self, blocks: Iterable[CPTensor], maps: Sequence[Tensor] | None = None) -> None:
         held: list[Tensor] = []
+        self.maps = maps
+        grow = [1.0] if maps is None else [float(torch.linalg.matrix_norm(matrix, 2)) for matrix in maps]
         self.terms = 0
         self.shape: tuple[int, ...] = ()
         for given in blocks:
@@ -788,12 +794,17 @@ class FactorSpectra:
             self.terms += given.rank
             self.shape = given.shape
             unit = given.normalize()
-            sizes = unit.weights.abs()
+            # A column's norm after its map is bounded by the map's: columns that count too large keep the bound valid.
+            sizes = unit.weights.abs() * math.prod(grow)
             scaled = [f * sizes for f in unit.factors]
             held = scaled if not held else [torch.cat(pair, dim=1) for pair in zip(held, scaled, strict=True)]
             held = [torch.linalg.qr(f.mH, mode="r").R.mH if f.shape[1] > 2 * f.shape[0] else f for f in held]
         if not held:
             raise InvalidArgument("given no blocks, expected at least one CP tensor")
+        if maps is not None:
+            # a unit column of the factor is mapped to one of at most unit norm
+            held = [matrix @ f / g for matrix, f, g in zip(maps, held, grow, strict=True)]
+        self.shape = tuple(f.shape[0] for f in held)
         self.dtype, self.device = held[0].dtype, held[0].device
         svds = [_left_singular(f) if f.shape[1] else (f, f.real.new_zeros(0)) for f in held]
         self.vectors = [left for left, _ in svds]
@@ -821,7 +832,8 @@ class FactorSpectra:
         while True:
             kept = [_kept(values, tol * scale / (2 * math.sqrt(d) * spread)) for values in self.values]
             bases = [left[:, :r] for left, r in zip(self.vectors, kept, strict=True)]
-            core = self._core(blocks(), bases)
+            onto = [b.mH if self.maps is None else b.mH @ self.maps[k] for k, b in enumerate(bases)]
+            core = self._core(blocks(), onto)
             norm = float(torch.linalg.vector_norm(core))
             tails = [float(torch.linalg.vector_norm(v[r:])) for v, r in zip(self.values, kept, strict=True)]
             spent = spread * math.hypot(*tails)
@@ -833,10 +845,10 @@ class FactorSpectra:
         return _expand(sthosvd(core, max(rest, eps), ranks), bases)
 
     @staticmethod
-    def _core(blocks: Iterable[CPTensor], bases: Sequence[Tensor]) -> Tensor:
-        core = bases[0].new_zeros([b.shape[1] for b in bases])
+    def _core(blocks: Iterable[CPTensor], onto: Sequence[Tensor]) -> Tensor:
+        core = onto[0].new_zeros([p.shape[0] for p in onto])
         for given in blocks:
-            projected = [b.mH @ f for b, f in zip(bases, given.factors, strict=True)]
+            projected = [p @ f for p, f in zip(onto, given.factors, strict=True)]
             core += CPTensor(given.weights, tuple(projected)).full()
         return core
 
@@ -905,6 +917,10 @@ def _expand(small: TuckerTensor, bases: Sequence[Tensor]) -> TuckerTensor:
 
 def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in tensors]
+
+
+def _block_numbers(device: torch.device) -> int:
+    return _BLOCK_NUMBERS.get(device.type, _BLOCK_NUMBERS["cuda"])
 
 
 def _check_alike(tensors: Sequence[Tensor]) -> None:

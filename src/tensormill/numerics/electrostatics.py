@@ -258,7 +258,7 @@ class MultiParticlePotential:
         positions: (N, d), inside the box.
         domain: (a, b) per axis. None: the smallest box around the charges, wider by `margin` on each side.
         t_cut: sharpest Gaussian of the long-range part, an inverse length. Larger: fewer neighbours, larger ranks.
-            None: such that the short range holds about 60 neighbours at the mean density.
+            None: such that the short range holds about 120 neighbours at the mean density.
         tol: of the quadrature (relative to 1 / r), of the compression, and of what the short range leaves out.
         screening: k of exp(-k r) / r; 0 for 1 / r.
         margin: as above; None: a tenth of the longest side.
@@ -308,7 +308,7 @@ class MultiParticlePotential:
         diagonal = float(sides.square().sum().sqrt())
         if t_cut is None:
             volume = float(sides.prod()) / len(self.charges)
-            reach = min((60 * volume * 3 / (4 * math.pi)) ** (1 / 3), 0.5 * float(sides.min()))
+            reach = min((120 * volume * 3 / (4 * math.pi)) ** (1 / 3), 0.5 * float(sides.min()))
             t_cut = _inverse_erfc(tol) / reach
         reach = _inverse_erfc(tol) / t_cut
         quadrature = yukawa_quadrature(screening, min(0.5 * reach, 0.5 * diagonal), diagonal, tol)

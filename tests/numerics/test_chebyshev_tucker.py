@@ -152,6 +152,7 @@ def test_algorithms_3_and_4_agree_and_grids_converge(n):
     reduced = ChebTucker.from_cp(weights, tables, BOX, m=33, tol=1e-6)
     whole = ChebTucker.from_cp(weights, tables, BOX, m=33, tol=1e-6, method="full")
     polished = ChebTucker.from_cp(weights, tables, BOX, m=33, tol=1e-6, n_als=3)
+    assert polished.ranks == reduced.ranks
     x = inside(300)
     scale = float(f(x).abs().max())
     assert float((reduced(x) - whole(x)).abs().max()) < 1e-5 * scale

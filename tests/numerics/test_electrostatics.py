@@ -110,6 +110,15 @@ def test_potential_energy_and_forces_agree_with_all_pairs(screening, t_cut):
     assert float((field + slope).abs().max()) < 20 * tol * scale * 10 * potential.kernel.exponents[-1]
 
 
+def test_potential_is_differentiable_at_charges_too():
+    charges, positions = cloud(30, seed=8)
+    potential = MultiParticlePotential(charges, positions, tol=1e-6)
+    x = torch.cat((positions[:5], cloud(10, seed=9)[1])).requires_grad_()
+    (slope,) = torch.autograd.grad(potential(x).sum(), x)
+    field = potential.field(x.detach())
+    torch.testing.assert_close(slope, -field, rtol=0, atol=1e-9 * float(field.abs().max()))
+
+
 def test_cutoff_does_not_matter():
     charges, positions = cloud(40, seed=5)
     values = [MultiParticlePotential(charges, positions, t_cut=t, tol=1e-8).at_charges() for t in (3.0, 6.0)]

@@ -62,7 +62,8 @@ class Accuracy:
     Attributes:
         tails: per mode, norm of the last twentieth of the coefficients (at least two) over the norm of all: how far the
             interpolation has converged. About the rounding of the dtype for a resolved function.
-        compression: bound on the compression error, relative to the Frobenius norm of the coefficients.
+        compression: bound on the compression error, relative to the Frobenius norm of the coefficients; infinite where there
+            is none: with a given rank, and by cross approximation.
         sup_bound: bound on the largest compression error over the box, absolute: |T_k| <= 1, so it is
             sqrt(number of coefficients) times the Frobenius error; mostly far too large.
         samples: how many values of the function were asked for.
@@ -212,7 +213,8 @@ class ChebTucker:
             )
         if chop:
             compressed = _chop(compressed, tol)
-        return cls(compressed, box, _accuracy(compressed, tails, tol, rank, samples), evaluate)
+        bounded = rank is None and method != "aca"
+        return cls(compressed, box, _accuracy(compressed, tails, tol, bounded, samples), evaluate)
 
     @classmethod
     def from_grid(
@@ -261,7 +263,7 @@ class ChebTucker:
         compressed = sthosvd(dense, _SHARE * tol if chop else tol, rank)
         if chop:
             compressed = _chop(compressed, tol)
-        return cls(compressed, box, _accuracy(compressed, _tails(norms), tol, rank, values.numel()))
+        return cls(compressed, box, _accuracy(compressed, _tails(norms), tol, rank is None, values.numel()))
 
     @classmethod
     def from_cp(
@@ -293,7 +295,7 @@ class ChebTucker:
                 "full" adds up the m^d tensor first: only for small m, as a check.
             block: terms at a time.
             m_max: where "adaptive" stops, with a warning.
-            n_als: sweeps of HOOI over the small core at the end.
+            n_als: sweeps of HOOI over the core, which lower the error at the ranks that it gets.
             progress: told which block is worked on.
 
         Raises:
@@ -339,17 +341,13 @@ class ChebTucker:
                 dense += part.full()
             for k in range(len(box)):
                 dense = chebyshev.vals2coeffs(dense, k)
-            compressed = sthosvd(dense, share, rank)
+            compressed = hooi(dense, share, rank, sweeps=n_als)
         else:
-            compressed = spectra.compress(lambda: source.blocks(sizes), share, rank)
-        if n_als:
-            polished = hooi(compressed.core, rank=compressed.ranks, sweeps=n_als)
-            bases = [u @ v for u, v in zip(compressed.factors, polished.factors, strict=True)]
-            compressed = TuckerTensor(polished.core, tuple(bases))
+            compressed = spectra.compress(lambda: source.blocks(sizes), share, rank, sweeps=n_als)
         if chop:
             compressed = _chop(compressed, tol)
         reference = source.evaluate if all(callable(f) for f in factors) else None
-        return cls(compressed, box, _accuracy(compressed, tails, tol, rank, samples), reference)
+        return cls(compressed, box, _accuracy(compressed, tails, tol, rank is None, samples), reference)
 
     # Evaluation
 
@@ -868,13 +866,9 @@ def _chop(tensor: TuckerTensor, tol: float) -> TuckerTensor:
 
 
 def _accuracy(
-    tensor: TuckerTensor,
-    tails: Sequence[float],
-    tol: float,
-    rank: int | Sequence[int] | None,
-    samples: int,
+    tensor: TuckerTensor, tails: Sequence[float], tol: float, bounded: bool, samples: int
 ) -> Accuracy:
-    bound = tol if rank is None else math.inf
+    bound = tol if bounded else math.inf
     coefficients = math.prod(tensor.shape)
     norm = float(torch.linalg.vector_norm(tensor.core))
     return Accuracy(tuple(tails), bound, bound * norm * math.sqrt(coefficients), samples)

@@ -320,7 +320,7 @@ class MultiParticlePotential:
         )
 
     def __call__(self, points: Tensor) -> Tensor:
-        """Potential at points (M, d) of the box, (M,). At a charge, without its own (infinite) part."""
+        """Potential at points (M, d) of the box, (M,), differentiable. At a charge, without its own (infinite) part."""
         return self._both(points)[0]
 
     def field(self, points: Tensor) -> Tensor:
@@ -345,9 +345,9 @@ class MultiParticlePotential:
         own = sum(self.kernel.weights)
         for rows, columns in self._neighbours(points):
             offsets = points[rows] - self.positions[columns]
-            r = offsets.square().sum(-1).sqrt()
-            same = r == 0
-            safe = r.where(~same, torch.ones_like(r))
+            squares = offsets.square().sum(-1)
+            same = squares == 0
+            safe = squares.where(~same, torch.ones_like(squares)).sqrt()
             short, slope = self._short(safe)
             q = self.charges[columns]
             # A charge at the point itself: its kernel is left out, so its long-range part goes, whose slope is 0 there.

@@ -819,8 +819,15 @@ class FactorSpectra:
         blocks: Callable[[], Iterable[CPTensor]],
         tol: float | None = None,
         rank: int | Sequence[int] | None = None,
+        *,
+        sweeps: int = 0,
     ) -> TuckerTensor:
-        """The rest of `rhosvd_blocks`: cores by further passes over the same blocks."""
+        """The rest of `rhosvd_blocks`: cores by further passes over the same blocks.
+
+        Args:
+            blocks, tol, rank: as `rhosvd_blocks`.
+            sweeps: of HOOI over the core before it is truncated.
+        """
         ranks, tol = _checked_truncation_of(self.shape, self.dtype, tol, rank)
         d = len(self.shape)
         eps = torch.finfo(self.dtype).eps
@@ -842,7 +849,7 @@ class FactorSpectra:
                 break
             scale *= 0.5 * tol * norm / spent
         rest = math.sqrt(max(0.0, (tol * norm) ** 2 - spent**2)) / norm if norm > 0 else tol
-        return _expand(sthosvd(core, max(rest, eps), ranks), bases)
+        return _expand(hooi(core, max(rest, eps), ranks, sweeps=sweeps), bases)
 
     @staticmethod
     def _core(blocks: Iterable[CPTensor], onto: Sequence[Tensor]) -> Tensor:

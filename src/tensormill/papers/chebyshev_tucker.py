@@ -374,7 +374,7 @@ def cost(run: Run) -> Measurement:
     full = run.scale == "full"
     kernel = _kernel(4.0)
     sizes = [100, 316, 1000, 3162, 10_000, *([31_623, 100_000] if full else [])]
-    x = _points(2000, run.seed, run.device)
+    x = _points(1000, run.seed, run.device)
     build, evaluate, direct = [], [], []
     rows: list[Row] = []
     with _one_thread():
@@ -387,7 +387,7 @@ def cost(run: Run) -> Measurement:
             def construct(c: Tensor = charges, p: Tensor = positions, made: list[ChebTucker] = made) -> None:
                 made.append(long_range_potential(c, p, kernel, _BOX, _M, 1e-7))
 
-            build.append(_seconds(construct, 5 if n <= 1000 else 2))
+            build.append(_seconds(construct, 4 if n <= 1000 else 2 if n <= 4000 else 1))
             potential = made[-1]
             evaluate.append(_seconds(lambda f=potential: f(x), 9))  # type: ignore[misc]
 
@@ -397,14 +397,14 @@ def cost(run: Run) -> Measurement:
             direct.append(_seconds(pairs, 3 if n <= 1000 else 1))
             rows.append(Row(f"{n} charges, {n * len(kernel)} terms: construction", build[-1], "s",
                             setting={"charges": n, "terms": n * len(kernel)}))  # fmt: skip
-            rows.append(Row(f"{n} charges: evaluation at 2000 points", evaluate[-1], "s",
+            rows.append(Row(f"{n} charges: evaluation at 1000 points", evaluate[-1], "s",
                             peers={"direct summation": direct[-1]}, setting={"charges": n}))  # fmt: skip
         charges, positions = _cloud(500, run.seed, run.device)
         grids = [64, 256, 1024, 4096]
         placed = []
         for n in grids:
             run.progress(f"grid of {n}")
-            placed.append(_seconds(lambda n=n: _built(500, run, kernel).on_grid([n] * 3), 5))  # type: ignore[misc]
+            placed.append(_seconds(lambda n=n: _built(500, run, kernel).on_grid([n] * 3), 3))  # type: ignore[misc]
             rows.append(
                 Row(f"500 charges, construction and factors on {n}^3", placed[-1], "s", setting={"n": n})
             )
@@ -435,8 +435,8 @@ def cost(run: Run) -> Measurement:
     labels = {"charges": ("charges", "seconds"), "n": ("grid points per axis", "seconds, 500 charges")}
     curves = [
         Curve("construction", sizes, build, *labels["charges"], slopes["construction"]),
-        Curve("evaluation at 2000 points", sizes, evaluate, *labels["charges"], slopes["evaluation"]),
-        Curve("direct summation at 2000 points", sizes, direct, *labels["charges"], slopes["direct"]),
+        Curve("evaluation at 1000 points", sizes, evaluate, *labels["charges"], slopes["evaluation"]),
+        Curve("direct summation at 1000 points", sizes, direct, *labels["charges"], slopes["direct"]),
         Curve("construction and factors on the grid", grids, placed, *labels["n"], slopes["grid"]),
     ]
     if theirs:
@@ -456,7 +456,7 @@ def cost(run: Run) -> Measurement:
     reason += (
         f"; tensorly with the grid as {slopes['tensorly']}" if theirs else "; tensorly is not installed here"
     )
-    return Measurement(rows, holds, reason, repeats=2, curves=curves)
+    return Measurement(rows, holds, reason, repeats=1, curves=curves)
 
 
 def _built(n: int, run: Run, kernel: GaussianSum) -> ChebTucker:

@@ -32,13 +32,13 @@ def test_mean_of_draws_is_the_kernel(name, get):
     x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = NETWORKS[name].kernel(x, get=get)
     errors = []
-    for count in (256, 4096):
+    for count in (128, 1024):
         grams = []
         for seed in range(6):
             features = RandomFeatures(NETWORKS[name], count, get, seed)(x)
             grams.append(features @ features.T)
         errors.append(float((torch.stack(grams).mean(0) - expected).norm() / expected.norm()))
-    assert errors[1] < 4 / (6 * 4096) ** 0.5
+    assert errors[1] < 4 / (6 * 1024) ** 0.5
     assert errors[1] < errors[0]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -354,7 +355,8 @@ def _times(t: Times, rule: str) -> tuple[list[float], bool]:
     if t is None:
         return [math.inf], False
     several = not isinstance(t, int | float) and not (isinstance(t, Tensor) and t.dim() == 0)
-    times = [float(value) for value in (t if several else [t])]  # type: ignore[union-attr, list-item]
+    values: Sequence[Any] = list(t) if several else [t]  # type: ignore[arg-type]
+    times = [float(value) for value in values]
     if not times or any(math.isnan(time) or time < 0 for time in times):
         raise InvalidArgument(f"given t={t!r}, expected times >= 0")
     if rule == "descent" and any(math.isfinite(time) and time != round(time) for time in times):

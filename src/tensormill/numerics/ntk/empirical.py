@@ -85,7 +85,7 @@ def empirical_ntk(
         )
     if batch is not None and batch < 1:
         raise InvalidArgument(f"given batch={batch}, expected at least 1, or None")
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parameters: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters:
         raise ModelError(f"given {type(module).__name__} without parameters that require gradients")
     for child in module.modules():
@@ -173,7 +173,8 @@ class _TangentProducts(_Way):
         parameters = {name: p.detach() for name, p in self.parameters.items()}
 
         def pair(x: Tensor, y: Tensor) -> Tensor:
-            output, pull = torch.func.vjp(lambda p: self.call(p, y), parameters)
+            both: Any = torch.func.vjp(lambda p: self.call(p, y), parameters)
+            output, pull = both
 
             def column(v: Tensor) -> Tensor:
                 return torch.func.jvp(lambda p: self.call(p, x), (parameters,), pull(v))[1]
@@ -310,7 +311,7 @@ def _by_output(outputs: Tensor, results: list[Tensor]) -> list[Tensor | None]:
             outputs, wanted, seeds, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
     except RuntimeError:  # an operation without a batching rule
-        rows = [
+        rows: list[Any] = [
             torch.autograd.grad(outputs, wanted, seed, retain_graph=True, allow_unused=True) for seed in seeds
         ]
         found = tuple(
@@ -336,7 +337,7 @@ def _as_positions(layer: Any, activation: Tensor, derivative: Tensor) -> _Call:
         (1, *size) if flat else size for size in (layer.kernel_size, layer.dilation, layer.stride)
     )
     columns = nn.functional.unfold(padded[:, :, None] if flat else padded, kernel, dilation, 0, stride)
-    return _Call(columns.transpose(1, 2), derivative.flatten(3).permute(1, 0, 3, 2))
+    return _Call(columns.transpose(1, 2), derivative.flatten(3).permute(1, 0, 3, 2).contiguous())
 
 
 def _layer_kernel(layer: _LayerRecord, one: _Call, two: _Call, trace: bool) -> Tensor:
@@ -391,9 +392,13 @@ def _between_weights(one: _Call, two: _Call, trace: bool) -> Any:
     step = max(1, _GRAM_ELEMENTS // max(1, (n + len(two.activations)) * outputs * fan_in))
     total: Any = 0.0
     for k in range(0, fan_out, step):
-        first, second = (
-            (call.derivatives[..., k : k + step].transpose(2, 3) @ call.activations[:, None]).flatten(2)
-            for call in (one, two)
-        )
+        first = _weight_rows(one, k, step)
+        second = first if two is one else _weight_rows(two, k, step)
         total = total + _outer(first, second, trace)
     return total
+
+
+def _weight_rows(call: _Call, start: int, count: int) -> Tensor:
+    """Derivatives of each output by rows of the weight, (N, O, rows x fan_in)."""
+    rows = call.derivatives[..., start : start + count].transpose(2, 3)  # [N, O, rows, T]
+    return (rows.flatten(1, 2) @ call.activations).reshape(*rows.shape[:2], -1)

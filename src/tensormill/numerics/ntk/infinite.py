@@ -553,7 +553,7 @@ def _kinked_in_place(
     weight, constant = 2 * f.b**2 / math.pi, f.a**2 - f.b**2
     negative = nngp.mul_(torch.where(rows > 0, -1 / rows.clamp(min=tiny), 0.0))
     negative.mul_(torch.where(columns > 0, 1 / columns.clamp(min=tiny), 0.0)).clamp_(max=1)
-    torch.nn.functional.threshold_(negative, -1 + 2 * eps, -1.0)
+    nn.functional.threshold(negative, -1 + 2 * eps, -1.0, inplace=True)
     angle = torch.acos(negative)
     if weight != 1:
         angle.mul_(weight)

@@ -245,14 +245,14 @@ def dynamics(run: Run) -> Measurement:
     kernel, cross = network.kernel(train, get="ntk"), network.kernel(test, train, "ntk")
     # A tenth of what is stable: the first eigenvector then takes several steps, and its rate can be seen.
     lr = 0.1 * largest_stable_rate(kernel)
-    times = _twenty_times(200)
+    times = _twenty_times(100)
     values, vectors = torch.linalg.eigh(kernel)
     rows: list[Row] = []
     distances, rate_error = [], math.inf
-    widths = (64, 128, 256, 512, *((1024, 2048) if full else ()))
+    widths = (64, 128, 256, 512, 1024, *((2048, 4096) if full else ()))
     for width in widths:
-        run.progress(f"digits, width {width}", len(rows) / 8)
-        draws = 32 if full else 12
+        run.progress(f"digits, width {width}", len(rows) / 10)
+        draws = 64 if full else max(12, min(96, 16_384 // width))
         seeds = [run.seed + 100 * width + k for k in range(draws)]
         arguments = (train.float(), y.float(), test.float(), lr, [0, *times])
         found = _trained(network, width, seeds, *arguments).double()
@@ -580,10 +580,12 @@ def random_features(run: Run) -> Measurement:
     for m in counts:
         run.progress(f"{m} directions", len(rows) / 12)
         each, correct = [], []
+        for seed in range(40):
+            few = RandomFeatures(network, m, seed=run.seed + seed)(train[:300])
+            each.append(float((few @ few.T - kernel[:300, :300]).norm() / kernel[:300, :300].norm()))
         for seed in range(3):
             features = RandomFeatures(network, m, seed=run.seed + seed)
             ours = features(train)
-            each.append(float((ours @ ours.T - kernel).norm() / kernel.norm()))
             correct.append(accuracy(features(test) @ solved(ours, labels)))
         size = ours.shape[1]
         # The inputs are in random order: the first ones are the random choice that it would make.
@@ -591,7 +593,14 @@ def random_features(run: Run) -> Measurement:
         peer = Nystroem(kernel="precomputed", n_components=chosen, random_state=run.seed)
         peer.fit(kernel[:chosen, :chosen].cpu().numpy())
         theirs = torch.as_tensor(peer.transform(kernel[:, :chosen].cpu().numpy()), device=x.device)
-        nystroem.append(max(float((theirs @ theirs.T - kernel).norm() / kernel.norm()), 1e-12))
+        nystroem.append(
+            max(
+                float(
+                    (theirs[:300] @ theirs[:300].T - kernel[:300, :300]).norm() / kernel[:300, :300].norm()
+                ),
+                1e-12,
+            )
+        )
         errors.append(_root_mean_square(each))
         best = statistics.fmean(correct)
         setting = {"directions": m, "features": size}
@@ -676,7 +685,7 @@ def accuracy(run: Run) -> Measurement:
         return 100 * float((outputs.argmax(1) == truth).double().mean())
 
     for name, get in (("NTK", "ntk"), ("NNGP", "nngp")):
-        run.progress(name, len(rows) / 8)
+        run.progress(name, len(rows) / 10)
         kernel = network.kernel(x, get=get)
 
         def regression(fit: slice, predict: slice, ridge: float, kernel: Tensor = kernel) -> Tensor:

@@ -307,7 +307,7 @@ def _by_output(outputs: Tensor, results: list[Tensor]) -> list[Tensor | None]:
     count = outputs.shape[1]
     seeds = torch.eye(count, dtype=outputs.dtype, device=outputs.device)[:, None].expand(-1, len(outputs), -1)
     try:
-        found = torch.autograd.grad(
+        found: Any = torch.autograd.grad(
             outputs, wanted, seeds, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
     except RuntimeError:  # an operation without a batching rule
@@ -317,7 +317,7 @@ def _by_output(outputs: Tensor, results: list[Tensor]) -> list[Tensor | None]:
         found = tuple(
             None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
         )
-    derivatives = iter(found)
+    derivatives: Any = iter(found)
     return [next(derivatives) if result.requires_grad else None for result in results]
 
 

@@ -223,14 +223,15 @@ def test_wide_networks_approach_the_infinite_kernel(network):
     assert float(error) < 3 / (4 * width) ** 0.5  # Monte Carlo with 4 draws; the constant is about 1
 
 
-def test_float32_and_empty():
+def test_float32_and_no_inputs():
     module, x1, x2 = module_and_inputs("conv", torch.float32)
     kernel = empirical_ntk(module, x1, x2)
     assert kernel.dtype == torch.float32
     torch.testing.assert_close(
         kernel.double(), empirical_ntk(module.double(), x1.double(), x2.double()), rtol=1e-4, atol=1e-4
     )
-    assert empirical_ntk(module, x1.double(), x2[:0].double()).shape == (3, 0, 2, 2)
+    with pytest.raises(InvalidArgument, match="no inputs"):
+        empirical_ntk(module, x1.double(), x2[:0].double())
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,11 @@ def test_float32_and_empty():
             lambda m, x: empirical_ntk(nn.Sequential(m, nn.BatchNorm1d(3)).double(), x),
             ModelError,
             "batch normalization",
+        ),
+        (
+            lambda m, x: empirical_ntk(nn.Sequential(m, nn.Flatten(0)), x),
+            ModelError,
+            "output is not a tensor",
         ),
         (lambda m, x: empirical_ntk(nn.Sequential(m, nn.Dropout(0.5)), x), ModelError, "dropout"),
     ],

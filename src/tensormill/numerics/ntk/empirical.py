@@ -97,18 +97,12 @@ def empirical_ntk(
             raise ModelError("given dropout in training mode, whose outputs are random; call module.eval()")
     if method == "auto":
         method = "structured" if any(_supported(child) for child in module.modules()) else "jacobian"
-    with torch.no_grad():
-        probe = module(x1[:1])
-    if not isinstance(probe, Tensor) or probe.dim() < 1 or probe.shape[0] != min(1, x1.shape[0]):
-        raise ModelError("given a module whose output is not a tensor of (inputs, ...), expected one")
     way: _Way = {"jacobian": _Jacobian, "ntvp": _TangentProducts, "structured": _Structured}[method](
         module, parameters, trace_outputs
     )
-    outputs = probe[:1].numel() if x1.shape[0] else 0
     rows = _slices(x1.shape[0], batch)
     columns = rows if x2 is None else _slices(x2.shape[0], batch)
-    shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0], *(() if trace_outputs else (outputs, outputs)))
-    result = probe.new_empty(shape)
+    result: Tensor | None = None
     for i, a in enumerate(rows):
         one = way.prepare(x1[a])
         for j, b in enumerate(columns):
@@ -116,9 +110,16 @@ def empirical_ntk(
                 continue
             two = one if x2 is None and i == j else way.prepare((x1 if x2 is None else x2)[b])
             block = way.contract(one, two)
+            if len(rows) == len(columns) == 1:
+                return block
+            if result is None:
+                shape = (x1.shape[0], (x1 if x2 is None else x2).shape[0], *block.shape[2:])
+                result = block.new_empty(shape)
             result[a, b] = block
             if x2 is None and i != j:
                 result[b, a] = block.transpose(0, 1) if trace_outputs else block.permute(1, 0, 3, 2)
+    if result is None:
+        raise InvalidArgument("given no inputs, expected at least one in x1 and in x2")
     return result
 
 
@@ -238,7 +239,10 @@ class _Structured(_Way):
         calls, derivatives, followed = self._derivatives(x)
         if self.rest is None:
             # Once more with a single input: the first axis may have this length by chance.
-            followed &= self._derivatives(x[:1])[2]
+            with torch.no_grad():
+                followed -= {
+                    name for name, activation, *_ in self._calls(x[:1])[1] if activation.shape[0] != 1
+                }
             covered = {id(p) for name in followed for p in self.layers[name]._parameters.values()}
             others = {name: p for name, p in self.parameters.items() if id(p) not in covered}
             self.followed = followed
@@ -260,8 +264,8 @@ class _Structured(_Way):
             records[name].calls.append(_as_positions(layer, activation, derivative))
         return _Record(records, self.rest.prepare(x))
 
-    def _derivatives(self, x: Tensor) -> tuple[list[tuple[str, Tensor]], list[Tensor | None], set[str]]:
-        """Activations that go into the layers' calls, derivatives (O, N, ...) of the outputs by what comes out."""
+    def _calls(self, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, int, Tensor]]]:
+        """Outputs, and of each call of a layer its name, input, version of the input, and result."""
         seen: list[tuple[str, Tensor, int, Tensor]] = []
         names = {child: name for name, child in self.layers.items()}
 
@@ -272,11 +276,18 @@ class _Structured(_Way):
 
         handles = [layer.register_forward_hook(hook) for layer in self.layers.values()]
         try:
-            with torch.enable_grad():
-                outputs = self.module(x).flatten(1)
+            return self.module(x), seen
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _derivatives(self, x: Tensor) -> tuple[list[tuple[str, Tensor]], list[Tensor | None], set[str]]:
+        """Activations that go into the layers' calls, derivatives (O, N, ...) of the outputs by what comes out."""
+        with torch.enable_grad():
+            outputs, seen = self._calls(x)
+            if not isinstance(outputs, Tensor) or outputs.dim() < 1 or outputs.shape[0] != x.shape[0]:
+                raise ModelError("given a module whose output is not a tensor of (inputs, ...), expected one")
+            outputs = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None]
         followed = {name for name, *_ in seen}
         for name, activation, version, result in seen:
             if activation._version != version:

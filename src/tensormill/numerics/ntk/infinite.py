@@ -44,9 +44,8 @@ __all__ = [
     "from_module",
 ]  # fmt: skip
 
-_TILE_ELEMENTS = (
-    1 << 16
-)  # a float32 tile of 256 x 256: the handful of arrays of a recursion stays in the L2 cache
+# A float32 tile of 512 x 512: measured on two-megabyte L2 caches, the best between dispatch costs and cache misses.
+_TILE_ELEMENTS = 1 << 18
 _PAIR_ELEMENTS = 1 << 22
 
 

@@ -31,15 +31,27 @@ NETWORKS = {
 def test_mean_of_draws_is_the_kernel(name, get):
     x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = NETWORKS[name].kernel(x, get=get)
-    errors = []
-    for count in (128, 1024):
-        grams = []
-        for seed in range(6):
-            features = RandomFeatures(NETWORKS[name], count, get, seed)(x)
-            grams.append(features @ features.T)
-        errors.append(float((torch.stack(grams).mean(0) - expected).norm() / expected.norm()))
-    assert errors[1] < 4 / (6 * 1024) ** 0.5
-    assert errors[1] < errors[0]
+    grams = []
+    for seed in range(6):
+        features = RandomFeatures(NETWORKS[name], 1024, get, seed)(x)
+        grams.append(features @ features.T)
+    error = float((torch.stack(grams).mean(0) - expected).norm() / expected.norm())
+    # Monte Carlo: the deviation is about 2 or 3 over the root of all directions; a wrong factor shows as 0.3 and more.
+    assert error < 10 / (6 * 1024) ** 0.5
+
+
+@pytest.mark.parametrize("get", ["nngp", "ntk"])
+def test_error_of_one_draw_falls_with_the_root_of_the_count(get):
+    x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = NETWORKS["relu"].kernel(x, get=get)
+    squares = []
+    for count in (32, 512):
+        each = []
+        for seed in range(40):
+            features = RandomFeatures(NETWORKS["relu"], count, get, seed)(x)
+            each.append(float((features @ features.T - expected).square().sum()))
+        squares.append(sum(each))
+    assert 1.5 < (squares[0] / squares[1]) ** 0.5 < 9  # 4, with 40 draws each
 
 
 def test_same_map_for_all_inputs_and_types():

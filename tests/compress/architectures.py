@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensormill.compress.plain_linears import use_plain_linears
+
 VOCABULARY = 97
 
 _SIZES: dict[str, Any] = {
@@ -24,6 +26,7 @@ _SIZES: dict[str, Any] = {
 }
 _ALTERNATING = {"head_dim": 16, "num_hidden_layers": 3, "sliding_window": 8}
 _LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_FALCON = {"ffn_hidden_size": 96, "attention_dropout": 0.0, "hidden_dropout": 0.0}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,6 +37,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", {"use_parallel_residual": True}),
     "gpt_neox_sequential": ("GPTNeoXConfig", {"use_parallel_residual": False}),
     "phi3": ("Phi3Config", {}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96}),
+    "falcon": ("FalconConfig", _FALCON | {"multi_query": True, "parallel_attn": True, "bias": False}),
+    "falcon_grouped": (
+        "FalconConfig",
+        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False},
+    ),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": (
         "Qwen2MoeConfig",
@@ -69,11 +78,13 @@ def architecture_model(
 
     config_class, sizes = CONFIGS[name]
     accepted = {**_SIZES, **sizes, **options}
-    if config_class == "GPTNeoXConfig":
+    if config_class in ("GPTNeoXConfig", "GPT2Config", "FalconConfig"):
         accepted.pop("num_key_value_heads")
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**accepted))
-    return randomize(model).to(dtype).eval()
+    model = randomize(model).to(dtype).eval()
+    use_plain_linears(model)  # as `open_model` does
+    return model
 
 
 @torch.no_grad()

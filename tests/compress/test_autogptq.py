@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from packed_models import compress_linears, tiny_model
 
 from tensormill.compress.formats.autogptq import GPTQ_V1, GPTQ_V2, plain_groups, version_of
-from tensormill.compress.formats.checkpoint_format import Layer, Scheme
+from tensormill.compress.formats.checkpoint_format import Layer, Scheme, compressed_linears
 from tensormill.errors import CheckpointError, ModelError
 
 BITS = (2, 3, 4, 8)
@@ -149,7 +149,7 @@ def test_autogptq_s_own_packing_is_read(bits):
     assert torch.equal(found[0], codes) and torch.equal(found[2], zero)
 
 
-def test_plain_order_is_recognised_and_another_refused():
+def test_plain_order_is_recognised():
     codes, scale, zero = quantized(4, 16, 64, 32)
     tensors = GPTQ_V2.pack_weight(codes, scale, zero, 4, 32)
     for order in (None, torch.empty(0, dtype=torch.int32), tensors["g_idx"].long()):
@@ -157,7 +157,9 @@ def test_plain_order_is_recognised_and_another_refused():
         assert torch.equal(GPTQ_V2.unpack_weight(given, 4, 32)[0], codes)
     for order, message in (
         (tensors["g_idx"].flip(0), "layer.g_idx orders columns by activation"),
-        (torch.zeros(64, dtype=torch.int32), "layer.g_idx orders columns by activation"),
+        (torch.zeros(64, dtype=torch.int32), "layer.g_idx puts 64 columns in group 0, expected 32"),
+        (tensors["g_idx"] + 1, "layer.g_idx puts 0 columns in group 0, expected 32"),
+        (tensors["g_idx"] - 1, "layer.g_idx puts 0 columns in group 1, expected 32"),
         (tensors["g_idx"][:60], r"layer.g_idx has shape \(60,\), expected \(64,\)"),
     ):
         with pytest.raises(CheckpointError, match=message) as caught:
@@ -176,13 +178,70 @@ def test_configuration():
     config = GPTQ_V2.quantization_config(head)
     assert config["checkpoint_format"] == "gptq_v2" and config["lm_head"] and not config["sym"]
     assert r"-:^model\.layers\.0\.self_attn\.q_proj$" in config["dynamic"]
-    assert GPTQ_V2.parse_config(config) == Scheme(3, 32, False)
+    assert GPTQ_V2.parse_config(config).scheme_of("lm_head") == Scheme(3, 32, False)
+
+
+def test_settings_of_single_layers_are_written_as_rules():
+    """Most weights say what holds for the model; rules are matched as GPTQModel and vLLM match them."""
+    model = compress_linears(tiny_model("llama"), 4, 32, True, only="mlp")
+    compress_linears(model, 8, 16, True, only="0.self_attn.o_proj")
+    compress_linears(model, 3, -1, False, only="1.self_attn")
+    config = GPTQ_V2.quantization_config(model)
+    assert (config["bits"], config["group_size"], config["sym"]) == (4, 32, False)
+    rules = config["dynamic"]
+    assert rules.pop(r"+:^model\.layers\.0\.self_attn\.o_proj$") == {"bits": 8, "group_size": 16}
+    assert sorted(set(map(str, rules.values()))) == ["{'bits': 3, 'group_size': -1}", "{}"]
+    parsed = GPTQ_V2.parse_config(GPTQ_V2.quantization_config(model))
+    for name, module in compressed_linears(model).items():
+        scheme = parsed.scheme_of(name)
+        assert (scheme.bits, scheme.group_size) == (module.bits, module.group_size), name
+    # A row of one group is one of the model's group size, too.
+    whole = compress_linears(tiny_model("llama", mlp=128), 4, 64, True, only="down_proj")
+    compress_linears(whole, 4, -1, True, only="q_proj")
+    config = GPTQ_V2.quantization_config(whole)
+    assert config["group_size"] == 64 and not [key for key in config["dynamic"] if key.startswith("+:")]
+
+
+def test_rules_of_single_layers_are_read():
+    """The first that matches the start of a name counts, whatever a rule says beside of how weights were found."""
+    dynamic = {
+        r"-:.*\.k_proj": {},
+        r"+:.*\.1\..*down": {"bits": 3, "desc_act": False, "damp_percent": 0.1},
+        r".*\.down_proj": {"bits": 8, "group_size": 64},
+        r"up_proj": {"bits": 2},
+        r".*\.o_proj$": {"group_size": -1, "sym": False},
+    }
+    parsed = GPTQ_V1.parse_config({**CONFIG, "desc_act": True, "dynamic": dynamic})
+    for name, expected in {
+        "model.layers.0.self_attn.q_proj": Scheme(4, 32, True, True),
+        "model.layers.0.self_attn.k_proj": Scheme(4, 32, True, True),
+        "model.layers.0.self_attn.o_proj": Scheme(4, -1, False, True),
+        "model.layers.0.mlp.up_proj": Scheme(4, 32, True, True),
+        "model.layers.0.mlp.down_proj": Scheme(8, 64, True, True),
+        "model.layers.1.mlp.down_proj": Scheme(3, 32, True, False),
+    }.items():
+        assert parsed.scheme_of(name) == expected, name
+
+
+def test_gptqmodel_matches_the_same_rules():
+    """Its own look-up, where it is installed."""
+    theirs = pytest.importorskip("gptqmodel.quantization.config")
+    dynamic = {r"+:.*\.1\..*down": {"bits": 3}, r".*\.down_proj": {"bits": 8}, r"up_proj": {"bits": 2}}
+    parsed = GPTQ_V1.parse_config({**CONFIG, "dynamic": dynamic})
+    for block in range(3):
+        for part in ("down_proj", "up_proj", "gate_proj"):
+            name = f"model.layers.{block}.mlp.{part}"
+            assert theirs.dynamic_get(dynamic, name, "bits", 4) == parsed.scheme_of(name).bits
 
 
 def test_versions_are_told_apart():
     assert version_of(CONFIG) is GPTQ_V1
     assert version_of({**CONFIG, "format": "GPTQ_V2"}) is GPTQ_V2
-    assert version_of({**CONFIG, "checkpoint_format": "gptq", "format": "gptq_v2"}) is GPTQ_V1
+    assert version_of({**CONFIG, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}) is GPTQ_V2
+    with pytest.raises(
+        CheckpointError, match="checkpoint_format 'gptq' and the format 'gptq_v2', expected one"
+    ):
+        version_of({**CONFIG, "checkpoint_format": "gptq", "format": "gptq_v2"})
     for change in ({"is_marlin_format": True}, {"checkpoint_format": "marlin"}):
         with pytest.raises(CheckpointError, match="gptq format 'marlin', expected 'gptq' or 'gptq_v2'"):
             version_of({**CONFIG, **change})
@@ -195,9 +254,25 @@ def test_versions_are_told_apart():
         ({"checkpoint_format": "gptq_v2"}, "has the format 'gptq_v2', expected 'gptq'"),
         ({"bits": 5}, r"bits=5, expected one of \[2, 3, 4, 8\]"),
         ({"group_size": None}, "group_size=None"),
+        ({"bits": "4"}, "bits='4', expected one of"),
+        ({"desc_act": "yes"}, "desc_act='yes', expected true or false"),
+        ({"sym": 1}, "sym=1, expected true or false"),
+        ({"checkpoint_format": "gptq_p"}, "gptq format 'gptq_p', expected 'gptq' or 'gptq_v2'"),
+        ({"dynamic": {"up": {"desc_act": "no"}}}, "in the rule 'up' of .*desc_act='no', expected true"),
         ({"pack_dtype": "int16"}, "words of 'int16'"),
-        ({"dynamic": {r"+:.*up_proj": {"bits": 8}}}, "own settings for"),
+        ({"adapter": {"rank": 8}}, "the checkpoint has adapter="),
+        ({"activation": {"bits": 8}}, "the checkpoint has activation="),
         ({"dynamic": ["up_proj"]}, "dynamic="),
+        (
+            {"dynamic": {"+:.*up_proj": {"bits": 5}}},
+            r"in the rule '\+:.*up_proj' of .*bits=5, expected one of",
+        ),
+        ({"dynamic": {"up": {"bits": "8"}}}, r"in the rule 'up' of .*bits='8', expected one of"),
+        ({"dynamic": {"up": {"group_size": 0}}}, "in the rule 'up' of .*group_size=0, expected a positive"),
+        ({"dynamic": {"up": 8}}, "the rule 'up' of quantization_config is 8, expected settings"),
+        ({"dynamic": {"+:(up": {"bits": 8}}}, "is no pattern: missing"),
+        ({"dynamic": {"up": {"pack_dtype": "int64"}}}, "the rule 'up' of .* has words of 'int64'"),
+        ({"dynamic": {"up": {"adapter": {"rank": 8}}}}, "the rule 'up' of .* has adapter="),
     ],
 )
 def test_configurations_of_others_are_refused_in_one_line(change, message):
@@ -231,7 +306,7 @@ def test_what_the_format_cannot_hold_is_refused():
     nothing = torch.nn.Module()
     for schemes, rows, columns, message in (
         ([Scheme(6, 32, True)], 32, 64, r"given 6 bits for a checkpoint in the format gptq_v2"),
-        ([Scheme(4, 32, True), Scheme(8, 32, True)], 32, 64, "given layers of 4 and 8 bits"),
+        ([Scheme(4, 32, True), Scheme(8, 24, True)], 32, 64, "layer1 has 64 input features in groups of 24"),
         ([Scheme(3, 16, True)], 48, 64, "layer0 has 48 output features, expected a multiple of 32 for 3"),
         ([Scheme(2, 8, True)], 32, 24, "layer0 has 24 input features, expected a multiple of 16"),
         ([Scheme(8, 16, True)], 4, 24, "layer0 has 24 input features in groups of 16"),

@@ -17,6 +17,7 @@ from transformers.quantizers import auto
 
 from tensormill.compress import compress, transformers_hook
 from tensormill.compress.checkpoint import is_compressed, load, open_model, save_compressed
+from tensormill.compress.formats.activation_order import ActivationOrderLinear
 from tensormill.compress.formats.checkpoint_format import compressed_linears
 from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.formats.registry import FORMATS, METHODS, format_named, format_of
@@ -151,11 +152,30 @@ def test_float32_scales_are_refused_before_anything_is_written(tmp_path):
     refused(lambda: save_compressed(model, None, None, tmp_path / "out", format="exl2"), InvalidArgument)
 
 
-def test_mixed_widths_and_a_compressed_head(tmp_path):
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2"])
+def test_mixed_widths_and_group_sizes(tmp_path, name):
     mixed = compress_linears(tiny_model("llama"), 4, 32, True, only="self_attn")
-    compress_linears(mixed, 8, 32, True, only="mlp")
-    text = refused(lambda: save_compressed(mixed, None, None, tmp_path / "w", format="gptq"), ModelError)
-    assert "4 and 8 bits" in text
+    compress_linears(mixed, 8, 16, False, only="gate_proj")
+    compress_linears(mixed, 2, -1, True, only="up_proj")
+    round_scales(mixed)
+    folder = save_compressed(mixed, None, None, tmp_path / "mixed", format=name)
+    loaded = load(folder)
+    assert torch.equal(logits(loaded), logits(mixed))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(mixed))
+    loaded.save_pretrained(tmp_path / "again")
+    first, second = load_file(folder / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    text = refused(lambda: save_compressed(mixed, None, None, tmp_path / "w", format="awq"), ModelError)
+    assert "given 8 bits" in text
+    edit_config(folder, dynamic={})
+    assert "gate_proj.qweight has shape" in refused(lambda: load(folder))
+
+
+def test_mixed_widths_in_awq_and_a_compressed_head(tmp_path):
+    mixed = compress_linears(tiny_model("llama"), 4, 32, True, only="self_attn")
+    compress_linears(mixed, 4, 16, True, only="mlp")
+    text = refused(lambda: save_compressed(mixed, None, None, tmp_path / "w", format="awq"), ModelError)
+    assert "expected one group size" in text
     head = compress_linears(tiny_model("qwen2"), 4, 32, False, head=True)
     round_scales(head)
     assert "lm_head" in refused(
@@ -250,14 +270,69 @@ def test_layers_that_the_architecture_ignores_are_not_missed(folder, saved, monk
     assert torch.equal(logits(load(copy)), logits(load(saved["awq"])))
 
 
-def test_load_refuses_activation_order_and_infinite_scales(folder):
-    damaged = folder("gptq")
-    edit_config(damaged, desc_act=True)
-    assert load(damaged)  # The order on disk is the plain one.
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2"])
+def test_an_order_of_columns_is_loaded_and_kept(tmp_path, folder, name):
+    """In the file's own format bit for bit, in compressed-tensors with the same logits, in awq not at all."""
+    ordered = folder(name)
+    edit_config(ordered, desc_act=True)
+    plain = logits(load(ordered))  # The order on disk is the plain one, whatever is claimed.
     edit_tensors(
-        damaged, lambda tensors: tensors.update({f"{LAYER}.g_idx": tensors[f"{LAYER}.g_idx"].flip(0)})
+        ordered, lambda tensors: tensors.update({f"{LAYER}.g_idx": tensors[f"{LAYER}.g_idx"].flip(0)})
     )
-    assert f"{LAYER}.g_idx orders columns by activation" in refused(lambda: load(damaged))
+    model = load(ordered)
+    assert type(model.get_submodule(LAYER)) is ActivationOrderLinear
+    assert not torch.equal(logits(model), plain)
+    again = save_compressed(model, None, ordered, tmp_path / "again", format=name)
+    first, second = load_file(ordered / WEIGHTS), load_file(again / WEIGHTS)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert json.loads((again / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    with pytest.warns(UserWarning, match="compressed-tensors from 0.20 on"):
+        packed = save_compressed(model, None, ordered, tmp_path / "packed")
+    assert type(load(packed).get_submodule(LAYER)) is ActivationOrderLinear
+    assert torch.equal(logits(load(packed)), logits(model))
+    assert "activation order" in refused(
+        lambda: save_compressed(model, None, None, tmp_path / "awq", format="awq"), ModelError
+    )
+    dense = AutoModelForCausalLM.from_pretrained(ordered).dequantize()
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_load_refuses_a_damaged_order(folder):
+    damaged, key = folder("gptq"), f"{LAYER}.g_idx"
+    for change, message in (
+        (lambda index: index * 0, f"{key} puts 96 columns in group 0, expected 32"),
+        (lambda index: index + 7, f"{key} puts 0 columns in group 0"),
+        (lambda index: index[:-1].clone(), f"{key} has shape (95,), expected (96,)"),
+        (lambda index: index.half(), f"{key} is F16"),
+    ):
+        damaged = folder("gptq")
+        edit_tensors(damaged, lambda tensors, c=change: tensors.update({key: c(tensors[key])}))
+        assert message in refused(lambda d=damaged: load(d))
+    damaged = folder("gptq")
+    edit_tensors(damaged, lambda tensors: tensors.pop(key))
+    assert load(damaged)
+    edit_config(damaged, desc_act=True)
+    assert f"{LAYER} has no g_idx" in refused(lambda: load(damaged))
+
+
+@pytest.mark.parametrize("found", [[4], "gptq", 4])
+def test_load_refuses_a_configuration_that_is_none(folder, found):
+    damaged = folder("gptq")
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps({**config, "quantization_config": found}))
+    text = refused(lambda: load(damaged))
+    assert f"a quantization_config that is a {type(found).__name__}, expected settings by name" in text
+    assert text == refused(lambda: open_model(damaged))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_settings_that_say_nothing_of_the_file_are_not_heeded(folder, saved, name):
+    other = folder(name)
+    edit_config(other, damp_percent=0.1, static_groups=True, frobnicate=3, meta={"quantizer": ["else:1"]})
+    assert torch.equal(logits(load(other)), logits(load(saved[name])))
+
+
+def test_load_refuses_infinite_scales(folder):
     damaged = folder("awq")
     edit_tensors(damaged, lambda tensors: tensors[f"{LAYER}.scales"].fill_(float("inf")))
     assert f"{LAYER}.scales" in refused(lambda: load(damaged))
@@ -268,6 +343,69 @@ def test_a_compressed_model_is_not_compressed_again(saved, name):
     assert is_compressed(saved[name])
     text = refused(lambda: open_model(saved[name]))
     assert "already quantized" in text and "tensormill.load(path)" in text
+
+
+# --- AutoGPTQ's own file names
+
+
+def by_autogptq(folder: Path, **changes) -> Path:
+    """A version 1 checkpoint as AutoGPTQ lays it out, its configuration in a file of its own only."""
+    config = json.loads((folder / "config.json").read_text())
+    own = {**config.pop("quantization_config"), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(own))
+    name = own.get("model_file_base_name") or f"gptq_model-{own['bits']}bit-{own['group_size']}g"
+    (folder / WEIGHTS).rename(folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("base", [None, "weights-of-mine"])
+def test_autogptq_s_own_file_names_are_found(tmp_path, folder, saved, base):
+    found = by_autogptq(folder("gptq"), model_file_base_name=base, quant_method=None, checkpoint_format=None)
+    assert is_compressed(found)
+    assert "already quantized (gptq)" in refused(lambda: open_model(found))
+    model = load(found)
+    assert torch.equal(logits(model), logits(load(saved["gptq"])))
+    again = save_compressed(model, None, found, tmp_path / "again", format="gptq")
+    first, second = load_file(saved["gptq"] / WEIGHTS), load_file(again / WEIGHTS)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not {"transformers_weights"} & json.loads((again / "config.json").read_text()).keys()
+    model.save_pretrained(tmp_path / "by-transformers")
+    assert torch.equal(logits(load(tmp_path / "by-transformers")), logits(model))
+
+
+def test_the_usual_name_goes_first(folder, saved):
+    both = folder("gptq")
+    shutil.copy(both / WEIGHTS, both / "gptq_model-4bit-32g.safetensors")
+    edit_tensors(both, lambda tensors: tensors[f"{LAYER}.scales"].mul_(2))
+    assert not torch.equal(logits(load(both)), logits(load(saved["gptq"])))
+    (both / WEIGHTS).unlink()
+    assert torch.equal(logits(load(both)), logits(load(saved["gptq"])))
+
+
+def test_autogptq_s_own_shards_are_found(tmp_path, saved):
+    folder = save_compressed(
+        load(saved["gptq"]), None, None, tmp_path / "shards", format="gptq", max_shard_size="20KB"
+    )
+    (folder / "model.safetensors.index.json").rename(folder / "gptq_model-4bit-32g.safetensors.index.json")
+    assert torch.equal(logits(load(folder)), logits(load(saved["gptq"])))
+
+
+def test_damaged_configurations_of_autogptq_are_refused(folder):
+    damaged = by_autogptq(folder("gptq"))
+    file = damaged / "quantize_config.json"
+    for text, message in (
+        ("{", "quantize_config.json is not valid JSON"),
+        ("[4]", "quantize_config.json is no configuration of AutoGPTQ"),
+        ("{}", f"expected {WEIGHTS}"),
+        ('{"bits": 4, "group_size": 64}', "has no weights"),
+    ):
+        file.write_text(text)
+        assert message in refused(lambda: load(damaged))
+    (damaged / "gptq_model-4bit-32g.safetensors").rename(damaged / "gptq_model-4bit-64g.safetensors")
+    assert "groups of 64" in refused(lambda: load(damaged))
+    file.unlink()
+    assert "has no weights" in refused(lambda: load(damaged))
 
 
 # --- transformers
@@ -297,7 +435,7 @@ def test_what_we_cannot_run_is_left_to_transformers(saved):
         type(auto.AutoQuantizationConfig.from_dict({**config, "version": "gemv"})) is transformers.AwqConfig
     )
     config = json.loads((saved["gptq"] / "config.json").read_text())["quantization_config"]
-    dynamic = {"dynamic": {"+:.*up_proj": {"bits": 8}}}
+    dynamic = {"dynamic": {"+:.*up_proj": {"bits": 5}}}
     assert type(auto.AutoQuantizationConfig.from_dict({**config, **dynamic})) is transformers.GPTQConfig
 
 
@@ -336,6 +474,21 @@ def test_compress_writes_the_format(tmp_path, source, name):
     assert torch.equal(logits(model), logits(original))
 
 
+def test_compress_writes_layers_of_two_widths(tmp_path, source):
+    report = compress(
+        source,
+        "rtn",
+        bits_by_layer={"down_proj": 8},
+        group_size=32,
+        format="gptq_v2",
+        output=tmp_path / "out",
+        evaluate=False,
+    )
+    model = load(report.output)
+    widths = {name.rpartition(".")[2]: module.bits for name, module in compressed_linears(model).items()}
+    assert widths.pop("down_proj") == 8 and set(widths.values()) == {4}
+
+
 def test_compress_refuses_before_any_work(tmp_path, source, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -359,10 +512,11 @@ def test_compress_refuses_before_any_work(tmp_path, source, monkeypatch):
         "- format: gptq\n- {method: rtn, bits: 8, group_size: 32, only: ['*.down_proj']}\n"
         "- {method: rtn, bits: 4, group_size: 32, skip: [lm_head, '*.down_proj']}\n"
     )
-    text = refused(lambda: compress(source, recipe="recipe.yaml", evaluate=False), ModelError)
-    assert "4 and 8 bits" in text
     text = refused(lambda: compress(source, recipe="recipe.yaml", format="awq", evaluate=False), RecipeError)
     assert "give one of them" in text
+    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("gptq", "awq"))
+    text = refused(lambda: compress(source, recipe="recipe.yaml", evaluate=False), ModelError)
+    assert "given 8 bits" in text
     assert {path.name for path in tmp_path.iterdir()} == {"odd", "recipe.yaml"}
 
 

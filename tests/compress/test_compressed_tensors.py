@@ -300,7 +300,6 @@ def changed(**weights):
         ({**CONFIG, "config_groups": {"W4A16": ["Linear"]}}, "W4A16"),
         (changed(num_bits=16), "num_bits=16"),
         (changed(type="float"), "integer"),
-        (changed(actorder="group"), "actorder"),
         (changed(strategy="tensor"), "strategy 'tensor'"),
         (
             {**CONFIG, "config_groups": {"group_0": {**GROUP, "input_activations": {"num_bits": 8}}}},
@@ -322,15 +321,32 @@ def test_configurations_of_others_are_refused_in_one_line(config, message):
         ("weight_shape", torch.tensor([4, -64]), "weight_shape is"),
         ("weight_zero_point", torch.zeros(2, 2, dtype=torch.int32), "weight_zero_point has shape"),
         ("weight_zero_point", None, "layer has no weight_zero_point"),
+        ("weight_g_idx", None, "layer has no weight_g_idx"),
+        (
+            "weight_g_idx",
+            torch.zeros(60, dtype=torch.int32),
+            r"weight_g_idx has shape \(60,\), expected \(64,\)",
+        ),
+        ("weight_g_idx", torch.zeros(64, dtype=torch.int32), "weight_g_idx puts 64 columns in group 0"),
+        ("weight_g_idx", torch.arange(64).flip(0) // 32, "weight_g_idx orders columns by activation"),
     ],
 )
 def test_contradicting_tensors_are_refused(tensor, value, message):
     tensors = packed_format.pack_quantized(quantize_weight(torch.randn(4, 64), QuantSpec(4, 32)))
+    scheme = PackedScheme(4, 32, False, ordered=tensor == "weight_g_idx")
     tensors[tensor] = value
     if value is None:
         del tensors[tensor]
     with pytest.raises(CheckpointError, match=message):
-        packed_format.unpack_weight(tensors, PackedScheme(4, 32, False), "layer")
+        packed_format.unpack_weight(tensors, scheme, "layer")
+
+
+@pytest.mark.parametrize("actorder", ["group", "dynamic", True, "weight", "static", False, None])
+def test_orders_of_columns_are_told_apart(actorder):
+    ordered = actorder in ("group", "dynamic", True)
+    parsed = packed_format.parse_config(changed(actorder=actorder))
+    assert parsed.schemes == (PackedScheme(4, 32, True, ordered),)
+    assert ("actorder" in parsed.schemes[0].to_config(["Linear"])["weights"]) == ordered
 
 
 def test_paths_may_be_given_as_text(saved):

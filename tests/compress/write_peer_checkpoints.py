@@ -30,6 +30,7 @@ CASES = {
     "gptq-4-bits-asym": {"peer": "auto-gptq", "bits": 4, "symmetric": False},
     "gptq-3-bits-asym": {"peer": "auto-gptq", "bits": 3, "symmetric": False},
     "gptq-8-bits-sym": {"peer": "auto-gptq", "bits": 8, "symmetric": True, "num_hidden_layers": 1},
+    "gptq-order": {"peer": "auto-gptq", "bits": 4, "symmetric": True, "order": True, "num_hidden_layers": 1},
 }
 # AutoGPTQ packs no fewer than 32 output features, so its keys and values need 32.
 SIZES = {"vocab_size": 37, "hidden_size": 64, "intermediate_size": 96}
@@ -112,7 +113,14 @@ def import_autogptq() -> None:
 
 
 def write_autogptq(
-    folder: Path, model: nn.Module, calibration: Tensor, tokens: Tensor, *, bits: int, symmetric: bool
+    folder: Path,
+    model: nn.Module,
+    calibration: Tensor,
+    tokens: Tensor,
+    *,
+    bits: int,
+    symmetric: bool,
+    order: bool = False,
 ) -> Tensor:
     """AutoGPTQ's solver, packing and saving; logits by its own torch layers.
 
@@ -128,10 +136,11 @@ def write_autogptq(
     config = BaseQuantizeConfig(
         bits=bits,
         group_size=32,
-        desc_act=False,
+        desc_act=order,
         sym=symmetric,
         true_sequential=False,
-        model_file_base_name="model",
+        # By itself it gives the file a name of its own, which the case with an order keeps.
+        model_file_base_name=None if order else "model",
     )
     solvers = {
         name: GPTQ(module)
@@ -151,17 +160,18 @@ def write_autogptq(
     for name, solver in solvers.items():
         solver.quantizer.configure(bits, perchannel=True, sym=symmetric, mse=False)
         with mock.patch.object(torch.cuda, "synchronize"):  # the solver waits for a device
-            scale, zero, order = solver.fasterquant(percdamp=config.damp_percent, group_size=32)
+            found = solver.fasterquant(percdamp=config.damp_percent, group_size=32, actorder=order)
+        scale, zero, index = found
         assert zero.min() >= 1, "AutoGPTQ spoils the words of a zero point of 0: choose another seed"
-        quantizers[name] = (solver.quantizer, scale, zero, order)
-    pack_model(model, quantizers, bits, group_size=32, desc_act=False)
+        quantizers[name] = (solver.quantizer, scale, zero, index)
+    pack_model(model, quantizers, bits, group_size=32, desc_act=order)
     LlamaGPTQForCausalLM(model, quantized=True, quantize_config=config).save_quantized(str(folder))
     return logits_of(model, tokens)
 
 
 def write(folder: Path, *, peer: str, seed: int = 0, **case: int | bool) -> None:
     """One checkpoint, with `expected.safetensors` (tokens and float32 logits) beside its weights."""
-    settings = {key: case.pop(key) for key in ("bits", "symmetric", "group_size") if key in case}
+    settings = {key: case.pop(key) for key in ("bits", "symmetric", "order", "group_size") if key in case}
     model = float16_llama(seed, **case)
     generator = torch.Generator().manual_seed(seed + 1)
     calibration = torch.randint(0, model.config.vocab_size, (8, 24), generator=generator)

@@ -32,6 +32,7 @@ from tensormill.compress.formats.checkpoint_format import (
 )
 from tensormill.compress.formats.registry import DEFAULT, FORMATS, format_named, format_of
 from tensormill.compress.output import check_output, whole_directory
+from tensormill.compress.plain_linears import transposed, use_plain_linears
 from tensormill.errors import CheckpointError, InvalidArgument, ModelError, TensormillError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ BUILTIN_PREFIX = "builtin:"
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+#: AutoGPTQ's configuration, in which `config.json` may have no part.
+_GPTQ_CONFIG = "quantize_config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -98,11 +101,15 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint directory holds, read from `config.json` and the headers alone."""
+    """What a checkpoint directory holds, read from `config.json` and the headers alone.
+
+    `weights` names the file with all tensors, or the index of the shards.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    weights: str = _WEIGHTS
 
     @property
     def nbytes(self) -> int:
@@ -128,6 +135,8 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Opens a floating-point causal language model and its tokenizer, after checking the whole checkpoint.
 
+    Linear layers of other classes (GPT-2's, Falcon's) become `nn.Linear`, see `plain_linears`.
+
     Args:
         path_or_builtin: a checkpoint directory, a GGUF file (which is dequantized), or "builtin:python-lm".
         device: where the model goes.
@@ -146,6 +155,7 @@ def open_model(
             opened, tokenizer = gguf.open_gguf(
                 resolve_path(path_or_builtin), device=_device(device), dtype=dtype
             )
+        use_plain_linears(opened)
         if check_finite:
             for name, tensor in opened.named_parameters():
                 if not is_finite(tensor.detach()):
@@ -158,6 +168,7 @@ def open_model(
     if check_finite:
         check_finite_tensors(info)
     model = _from_pretrained(info, _device(device), dtype)
+    use_plain_linears(model)
     return model, open_tokenizer(info.path)
 
 
@@ -168,7 +179,8 @@ def load(
 
     Args:
         path: a directory in a format of `formats.registry`, written by `save_compressed` or by others:
-            compressed-tensors `pack-quantized`, AutoAWQ `gemm`, GPTQ version 1 or 2.
+            compressed-tensors `pack-quantized`, AutoAWQ `gemm`, GPTQ version 1 or 2 (under AutoGPTQ's own file
+            names too).
         device: where the model goes.
         dtype: of everything that isn't packed; None keeps the checkpoint's.
 
@@ -225,16 +237,13 @@ def inspect_checkpoint(path_or_builtin: str | os.PathLike[str]) -> CheckpointInf
     """
     path = resolve_path(path_or_builtin)
     config = _read_config(path)
-    single, index = path / _WEIGHTS, path / _INDEX
-    if single.is_file():
-        tensors = read_header(single)
-    elif index.is_file():
-        tensors = _read_shards(index)
-    else:
+    weights = next((name for name in _weight_names(config) if (path / name).is_file()), None)
+    if weights is None:
         raise CheckpointError(_no_weights(path))
+    tensors = (_read_shards if weights.endswith(".json") else read_header)(path / weights)
     if not tensors:
         raise CheckpointError(f"{path} has no tensors; download it again")
-    return CheckpointInfo(path, config, tensors)
+    return CheckpointInfo(path, config, tensors, weights)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -379,6 +388,12 @@ def save_compressed(
     if source is not None and gguf.is_gguf(source):
         source = None  # no file in it can travel: configuration and tokenizer come from the opened model
     quantization = layout.quantization_config(model)
+    if layout.method != "gptq" and transposed(model) & compressed_linears(model).keys():
+        warnings.warn(
+            f"the layers of {type(model).__name__} are Conv1D in transformers, for which readers of {layout.name} "
+            "have no packed form; tensormill.load reads them, and the formats gptq and gptq_v2 hold them for others",
+            stacklevel=2,
+        )
     config = _read_config(source) if source is not None else None
     dtype = config_dtype(config) if config is not None else None
     tensors = tensors_to_write(model, layout, dtype)
@@ -451,6 +466,8 @@ def _write_beside_weights(
     tokenizer: PreTrainedTokenizerBase | None,
     extra_files: Callable[[Path], Mapping[str, str]] | None,
 ) -> None:
+    # Where the source's weights have a name of their own.
+    config = {key: value for key, value in config.items() if key != "transformers_weights"}
     _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
     travelled = _copy_travelling(source, directory) if source is not None else []
     if tokenizer is not None and not set(travelled) & set(_TOKENIZER_FILES):
@@ -485,7 +502,39 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not valid JSON; download it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{file} names no model_type, expected a transformers configuration")
+    quantization = CheckpointInfo(path, config, {}).quantization
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(
+            f"{file} has a quantization_config that is a {type(quantization).__name__}, expected settings by name"
+        )
+    if not quantization and (path / _GPTQ_CONFIG).is_file():
+        config["quantization_config"] = _read_gptq_config(path / _GPTQ_CONFIG)
     return config
+
+
+def _read_gptq_config(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON; download it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is no configuration of AutoGPTQ; download it again")
+    return {**found, "quant_method": found.get("quant_method") or "gptq"}
+
+
+def _weight_names(config: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint's weight file or index may be called, the likeliest first."""
+    named = [config.get("transformers_weights")]
+    names = [_WEIGHTS, _INDEX]
+    quantization = CheckpointInfo(Path(), dict(config), {}).quantization
+    if isinstance(quantization, Mapping) and quantization.get("quant_method") == "gptq":
+        # AutoGPTQ's own names; transformers doesn't know them.
+        bits, group_size = quantization.get("bits"), quantization.get("group_size")
+        for base in (quantization.get("model_file_base_name"), f"gptq_model-{bits}bit-{group_size}g"):
+            names += [f"{base}.safetensors", f"{base}.safetensors.index.json"] if base else []
+    return [name for name in (*named, *names) if isinstance(name, str) and Path(name).name == name]
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
@@ -615,6 +664,7 @@ def _from_pretrained(
         with quiet_transformers():
             loaded = found_class.from_pretrained(
                 info.path,
+                **_unusual_files(info),
                 dtype=dtype or "auto",
                 trust_remote_code=False,
                 local_files_only=True,
@@ -626,6 +676,7 @@ def _from_pretrained(
     except Exception as error:
         raise CheckpointError(f"{info.path} can't be opened: {one_line(error)}") from error
     model, found = loaded
+    vars(model.config).pop("transformers_weights", None)
     for name in sorted(found.get("missing_keys") or ()):
         raise CheckpointError(f"{info.path} has no tensor {name}, which the model needs; download it again")
     for name, stored, expected in sorted(found.get("mismatched_keys") or ()):
@@ -646,6 +697,18 @@ def _from_pretrained(
             stacklevel=3,
         )
     return model.to(device).eval()
+
+
+def _unusual_files(info: CheckpointInfo) -> dict[str, Any]:
+    """What transformers has to be told of a checkpoint whose files have other names than it looks for."""
+    if info.weights in (_WEIGHTS, _INDEX) and not (info.path / _GPTQ_CONFIG).is_file():
+        return {}
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(info.path, trust_remote_code=False, local_files_only=True)
+    config.quantization_config = info.quantization
+    config.transformers_weights = info.weights
+    return {"config": config}
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from tensormill.compress.formats.checkpoint_format import (
     packed_state_dict,
 )
 from tensormill.compress.formats.registry import format_of
+from tensormill.compress.plain_linears import as_linear, remember_classes, store_transposed, transposed
 from tensormill.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -103,8 +104,10 @@ def make_entries(
             dtype = kwargs.get("dtype") or model.dtype
             layout = self.quantization_config.layout
             self.unfused = _unfuse_packed_experts(model, stored, layout)
+            remember_classes(model)
             for name, scheme in layout.schemes(model, stored, self.quantization_config.packed).items():
-                linear = model.get_submodule(name)
+                linear = as_linear(model.get_submodule(name))
+                assert linear is not None
                 _replace(model, name, _PackedPlaceholder(name, linear, layout, scheme, stored, dtype))
 
         def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
@@ -117,12 +120,12 @@ def make_entries(
                 if isinstance(module, _PackedPlaceholder):
                     linear = module.to_linear()
                     dense = self.quantization_config.dequantize
-                    _replace(model, name, _dense(linear, model.dtype) if dense else linear)
+                    _replace(model, name, _dense(model, name, linear, model.dtype) if dense else linear)
             return model
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
             for name, module in compressed_linears(model).items():
-                _replace(model, name, _dense(module, dtype or model.dtype))
+                _replace(model, name, _dense(model, name, module, dtype or model.dtype))
             return model
 
         def get_state_dict_and_metadata(
@@ -218,6 +221,9 @@ class _PackedPlaceholder(nn.Module):
         if linear.bias is not None:
             bias = torch.empty((linear.out_features,), dtype=dtype, device="meta")
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        # GPT-2 initializes the weights of its projections by name; nothing is to be drawn for this one.
+        self.weight = torch.empty(0)
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def to_linear(self) -> LinearWNA16:
         """The low-bit linear with the loaded tensors."""
@@ -227,7 +233,7 @@ class _PackedPlaceholder(nn.Module):
         return linear
 
 
-def _dense(module: LinearWNA16, dtype: torch.dtype) -> nn.Linear:
+def _dense(model: nn.Module, name: str, module: LinearWNA16, dtype: torch.dtype) -> nn.Linear:
     weight = module.dequantize(dtype)
     linear = nn.Linear(
         module.in_features, module.out_features, bias=module.bias is not None, device="meta", dtype=dtype
@@ -235,6 +241,8 @@ def _dense(module: LinearWNA16, dtype: torch.dtype) -> nn.Linear:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if module.bias is not None:
         linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    if name in transposed(model):
+        store_transposed(linear)
     return linear
 
 

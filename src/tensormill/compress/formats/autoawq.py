@@ -21,11 +21,17 @@ Read against AutoAWQ 0.2.9 (`WQLinear_GEMM`, `packing_utils`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from tensormill.compress.formats.checkpoint_format import Layer, Scheme, compressed_linears, uncompressed
+from tensormill.compress.formats.checkpoint_format import (
+    Layer,
+    Scheme,
+    compressed_linears,
+    in_activation_order,
+    uncompressed,
+)
 from tensormill.compress.formats.uniform import (
     UniformFormat,
     check_multiple,
@@ -35,6 +41,9 @@ from tensormill.compress.formats.uniform import (
 )
 from tensormill.errors import CheckpointError, ModelError
 from tensormill.ops.bit_packing import pack_bits, unpack_bits
+
+if TYPE_CHECKING:
+    from tensormill.ops.linear_wna16.module import LinearWNA16
 
 #: Output feature, of eight, that each nibble of a word holds.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -68,6 +77,10 @@ class AutoAWQFormat(UniformFormat):
                 "or save as compressed-tensors"
             )
 
+    def pack_linear(self, module: LinearWNA16, name: str) -> dict[str, Tensor]:
+        self._refuse_order(name, module)
+        return super().pack_linear(module, name)
+
     def pack_weight(
         self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int
     ) -> dict[str, Tensor]:
@@ -91,6 +104,8 @@ class AutoAWQFormat(UniformFormat):
 
     def quantization_config(self, model: nn.Module) -> dict[str, Any]:
         scheme = self.model_scheme(model)
+        for name, module in compressed_linears(model).items():
+            self._refuse_order(name, module)
         left = uncompressed(model)
         for skipped in left:
             for name in compressed_linears(model):
@@ -108,6 +123,13 @@ class AutoAWQFormat(UniformFormat):
             "zero_point": True,
             "modules_to_not_convert": left or None,
         }
+
+    def _refuse_order(self, name: str, module: nn.Module) -> None:
+        if in_activation_order(module):
+            raise ModelError(
+                f"{name} has groups in activation order, which {self.name} checkpoints can't hold; save as gptq, "
+                "gptq_v2 or compressed-tensors"
+            )
 
     def parse_config(self, config: Mapping[str, Any]) -> Scheme:
         if config.get("quant_method") != self.method:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormill.compress.experts import expert_lists, routers, stack_experts, stored_stacked
+from tensormill.compress.plain_linears import as_linear
 
 if TYPE_CHECKING:
     from tensormill.ops.linear_wna16.module import LinearWNA16
@@ -22,11 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one linear's weight is quantized: `group_size` columns (-1: the whole row) share a scale."""
+    """How one linear's weight is quantized: `group_size` columns (-1: the whole row) share a scale.
+
+    They are consecutive unless the layer is `ordered`: then its file has an index of each column's group.
+    """
 
     bits: int
     group_size: int
     symmetric: bool
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,11 @@ def linear_class() -> type[LinearWNA16]:
     return LinearWNA16
 
 
+def in_activation_order(module: nn.Module) -> bool:
+    """Whether a low-bit linear's groups aren't of consecutive columns, see `activation_order`."""
+    return hasattr(module, "input_order")
+
+
 def compressed_linears(model: nn.Module) -> dict[str, LinearWNA16]:
     """Name and module of every low-bit linear of a model."""
     low_bit = linear_class()
@@ -118,7 +128,7 @@ def uncompressed(model: nn.Module) -> list[str]:
     linear layers.
     """
     kept = set(routers(model))
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or name in kept]
+    return [name for name, module in model.named_modules() if as_linear(module) is not None or name in kept]
 
 
 def compressed_layers(model: nn.Module) -> dict[str, Layer]:

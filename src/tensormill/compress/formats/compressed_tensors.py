@@ -8,6 +8,7 @@ A compressed linear `name` with weight [N, K], codes of b bits and G groups is s
 | `name.weight_scale` | [N, G] float | `weight = (code - zero_point) * scale` |
 | `name.weight_zero_point` | [ceil(N*b/32), G] int32 | if asymmetric: unsigned, packed along N |
 | `name.weight_shape` | [2] int64 | N, K |
+| `name.weight_g_idx` | [K] int32 | group of each column, if they are in activation order (`actorder: "group"`) |
 | `name.bias` | [N] float | if there is one |
 
 compressed-tensors itself holds codes and zero points as signed integers and adds `2^(b-1)` when it packs, so
@@ -35,10 +36,12 @@ from tensormill.compress.formats.checkpoint_format import (
     Scheme,
     Stored,
     compressed_linears,
+    in_activation_order,
     linear_class,
     packed_state_dict,
     uncompressed,
 )
+from tensormill.compress.plain_linears import as_linear, subclassed
 from tensormill.errors import CheckpointError, ModelError
 from tensormill.ops.bit_packing import (
     Layout,
@@ -75,6 +78,7 @@ class PackedScheme(Scheme):
                 "strategy": "channel" if self.group_size == -1 else "group",
                 "group_size": None if self.group_size == -1 else self.group_size,
                 "dynamic": False,
+                **({"actorder": "group"} if self.ordered else {}),
             },
             "input_activations": None,
             "output_activations": None,
@@ -95,13 +99,14 @@ class PackedConfig:
 
     def scheme_of(self, name: str, module: nn.Module) -> PackedScheme | None:
         """The scheme of a module, or None if it stays as it is. A name beats a pattern, a pattern a class."""
-        if not isinstance(module, nn.Linear) or any(_matches(name, module, target) for target in self.ignore):
+        linear = as_linear(module)
+        if linear is None or any(_matches(name, linear, target) for target in self.ignore):
             return None
         matches = [
             (_specificity(name, target), scheme)
             for targets, scheme in self.groups
             for target in targets
-            if _matches(name, module, target)
+            if _matches(name, linear, target)
         ]
         return max(matches, key=lambda match: match[0])[1] if matches else None
 
@@ -113,7 +118,7 @@ def scheme_of_linear(name: str, module: LinearWNA16) -> PackedScheme:
         ModelError: the group size doesn't divide the row; the format has no shorter last group.
     """
     group_size = _group_size(name, module.group_size, module.in_features)
-    return PackedScheme(module.bits, group_size, module.symmetric)
+    return PackedScheme(module.bits, group_size, module.symmetric, in_activation_order(module))
 
 
 def _group_size(name: str, group_size: int, columns: int) -> int:
@@ -138,7 +143,8 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     0.18 to 0.20); other versions and other readers ignore the key. That route knows only one scheme, so a
     checkpoint that has several of them and zero points is for `tensormill.load`. So is one with experts that
     have zero points (a warning says it): transformers 5.17 and 5.23 stack experts from packed codes and scales
-    alone. Symmetric experts are read by both.
+    alone. Symmetric experts are read by both. Falcon's layers are no `nn.Linear` of which that route computes
+    the weight in time, so its checkpoints ask for unpacking too.
 
     Raises:
         ModelError: nothing is compressed, or a layer's groups can't be expressed.
@@ -164,8 +170,15 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    if [scheme.symmetric for scheme in layers] == [False]:
+    packed_names = compressed_linears(model).keys()
+    if [scheme.symmetric for scheme in layers] == [False] or subclassed(model) & packed_names:
         config["dequantize"] = True
+    if any(scheme.ordered for scheme in layers):
+        warnings.warn(
+            "layers in activation order (actorder 'group') can't be read by compressed-tensors from 0.20 on; "
+            "tensormill.load reads them, and the formats gptq and gptq_v2 hold them for other readers",
+            stacklevel=2,
+        )
     experts = tuple(f"{path}." for path, _ in expert_lists(model))
     packed = {scheme for scheme, names in layers.items() for name in names if name.startswith(experts)}
     if packed and stored_stacked(model):
@@ -233,10 +246,6 @@ def _parse_scheme(group_name: str, group: Mapping[str, Any]) -> PackedScheme:
         raise CheckpointError(
             f"{group_name} of quantization_config has num_bits={bits!r}, expected {SUPPORTED_BITS}"
         )
-    if weights.get("actorder") == "group":
-        raise CheckpointError(
-            f"{group_name} of quantization_config permutes columns (actorder 'group'), expected none"
-        )
     if strategy == "channel":
         group_size = -1
     elif strategy != "group" or not isinstance(group_size, int) or group_size < 1:
@@ -244,7 +253,9 @@ def _parse_scheme(group_name: str, group: Mapping[str, Any]) -> PackedScheme:
             f"{group_name} of quantization_config has strategy {strategy!r} with group_size {group_size!r}, "
             "expected 'channel' or 'group' with a positive size"
         )
-    return PackedScheme(bits, group_size, bool(weights.get("symmetric", True)))
+    # True and "dynamic" are older names. The other orders leave groups of consecutive columns.
+    ordered = weights.get("actorder") in ("group", "dynamic", True)
+    return PackedScheme(bits, group_size, bool(weights.get("symmetric", True)), ordered)
 
 
 def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> dict[str, Tensor]:
@@ -267,7 +278,13 @@ def pack_quantized(weight: QuantizedWeight) -> dict[str, Tensor]:
 def pack_linear(module: LinearWNA16) -> dict[str, Tensor]:
     """The tensors of a low-bit linear, without its name."""
     shape = (module.out_features, module.in_features)
-    tensors = _layer(module.weight_packed, module.weight_scale, module.weight_zero_point, module.bits, shape)
+    packed, more = module.weight_packed, {}
+    if in_activation_order(module):
+        from tensormill.compress.formats.activation_order import ActivationOrderLinear
+
+        assert isinstance(module, ActivationOrderLinear)
+        packed, more = module.packed_in_input_order(), {"weight_g_idx": module.group_index()}
+    tensors = _layer(packed, module.weight_scale, module.weight_zero_point, module.bits, shape) | more
     if module.bias is not None:
         tensors["bias"] = module.bias.detach()
     return tensors
@@ -297,9 +314,15 @@ def unpack_weight(
         name: the layer's, for messages.
 
     Raises:
-        CheckpointError: a tensor is missing, or its shape contradicts the others or the scheme.
+        CheckpointError: a tensor is missing, its shape contradicts the others or the scheme, or groups aren't of
+            consecutive columns.
     """
     rows, columns, layout = _check_tensors(tensors, scheme, name)
+    if _input_order(tensors, scheme, name) is not None:
+        raise CheckpointError(
+            f"{name}.weight_g_idx orders columns by activation (actorder), expected groups of consecutive columns; "
+            "unpack_linear reads it"
+        )
     unpack = unpack_bits if layout == "dense" else unpack_bits_padded
     codes = unpack(tensors["weight_packed"], scheme.bits, columns)
     zero_point = None
@@ -327,7 +350,7 @@ def unpack_linear(tensors: Mapping[str, Tensor], scheme: PackedScheme, name: str
         packed = pack_bits(unpack_bits_padded(packed, scheme.bits, columns), scheme.bits)
     if not scheme.symmetric:
         zero_point = _unpack_zero_point(tensors["weight_zero_point"], scheme.bits, rows, layout)
-    return linear_class().from_packed(
+    linear = linear_class().from_packed(
         packed,
         scale,
         zero_point,
@@ -336,6 +359,12 @@ def unpack_linear(tensors: Mapping[str, Tensor], scheme: PackedScheme, name: str
         group_size=scheme.group_size,
         bias=tensors.get("bias"),
     )
+    order = _input_order(tensors, scheme, name)
+    if order is None:
+        return linear
+    from tensormill.compress.formats.activation_order import sort_columns
+
+    return sort_columns(linear, order)
 
 
 def check_layer(
@@ -382,10 +411,25 @@ def check_zero_point(
         )
 
 
+def check_index(name: str, columns: int, stored: tuple[int, ...]) -> None:
+    """Compares the shape of the groups of K columns with K.
+
+    Raises:
+        CheckpointError: they disagree.
+    """
+    if stored != (columns,):
+        raise CheckpointError(
+            f"{name}.weight_g_idx has shape {stored}, expected {(columns,)}; the file is damaged or config.json "
+            "belongs to another checkpoint"
+        )
+
+
 def _check_tensors(tensors: Mapping[str, Tensor], scheme: PackedScheme, name: str) -> tuple[int, int, Layout]:
     """N, K and the packed layout of a complete and consistent layer."""
     needed = ["weight_packed", "weight_scale", "weight_shape"]
-    for part in needed if scheme.symmetric else [*needed, "weight_zero_point"]:
+    needed += [] if scheme.symmetric else ["weight_zero_point"]
+    needed += ["weight_g_idx"] if scheme.ordered else []
+    for part in needed:
         if part not in tensors:
             raise CheckpointError(
                 f"{name} has no {part}; the checkpoint is incomplete, write or download it again"
@@ -394,11 +438,22 @@ def _check_tensors(tensors: Mapping[str, Tensor], scheme: PackedScheme, name: st
     shape = [int(size) for size in tensors["weight_shape"].tolist()]
     check_layer(name, scheme, shape, tuple(packed.shape), tuple(scale.shape))
     rows, columns = shape
+    if scheme.ordered:
+        check_index(name, columns, tuple(tensors["weight_g_idx"].shape))
     layout = packed_layout(packed.shape[1], scheme.bits, columns)
     if not scheme.symmetric:
         stored = tuple(tensors["weight_zero_point"].shape)
         check_zero_point(name, scheme, layout, (rows, scale.shape[1]), stored)
     return rows, columns, layout
+
+
+def _input_order(tensors: Mapping[str, Tensor], scheme: PackedScheme, name: str) -> Tensor | None:
+    """The input features sorted by group, or None if they are."""
+    if not scheme.ordered:
+        return None
+    from tensormill.compress.formats.activation_order import input_order_of
+
+    return input_order_of(tensors["weight_g_idx"], scheme.group_size, f"{name}.weight_g_idx")
 
 
 def _unpack_zero_point(stored: Tensor, bits: int, rows: int, layout: Layout) -> Tensor:
@@ -449,6 +504,8 @@ class CompressedTensorsFormat:
                 )
             if f"{name}.weight_zero_point" not in tensors and not any(s.symmetric for s in config.schemes):
                 raise CheckpointError(f"{path} has no tensor {name}.weight_zero_point; download it again")
+            if f"{name}.weight_g_idx" not in tensors and all(s.ordered for s in config.schemes):
+                raise CheckpointError(f"{path} has no tensor {name}.weight_g_idx; download it again")
 
     def schemes(
         self, model: nn.Module, tensors: Mapping[str, Stored], config: PackedConfig
@@ -481,6 +538,14 @@ class CompressedTensorsFormat:
         }
         if not scheme.symmetric:
             shapes["weight_zero_point"] = ((packed_width(rows, bits, layout), groups), torch.int32)
+        if scheme.ordered:
+            index = tensors.get(f"{name}.weight_g_idx")
+            check_index(name, columns, (columns,) if index is None else tuple(index.shape))
+            shapes["weight_g_idx"] = ((columns,), torch.int32)
+        # A checkpoint of another format may have given biases to an architecture that has none.
+        bias = tensors.get(f"{name}.bias")
+        if linear.bias is None and bias is not None:
+            shapes["bias"] = ((rows,), FLOAT_DTYPES.get(bias.dtype, dtype))
         return {part: torch.empty(shape, dtype=kind, device="meta") for part, (shape, kind) in shapes.items()}
 
     def pack_linear(self, module: LinearWNA16, name: str) -> dict[str, Tensor]:

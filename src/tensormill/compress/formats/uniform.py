@@ -1,4 +1,4 @@
-"""What AutoAWQ and GPTQ checkpoints share: one width and group size for the whole model, three tensors a layer.
+"""What AutoAWQ and GPTQ checkpoints share: one width and group size for the model, three tensors a layer.
 
 | tensor | content |
 |---|---|
@@ -30,6 +30,7 @@ from tensormill.compress.formats.checkpoint_format import (
     linear_class,
 )
 from tensormill.compress.formats.float16_scales import exact_scales
+from tensormill.compress.plain_linears import as_linear
 from tensormill.errors import CheckpointError, ModelError
 from tensormill.ops.bit_packing import pack_bits
 
@@ -44,6 +45,8 @@ class UniformFormat(ABC):
     method: str
     #: Widths that the format has.
     bits: ClassVar[tuple[int, ...]]
+    #: Whether the configuration can give layers a width and group size of their own.
+    mixed: ClassVar[bool] = False
     parts: tuple[str, ...] = ("qweight", "qzeros", "scales")
     scale_part: str = "scales"
     scale_dtype: torch.dtype | None = torch.float16
@@ -84,8 +87,13 @@ class UniformFormat(ABC):
         """See `CheckpointFormat`."""
 
     @abstractmethod
-    def parse_config(self, config: Mapping[str, Any]) -> Scheme:
-        """See `CheckpointFormat`. The scheme's `symmetric` is what the configuration claims."""
+    def parse_config(self, config: Mapping[str, Any]) -> Any:
+        """See `CheckpointFormat`. A scheme's `symmetric` is what the configuration claims."""
+
+    def scheme_of(self, name: str, config: Any) -> Scheme:
+        """What a parsed configuration says of one layer."""
+        scheme: Scheme = config
+        return scheme
 
     @abstractmethod
     def check_size(self, name: str, layer: Layer) -> None:
@@ -99,7 +107,7 @@ class UniformFormat(ABC):
                     f"{_one_of(self.bits)}; compressed-tensors holds 2 to 8"
                 )
         widths = sorted({scheme.bits for scheme in schemes})
-        if len(widths) > 1:
+        if len(widths) > 1 and not self.mixed:
             raise ModelError(
                 f"given layers of {' and '.join(map(str, widths))} bits, expected one width: checkpoints in "
                 f"the format {self.name} have one for the whole model; save as compressed-tensors"
@@ -107,7 +115,8 @@ class UniformFormat(ABC):
 
     def check_layers(self, layers: Mapping[str, Layer], model: nn.Module) -> None:
         self.check_schemes([layer.scheme for layer in layers.values()])
-        self.group_size(layers)
+        for together in [{name: layer} for name, layer in layers.items()] if self.mixed else [layers]:
+            self.group_size(together)
         for name, layer in layers.items():
             self.check_size(name, layer)
 
@@ -143,11 +152,11 @@ class UniformFormat(ABC):
                 )
         return size
 
-    def model_scheme(self, model: nn.Module) -> Scheme:
-        """The one scheme of a compressed model, symmetric if every layer is.
+    def model_layers(self, model: nn.Module) -> dict[str, Layer]:
+        """The compressed layers of a model.
 
         Raises:
-            ModelError: nothing is compressed, or the layers can't be expressed.
+            ModelError: there is none, or they can't be expressed.
         """
         layers = compressed_layers(model)
         if not layers:
@@ -155,10 +164,15 @@ class UniformFormat(ABC):
                 "the model has no compressed linear, expected at least one; compress it before saving"
             )
         self.check_layers(layers, model)
+        return layers
+
+    def model_scheme(self, model: nn.Module) -> Scheme:
+        """The one scheme of a compressed model, symmetric if every layer is; raises as `model_layers`."""
+        layers = self.model_layers(model)
         symmetric = all(layer.scheme.symmetric for layer in layers.values())
         return Scheme(next(iter(layers.values())).scheme.bits, self.group_size(layers), symmetric)
 
-    def check_stored(self, path: Path, tensors: Mapping[str, Stored], config: Scheme) -> None:
+    def check_stored(self, path: Path, tensors: Mapping[str, Stored], config: Any) -> None:
         # Not by "scales", which a model may have of its own.
         names = {key.rpartition(".")[0] for key in tensors if key.endswith((".qweight", ".qzeros"))}
         for name in sorted(names):
@@ -175,7 +189,7 @@ class UniformFormat(ABC):
                         f"{_one_of(known)}"
                     )
 
-    def schemes(self, model: nn.Module, tensors: Mapping[str, Stored], config: Scheme) -> dict[str, Scheme]:
+    def schemes(self, model: nn.Module, tensors: Mapping[str, Stored], config: Any) -> dict[str, Scheme]:
         """The linears with a `qweight` in the files: readers differ in what the configuration skips."""
         packed = {key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")}
         if not packed:
@@ -183,16 +197,16 @@ class UniformFormat(ABC):
                 f"the checkpoint has no qweight, expected the packed weights of the format {self.name} in "
                 "safetensors files"
             )
-        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = [name for name, module in model.named_modules() if as_linear(module) is not None]
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        for name in sorted(packed - linears):
+        for name in sorted(packed.difference(linears)):
             if any(re.search(pattern, f"{name}.qweight") for pattern in ignored):
                 continue
             raise CheckpointError(
                 f"the checkpoint has the tensor {name}.qweight, but the model has no linear {name}; "
                 "config.json belongs to another checkpoint"
             )
-        return dict.fromkeys(linears & packed, config)
+        return {name: self.scheme_of(name, config) for name in linears if name in packed}
 
     def empty_tensors(
         self,

@@ -249,7 +249,7 @@ def dynamics(run: Run) -> Measurement:
     values, vectors = torch.linalg.eigh(kernel)
     rows: list[Row] = []
     distances, rate_error = [], math.inf
-    widths = (64, 128, 256, 512, 1024, 2048, *((4096,) if full else ()))
+    widths = (64, 128, 256, 512, 1024, *((2048, 4096) if full else ()))
     for width in widths:
         run.progress(f"digits, width {width}", len(rows) / 10)
         draws = 64 if full else max(8, min(96, 12_288 // width))

@@ -58,7 +58,7 @@ def empirical_ntk(
         x2: (M, ...) inputs; None: x1.
         method: "structured": layer by layer from activations and back-propagated derivatives, for linear layers and
             convolutions without groups; what other parameters there are goes through their Jacobian. "jacobian":
-            contraction of Jacobians, one parameter at a time, any module. "ntvp": tangent-vector products, least memory.
+            contraction of the Jacobians of all parameters, any module. "ntvp": tangent-vector products, least memory.
             "auto": structured if the module has a layer for it, else jacobian.
         trace_outputs: the mean over outputs of Theta[.., i, i] instead of all pairs.
         batch: inputs of x1 and of x2 that are handled at once; None: all of them, with each one's derivatives in memory.

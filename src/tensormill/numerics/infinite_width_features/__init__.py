@@ -1,0 +1,45 @@
+"""Feature learning at infinite width: parametrizations, muP for real models, exact limits and kernel baselines.
+
+After Yang and Hu, "Feature Learning in Infinite-Width Neural Networks" (arXiv 2011.14522).
+
+- `parametrization`: abc-parametrizations and the regime that each becomes as the width grows.
+- `mup`: the maximal update parametrization of any module: hyper-parameters found small hold when wide.
+- `limits`: linear networks with one hidden layer at infinite width, exactly.
+- `kernels`: kernel limits (GP and NTK) of networks with one hidden layer, trained by SGD in function space.
+- `word2vec`: CBOW with negative sampling, of finite and infinite width.
+- `maml`: first- and second-order MAML over batches of tasks.
+- `glyphs`: few-shot classes of drawn characters: Omniglot where it is present, generated strokes where not.
+"""
+
+from tensormill.numerics.infinite_width_features.limits import FiniteLinear1, InfiniteLinear1, Linear1Config
+from tensormill.numerics.infinite_width_features.mup import (
+    BaseShapes,
+    CoordinateCheck,
+    MuReadout,
+    ParameterScale,
+    WidthScaling,
+    attention_scale,
+    coord_check,
+    parametrize,
+    scale_attention,
+)
+from tensormill.numerics.infinite_width_features.parametrization import ABC, ABCNetwork, Regime, classify
+
+__all__ = [
+    "ABC",
+    "ABCNetwork",
+    "BaseShapes",
+    "CoordinateCheck",
+    "FiniteLinear1",
+    "InfiniteLinear1",
+    "Linear1Config",
+    "MuReadout",
+    "ParameterScale",
+    "Regime",
+    "WidthScaling",
+    "attention_scale",
+    "classify",
+    "coord_check",
+    "parametrize",
+    "scale_attention",
+]

@@ -11,7 +11,20 @@ After Yang and Hu, "Feature Learning in Infinite-Width Neural Networks" (arXiv 2
 - `glyphs`: few-shot classes of drawn characters: Omniglot where it is present, generated strokes where not.
 """
 
+from tensormill.numerics.infinite_width_features.glyphs import load_omniglot, procedural_strokes, rotated
+from tensormill.numerics.infinite_width_features.kernels import InfiniteKernel1, Kernel1Config
 from tensormill.numerics.infinite_width_features.limits import FiniteLinear1, InfiniteLinear1, Linear1Config
+from tensormill.numerics.infinite_width_features.maml import (
+    Accuracy,
+    EpisodicSampler,
+    KernelMAML,
+    MAMLConfig,
+    Tasks,
+    adapt,
+    meta_evaluate,
+    meta_gradient,
+    meta_train,
+)
 from tensormill.numerics.infinite_width_features.mup import (
     BaseShapes,
     CoordinateCheck,
@@ -28,18 +41,32 @@ from tensormill.numerics.infinite_width_features.parametrization import ABC, ABC
 __all__ = [
     "ABC",
     "ABCNetwork",
+    "Accuracy",
     "BaseShapes",
     "CoordinateCheck",
+    "EpisodicSampler",
     "FiniteLinear1",
+    "InfiniteKernel1",
     "InfiniteLinear1",
+    "Kernel1Config",
+    "KernelMAML",
     "Linear1Config",
+    "MAMLConfig",
     "MuReadout",
     "ParameterScale",
     "Regime",
+    "Tasks",
     "WidthScaling",
+    "adapt",
     "attention_scale",
     "classify",
     "coord_check",
+    "load_omniglot",
+    "meta_evaluate",
+    "meta_gradient",
+    "meta_train",
     "parametrize",
+    "procedural_strokes",
+    "rotated",
     "scale_attention",
 ]

@@ -163,7 +163,9 @@ def classify(abc: ABC) -> Regime:
     )
     broken = []
     if r < -_EXACT:
-        broken.append(f"r = {r:g} < 0: the features move by n^{-r:g}; a larger c, a slower learning rate, raises r")
+        broken.append(
+            f"r = {r:g} < 0: the features move by n^{-r:g}; a larger c, a slower learning rate, raises r"
+        )
     for layer in range(abc.hidden_layers):
         wanted = 0.0 if layer == 0 else 0.5
         got = a[layer] + b[layer]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -289,7 +290,7 @@ class ABCNetwork(nn.Module):
         hidden = self.activation(self.features(x)[-1])
         return (hidden @ self.weights[-1].mT) * self.width ** -self.abc.a[-1]
 
-    def sgd(self, lr: float, **settings: float) -> torch.optim.SGD:
+    def sgd(self, lr: float, **settings: Any) -> torch.optim.SGD:
         """SGD with the learning rate lr n^(-c).
 
         Args:

@@ -228,3 +228,20 @@ def test_version(tensormill):
     import tensormill as package
 
     assert package.__version__ in tensormill("--version").out
+
+
+def test_reproduce_writes_a_page(tensormill, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORMILL_RESULTS", str(tmp_path / "results"))
+    run = ("reproduce", "tensor_bleu", "--claim", "C2", "--device", "cpu")
+    done = tensormill(*run, "--json")
+    assert done.code == 0, done.err
+    (claim,) = json.loads(done.out)["claims"]
+    (page,) = (tmp_path / "results" / "tensor_bleu").glob("quick-*.html")
+    assert claim["holds"] is not None and claim["statement"] in page.read_text(encoding="utf-8")
+
+    taken = tmp_path / "page.html"
+    taken.write_text("mine")
+    done = tensormill(*run, "--page", taken)
+    assert done.code == 2 and "page.html" in done.err and taken.read_text() == "mine"
+    done = tensormill(*run, "--page", taken, "--overwrite", "--no-record")
+    assert done.code == 0 and str(taken) in done.out and claim["statement"] in taken.read_text()

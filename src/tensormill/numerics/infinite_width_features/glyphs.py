@@ -53,11 +53,14 @@ def load_omniglot(
         raise DataError("Omniglot's drawings are PNG files: install pillow (tensormill[images])") from error
     drawings: dict[str, list[Tensor]] = {}
     for archive in archives:
+        before = set(drawings)  # Greek and Latin are in both archives
         try:
             with zipfile.ZipFile(folder / archive) as content:
                 for name in sorted(content.namelist()):
                     parts = name.split("/")
                     if not name.endswith(".png") or len(parts) < 3:
+                        continue
+                    if f"{parts[-3]}/{parts[-2]}" in before:
                         continue
                     with Image.open(io.BytesIO(content.read(name))) as image:
                         pixels = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8)

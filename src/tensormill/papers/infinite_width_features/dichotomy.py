@@ -198,10 +198,17 @@ def dichotomy(run: Run) -> Measurement:
                     fit_exponent(widths, values) if math.isfinite(powers["dh2"]) else None,
                 )
             )
-    share = 100 * agree / len(cells)
-    rows.append(
-        Row("parametrizations whose regime is the predicted one", share, "%", setting={"cells": len(cells)})
-    )
+    shares = []
+    for kind in (True, False):
+        total = sum(n for (name, _), n in confusion.items() if (name != "unstable") == kind)
+        right = sum(
+            n for (name, found), n in confusion.items() if name == found and (name != "unstable") == kind
+        )
+        shares.append(100 * right / total)
+        what = "stable" if kind else "unstable"
+        rows.append(
+            Row(f"{what} ones whose regime is the predicted one", shares[-1], "%", setting={"cells": total})
+        )
     errors.sort()
     rows.append(
         Row(

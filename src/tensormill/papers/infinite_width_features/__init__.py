@@ -1,7 +1,7 @@
 """Parametrizations in which infinitely wide networks still learn features (muP), and their limits.
 
 C1 `limit`: how fast linear networks approach their exact limit. C2 `dichotomy`: the regimes of abc-parametrizations,
-measured. C3 `word_vectors`: Word2Vec by width. C4 `few_shot`: MAML by width, beside kernels. C5 `transfer`: learning
+measured. C3 `word_vectors`: Word2Vec by width. C4 `few_shot`: MAML by width, beside kernels, and C6: the kernels among themselves. C5 `transfer`: learning
 rates found small hold when wide.
 """
 

@@ -447,6 +447,7 @@ def planted_analogies(
     seed: int = 0,
     signs: int = 2,
     fillers: int = 40,
+    noise: float = 0.0,
 ) -> tuple[list[list[str]], list[tuple[str, str, str, str]]]:
     """A text with analogies whose answers are known, and the questions.
 
@@ -461,13 +462,16 @@ def planted_analogies(
         seed: of the text; questions are 2000 random ones, or all if there are fewer.
         signs: different words that are signs of the same entity or attribute.
         fillers: number of different fillers.
+        noise: probability with which a sign is that of a random entity or attribute instead.
 
     Returns:
         Sentences, and questions (a, b, c, answer).
 
     Raises:
-        InvalidArgument: fewer than two entities or attributes, or another number below one.
+        InvalidArgument: fewer than two entities or attributes, another number below one, or noise outside [0, 1].
     """
+    if not 0 <= noise <= 1:
+        raise InvalidArgument(f"given noise={noise}, expected a probability")
     if min(entities, attributes) < 2 or min(sentences, signs, fillers) < 1:
         raise InvalidArgument(
             f"given entities={entities}, attributes={attributes}, sentences={sentences}, signs={signs}, "
@@ -478,15 +482,23 @@ def planted_analogies(
     def draw(below: int, *shape: int) -> Tensor:
         return torch.randint(below, shape, generator=generator)
 
-    entity, attribute = draw(entities, sentences).tolist(), draw(attributes, sentences).tolist()
+    entity, attribute = draw(entities, sentences, 1), draw(attributes, sentences, 1)
+
+    def shown(meant: Tensor, among: int, times: int) -> list[list[int]]:
+        """(sentences, times): what the signs are signs of."""
+        wrong = torch.rand(sentences, times, generator=generator) < noise
+        return torch.where(wrong, draw(among, sentences, times), meant).tolist()
+
+    of_entity, of_attribute = shown(entity, entities, 3), shown(attribute, attributes, 2)
     sign, filler = draw(signs, sentences, 5).tolist(), draw(fillers, sentences).tolist()
     order = torch.rand(sentences, 7, generator=generator).argsort(1).tolist()
     text = []
-    for e, a, s, f, o in zip(entity, attribute, sign, filler, order, strict=True):
+    columns = (entity[:, 0].tolist(), attribute[:, 0].tolist(), of_entity, of_attribute, sign, filler, order)
+    for e, a, es, as_, s, f, o in zip(*columns, strict=True):
         words = [
             f"e{e}.a{a}",
-            *(f"entity{e}.{s[k]}" for k in range(3)),
-            *(f"attribute{a}.{s[k]}" for k in range(3, 5)),
+            *(f"entity{x}.{k}" for x, k in zip(es, s[:3], strict=True)),
+            *(f"attribute{x}.{k}" for x, k in zip(as_, s[3:], strict=True)),
             f"filler{f}",
         ]
         text.append([words[k] for k in o])

@@ -195,6 +195,21 @@ def test_planted_questions_are_all_different_and_right():
     assert len(planted_analogies(40, 4, 1)[1]) == 2000
     with pytest.raises(InvalidArgument):
         planted_analogies(1, 4)
+    with pytest.raises(InvalidArgument, match="probability"):
+        planted_analogies(2, 2, noise=1.5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_wrong_signs_are_as_many_as_asked_for(noise):
+    text, _ = planted_analogies(50, 2, 2000, noise=noise)
+    wrong = total = 0
+    for sentence in text:
+        (word,) = (w for w in sentence if w[0] == "e" and w[1].isdigit())
+        entity = word.split(".")[0][1:]
+        signs = [w.removeprefix("entity").split(".")[0] for w in sentence if w.startswith("entity")]
+        total += len(signs)
+        wrong += sum(sign != entity for sign in signs)
+    assert total == 6000 and wrong / total == pytest.approx(noise * 49 / 50, abs=0.03)
 
 
 @pytest.mark.parametrize("binary", [False, True])

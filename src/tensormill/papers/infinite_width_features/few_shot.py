@@ -152,7 +152,7 @@ def kernels(subject: Subject, run: Run, share: float) -> tuple[list[Row], dict[s
 
 
 def merged(accuracies: list[Accuracy]) -> Accuracy:
-    """Over seeds: the mean; its interval takes the seeds' single tests as one larger test."""
+    """Over seeds: the mean, with the interval of a single seed: all are tested on the same tasks."""
     from tensormill.numerics.infinite_width_features import Accuracy
 
     count = len(accuracies)

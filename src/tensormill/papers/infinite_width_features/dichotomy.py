@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensormill.papers.catalogue import Measurement, Row, Run
 from tensormill.papers.curves import Curve, fit_exponent
@@ -56,7 +56,7 @@ def changes(cells: Sequence[ABC], width: int, *, seed: int, device: str) -> dict
     """
     import torch
 
-    options = {"device": device, "dtype": torch.float64}
+    options: Any = {"device": device, "dtype": torch.float64}
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:

@@ -230,18 +230,31 @@ def test_version(tensormill):
     assert package.__version__ in tensormill("--version").out
 
 
-def test_reproduce_writes_a_page(tensormill, tmp_path, monkeypatch):
+@pytest.fixture
+def toy_paper(monkeypatch, tmp_path):
+    from tensormill.papers import reproduce
+    from tensormill.papers.catalogue import Measurement, Paper, Row
+
     monkeypatch.setenv("TENSORMILL_RESULTS", str(tmp_path / "results"))
-    run = ("reproduce", "tensor_bleu", "--claim", "C2", "--device", "cpu")
+    paper = Paper(slug="toy", title="A toy", authors="Doe", arxiv="2401.00002", room="ops", figures=())
+
+    @paper.claim("C1", statement="One is one", unit="x", criterion="equal")
+    def equal(run):
+        return Measurement([Row("one", 1, "x")], holds=True)
+
+    monkeypatch.setattr(reproduce, "find_paper", lambda slug: paper)
+
+
+def test_reproduce_writes_a_page(tensormill, toy_paper, tmp_path):
+    run = ("reproduce", "toy", "--device", "cpu")
     done = tensormill(*run, "--json")
-    assert done.code == 0, done.err
-    (claim,) = json.loads(done.out)["claims"]
-    (page,) = (tmp_path / "results" / "tensor_bleu").glob("quick-*.html")
-    assert claim["holds"] is not None and claim["statement"] in page.read_text(encoding="utf-8")
+    assert done.code == 0 and json.loads(done.out)["claims"][0]["holds"], done.err
+    (page,) = (tmp_path / "results" / "toy").glob("quick-*.html")
+    assert "One is one" in page.read_text(encoding="utf-8")
 
     taken = tmp_path / "page.html"
     taken.write_text("mine")
     done = tensormill(*run, "--page", taken)
     assert done.code == 2 and "page.html" in done.err and taken.read_text() == "mine"
     done = tensormill(*run, "--page", taken, "--overwrite", "--no-record")
-    assert done.code == 0 and str(taken) in done.out and claim["statement"] in taken.read_text()
+    assert done.code == 0 and str(taken) in done.out and "One is one" in taken.read_text()

@@ -318,8 +318,8 @@ def read_record(path: Path) -> Record:
     names = {item.name for item in fields(Record)} - {"path"}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        document.setdefault("curves", [])  # records without curves don't carry the key
-        return Record(**{name: document[name] for name in names}, path=path)
+        found = {name: document[name] for name in names - {"curves"}}
+        return Record(**found, curves=document.get("curves", []), path=path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"given {path}, expected a recorded run ({type(error).__name__}: {error}); "

@@ -461,15 +461,13 @@ class KernelMAML:
             start[touched] = self.gram[touched] @ self.coefficients
             outputs, _ = self._adapted(start, self.gram, tasks, config.inner_lr, config.inner_steps)
             history.append(F.cross_entropy(outputs.flatten(0, 1), tasks.query_y.flatten()))
-            # several tasks may share an image: their deltas add up
-            gradient = torch.zeros_like(self.coefficients)
-            deltas = self._deltas(outputs, tasks.query_y) / config.tasks
-            gradient.index_add_(0, tasks.query_index.flatten(), deltas.flatten(0, 1))
+            index = tasks.query_index.flatten()
+            deltas = (self._deltas(outputs, tasks.query_y) / config.tasks).flatten(0, 1)
             if config.clip is not None:
-                used = tasks.query_index.flatten().unique()
-                part = gradient[used]
-                norm = (part * (self.gram[used[:, None], used] @ part)).sum().clamp_min(0).sqrt()
-                gradient *= (config.clip / (norm + 1e-6)).clamp(max=1.0)
+                square = (deltas * (self.gram[index[:, None], index] @ deltas)).sum()
+                deltas = deltas * (config.clip / (square.clamp_min(0).sqrt() + 1e-6)).clamp(max=1.0)
+            # several tasks may share an image: their deltas add up
+            gradient = torch.zeros_like(self.coefficients).index_add_(0, index, deltas)
             self.coefficients -= config.meta_lr * config.factor(step / steps) * gradient
         return torch.stack(history).tolist() if history else []
 

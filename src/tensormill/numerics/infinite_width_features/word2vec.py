@@ -243,11 +243,14 @@ class CBOW:
             change = push[:, :, None] * hidden[:, None, :] - decay * use[:, :, None] * others
         self.output.index_add_(0, target, pull * hidden - decay * present * wanted)
         self.output.index_add_(0, noise.flatten(), change.flatten(0, -2))
-        touched = share > 0
-        rows = context[touched]
-        change = (share[:, :, None] * gradient[:, None, :])[touched]
+        rows, weight, present_word = context.flatten(), share.flatten(), (share > 0).flatten()
+        position = torch.arange(context.shape[0], device=context.device).repeat_interleave(context.shape[1])
+        if context.device.type == "cpu":  # a GPU would have to wait for the number of words
+            rows, weight, position = (x[present_word] for x in (rows, weight, position))
+            present_word = present_word[present_word]
+        change = weight[:, None] * gradient[position]
         if decay:
-            change -= decay * self.input[rows]
+            change -= (decay * present_word)[:, None] * self.input[rows]
         self.input.index_add_(0, rows, change)
         return loss / present.sum().clamp_min(1)
 

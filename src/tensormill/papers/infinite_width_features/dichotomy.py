@@ -177,27 +177,19 @@ def dichotomy(run: Run) -> Measurement:
             misses.append((cell, predicted.name, found, powers))
         if predicted.stable:
             errors.append(abs(powers["dh2"] + predicted.r))
-        if k < len(names):
+        if k < len(names) and math.isfinite(powers["dh2"]):
+            values = [sizes[width]["dh2"][k] for width in widths]
+            exponent = fit_exponent(widths, values)
             rows.append(
                 Row(
                     f"{names[k]}: power of width of the features' change (predicted {-predicted.r:g}, measured {found})",
-                    powers["dh2"] if math.isfinite(powers["dh2"]) else 1e9,
+                    exponent.value,
                     "power of width",
-                    limit=-predicted.r,
-                    setting={"a": cell.a, "b": cell.b, "c": cell.c, "regime": found},
+                    spread=(exponent.low, exponent.high),
+                    setting={"a": cell.a, "b": cell.b, "c": cell.c, "r": predicted.r, "regime": found},
                 )
             )
-            values = [sizes[width]["dh2"][k] for width in widths]
-            curves.append(
-                Curve(
-                    names[k],
-                    widths,
-                    values,
-                    "width",
-                    "change of the hidden features",
-                    fit_exponent(widths, values) if math.isfinite(powers["dh2"]) else None,
-                )
-            )
+            curves.append(Curve(names[k], widths, values, "width", "change of the hidden features", exponent))
     shares = []
     for kind in (True, False):
         total = sum(n for (name, _), n in confusion.items() if (name != "unstable") == kind)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tensormill.papers.catalogue import Measurement, Row, Run
 from tensormill.papers.curves import Curve
 from tensormill.papers.infinite_width_features.paper import PAPER
+from tensormill.papers.infinite_width_features.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,6 +140,42 @@ class Subject:
         return before, after, {"inner_lr": lr, **settings}
 
 
+def throughput(subject: Subject) -> tuple[float, float]:
+    """Tasks a second whose outer gradient is taken, in a batch and one after another; medians of five."""
+    import statistics
+    import time
+    from dataclasses import fields
+
+    import torch
+
+    from tensormill.numerics.infinite_width_features import (
+        InfiniteLinear1,
+        Linear1Config,
+        Tasks,
+        meta_gradient,
+    )
+
+    config = Linear1Config(subject.train.shape[-1], WAYS, sigma_v=1 / 8, bias=1.0)
+    model = InfiniteLinear1(config, device=subject.run.device)
+    tasks = subject.draw(subject.train, 3).sample(subject.tasks)
+    single = [
+        Tasks(*(getattr(tasks, f.name)[t : t + 1] for f in fields(Tasks))) for t in range(subject.tasks)
+    ]
+
+    def seconds(batches: list[Tasks]) -> float:
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            for batch in batches:
+                meta_gradient(model, batch, subject.config)
+            if subject.run.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+    return subject.tasks / seconds([tasks]), subject.tasks / seconds(single)
+
+
 def kernels(subject: Subject, run: Run, share: float) -> tuple[list[Row], dict[str, Accuracy]]:
     """Rows and accuracies of the four kernel limits; share: of the claim's work."""
     rows, results = [], {}
@@ -176,6 +213,7 @@ def merged(accuracies: list[Accuracy]) -> Accuracy:
         "tensormill.numerics.dual_activations",
     ),
 )
+@one_thread()
 def few_shot(run: Run) -> Measurement:
     """5-way 1-shot accuracy after first-order MAML, all on the same test tasks of characters never seen.
 
@@ -199,6 +237,12 @@ def few_shot(run: Run) -> Measurement:
         rows.append(_row(name, results[name], {"width": width, "seeds": subject.seeds}))
         if width is not None:
             by_width.append((width, 100 * results[name].mean))
+    batched, single = throughput(subject)
+    rows.append(
+        Row(
+            "tasks a second in a training step of the limit", batched, "tasks/s", peers={"one by one": single}
+        )
+    )
     limit = results["muP limit"]
     holds = (
         max(results[name].high for name in KERNELS) < limit.low
@@ -226,6 +270,7 @@ def few_shot(run: Run) -> Measurement:
         "tensormill.papers.infinite_width_features.few_shot",
     ),
 )
+@one_thread()
 def kernel_order(run: Run) -> Measurement:
     """The kernels of C4 among themselves; the paper reads about 41.7 % for linear and 47.7 % for ReLU."""
     subject = Subject(run)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tensormill.papers.catalogue import Measurement, Row, Run
 from tensormill.papers.curves import Curve, fit_exponent
 from tensormill.papers.infinite_width_features.paper import PAPER
+from tensormill.papers.infinite_width_features.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +89,7 @@ def distances(
     ),
     measures=("tensormill.numerics.infinite_width_features.limits",),
 )
+@one_thread()
 def limit_law(run: Run) -> Measurement:
     """Relative distance of outputs after 30 steps of SGD on a regression, root mean square over seeds.
 

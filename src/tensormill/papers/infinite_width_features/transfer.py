@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tensormill.papers.catalogue import Measurement, Row, Run
 from tensormill.papers.curves import Curve
 from tensormill.papers.infinite_width_features.paper import PAPER
+from tensormill.papers.infinite_width_features.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -248,6 +249,7 @@ def mup_difference(subject: Subject) -> float | None:
     measures=("tensormill.numerics.infinite_width_features.mup",),
     peers=("mup",),
 )
+@one_thread()
 def learning_rate_transfer(run: Run) -> Measurement:
     """Best learning rate of a small Transformer on bytes of English, by width; the same data and steps for all.
 

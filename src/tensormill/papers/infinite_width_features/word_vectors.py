@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tensormill.papers.catalogue import Measurement, Row, Run
 from tensormill.papers.curves import Curve
 from tensormill.papers.infinite_width_features.paper import PAPER
+from tensormill.papers.infinite_width_features.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +124,7 @@ def real_text(run: Run) -> tuple[Corpus, Tensor] | None:
     measures=("tensormill.numerics.infinite_width_features.word2vec",),
     peers=("gensim",),
 )
+@one_thread()
 def width_order(run: Run) -> Measurement:
     """CBOW of one learning rate for all widths; gensim's beside it, with the best of three learning rates at each width.
 

@@ -267,7 +267,6 @@ def few_shot(run: Run) -> Measurement:
         "tensormill.numerics.infinite_width_features.kernels",
         "tensormill.numerics.infinite_width_features.glyphs",
         "tensormill.numerics.dual_activations",
-        "tensormill.papers.infinite_width_features.few_shot",
     ),
 )
 @one_thread()

@@ -1,4 +1,6 @@
-"""Parametrizations in which infinitely wide networks still learn features (muP), and their limits."""
+"""What the paper publishes."""
+
+from __future__ import annotations
 
 from tensormill.papers.catalogue import Figure, Paper
 

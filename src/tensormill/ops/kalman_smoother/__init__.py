@@ -59,7 +59,7 @@ def _inputs(shape: Shape, device: torch.device, generator: torch.Generator) -> t
     if values == "missing":
         precision[:, ::2] = 0
     elif values == "certain":
-        precision = precision * 1e4
+        precision = precision * 100
     elif values == "still":
         process_noise[:, 1::2] = 0
     elif values != "normal":

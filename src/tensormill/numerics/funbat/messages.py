@@ -51,29 +51,44 @@ class Packing:
 class Groups:
     """The entries of a data set by their index in one mode, in blocks of equal length.
 
-    A block holds entries of one index; the last of an index is filled up with a dummy entry of weight zero. Sums over
-    blocks are matrix products, and only one row per block is left to be added to its index.
+    A block holds entries of one index; the last of an index is filled up with dummies of weight zero. Sums over blocks
+    are matrix products, and only one row per block is left to be added to its index.
+
+    Args:
+        mode: the mode k.
+        indices: per mode, (N,), each entry's place among the distinct indices.
+        counts: per mode, D, the number of distinct indices.
+        weights: (N,).
+        values: (N,), times the weights.
 
     Attributes:
-        entries: (blocks, width), positions of entries; N for the dummy.
-        index: (blocks,), the distinct index of each block.
-        count: number of distinct indices.
+        count: D_k.
+        index: (blocks,), the index of each block.
+        others: per other mode, (blocks, width), the entries' indices there.
+        weights, values: (blocks, 1, width).
     """
 
-    def __init__(self, index: Tensor, count: int) -> None:
+    def __init__(
+        self, mode: int, indices: Sequence[Tensor], counts: Sequence[int], weights: Tensor, values: Tensor
+    ) -> None:
+        index, self.count = indices[mode], counts[mode]
         total = index.shape[0]
-        width = min(64, 1 << max(0, round(math.log2(max(1.0, total / (2 * count))))))
-        sizes = torch.bincount(index, minlength=count)
+        width = min(64, 1 << max(0, round(math.log2(max(1.0, total / (2 * self.count))))))
+        sizes = torch.bincount(index, minlength=self.count)
         blocks = (sizes + width - 1) // width
-        self.index = torch.repeat_interleave(torch.arange(count, device=index.device), blocks)
+        self.index = torch.repeat_interleave(torch.arange(self.count, device=index.device), blocks)
         order = torch.argsort(index, stable=True)
         first_entry, first_block = sizes.cumsum(0) - sizes, blocks.cumsum(0) - blocks
         within = torch.arange(total, device=index.device) - first_entry[index[order]]
         place = (first_block * width)[index[order]] + within
-        entries = torch.full((self.index.shape[0] * width,), total, dtype=torch.long, device=index.device)
-        entries[place] = order
-        self.entries = entries.view(-1, width)
-        self.count = count
+
+        def arranged(entries: Tensor) -> Tensor:
+            blank = torch.zeros(self.index.shape[0] * width, dtype=entries.dtype, device=entries.device)
+            blank[place] = entries[order]
+            return blank.view(-1, width)
+
+        self.others = [arranged(i.int()) for j, i in enumerate(indices) if j != mode]
+        self.weights, self.values = arranged(weights).unsqueeze(1), arranged(values).unsqueeze(1)
 
 
 def outer_rows(rows: Sequence[Tensor]) -> Tensor:
@@ -93,43 +108,49 @@ def elementwise(rows: Sequence[Tensor]) -> Tensor:
 
 
 def grouped_sums(
-    groups: Groups,
-    indices: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    weights: Tensor,
-    cp: bool,
-    chunk: int,
-) -> Tensor:
-    """Sum over the entries of each group of weight times the (outer or elementwise) product of rows.
+    groups: Groups, moments: Sequence[Tensor], means: Sequence[Tensor], cp: bool, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """B_t and c_t of every index t.
 
     Args:
         groups: of the mode that is summed for.
-        indices: per other mode, (N + 1,), the index of each entry; the dummy's is anything valid.
-        rows: per other mode, (D_j, p_j), a row per index.
-        weights: (N + 1,), zero for the dummy.
+        moments: per other mode, (D_j, p_j), packed second moments.
+        means: per other mode, (D_j, r_j).
         cp: elementwise products, not outer ones.
         chunk: entries at once.
 
     Returns:
-        (D_k, product of p_j); in the CP form (D_k, p); without other modes (D_k, 1).
+        B (D_k, product of p_j) and c (D_k, product of r_j); in the CP form (D_k, p) and (D_k, r); without other modes both
+        (D_k, 1).
     """
-    if not rows:
-        width = 1
-    else:
-        width = rows[0].shape[1] if cp else math.prod(r.shape[1] for r in rows)
-    sums = torch.zeros(groups.count, width, dtype=weights.dtype, device=weights.device)
-    half = 1 if cp else max(1, len(rows) // 2)
-    step = max(1, chunk // groups.entries.shape[1])
-    for start in range(0, groups.entries.shape[0], step):
-        entries = groups.entries[start : start + step]
-        weight = weights[entries].unsqueeze(-1)  # [blocks, width, 1]
-        taken = [row[index[entries]] for row, index in zip(rows, indices, strict=True)]
-        if not taken:
-            block = weight.sum(1)
-        elif cp or len(taken) == 1:
-            block = (weight.mT @ (elementwise(taken) if cp else taken[0])).squeeze(1)
-        else:
-            left, right = outer_rows(taken[:half]), outer_rows(taken[half:])
-            block = ((left * weight).mT @ right).flatten(1)
-        sums.index_add_(0, groups.index[start : start + step], block)
+    rows = [torch.cat(pair, 1) for pair in zip(moments, means, strict=True)]
+    split = [(m.shape[1], u.shape[1]) for m, u in zip(moments, means, strict=True)]
+    sums = tuple(
+        groups.weights.new_zeros(groups.count, _width([s[i] for s in split], cp)) for i in range(2)
+    )
+    step = max(1, chunk // groups.weights.shape[2])
+    for start in range(0, groups.index.shape[0], step):
+        part = slice(start, start + step)
+        taken = [
+            row.index_select(0, other[part].flatten()).view(-1, other.shape[1], row.shape[1]).split(sizes, 2)
+            for row, other, sizes in zip(rows, groups.others, split, strict=True)
+        ]
+        for i, weight in enumerate((groups.weights[part], groups.values[part])):
+            block = _blocks([t[i] for t in taken], weight, cp)
+            sums[i].index_add_(0, groups.index[part], block)
     return sums
+
+
+def _width(sizes: Sequence[int], cp: bool) -> int:
+    return 1 if not sizes else sizes[0] if cp else math.prod(sizes)
+
+
+def _blocks(rows: Sequence[Tensor], weight: Tensor, cp: bool) -> Tensor:
+    """Weighted sums over the entries of each block: rows (blocks, width, p_j), weight (blocks, 1, width)."""
+    if not rows:
+        return weight.sum(2)
+    if cp or len(rows) == 1:
+        return (weight @ (elementwise(rows) if cp else rows[0])).squeeze(1)
+    half = len(rows) // 2
+    left, right = outer_rows(rows[:half]), outer_rows(rows[half:])
+    return ((left.mT * weight) @ right).flatten(1)

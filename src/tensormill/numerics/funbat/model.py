@@ -238,7 +238,7 @@ class FunctionalTucker:
 
     def _draw(self, data: _Data) -> None:
         """Random functions and a random core to start from, no messages."""
-        config, device = self.config, data.values.device
+        config, device = self.config, data.square.device
         least = config.noise_variance / self.scale_**2 if config.noise_variance is not None else math.inf
         start = min(self._variance / _START_PRECISION, least)
         self._noise = torch.tensor([1.0, start], dtype=torch.float64, device=device)
@@ -270,12 +270,11 @@ class FunctionalTucker:
 
     def _arrange(self, x: Tensor, y: Tensor, weight: Tensor) -> _Data:
         scaled = (x - self._low) / self._span
-        points, indices, groups = [], [], []
+        points, indices = [], []
         for k in range(self._modes):
             distinct, index = torch.unique(scaled[:, k], return_inverse=True)
             points.append(distinct)
-            indices.append(torch.cat([index, index.new_zeros(1)]))
-            groups.append(Groups(index, distinct.shape[0]))
+            indices.append(index)
         if self.config.mode == "tucker":
             packed = [r * (r + 1) // 2 for r in self.rank_]
             for k, distinct in enumerate(points):
@@ -288,13 +287,13 @@ class FunctionalTucker:
                     )
         dtype = self.config.dtype
         normal = (y - self.offset_) / self.scale_
-        padded = torch.cat([weight, weight.new_zeros(1)])
+        counts = [distinct.shape[0] for distinct in points]
         return _Data(
             points,
-            indices,
-            groups,
-            padded.to(dtype),
-            (padded * torch.cat([normal, normal.new_zeros(1)])).to(dtype),
+            [
+                Groups(k, indices, counts, weight.to(dtype), (weight * normal).to(dtype))
+                for k in range(self._modes)
+            ],
             (weight * normal.square()).sum(),
             weight[weight > 0].log().sum(),
             (weight > 0).sum().double(),
@@ -455,14 +454,10 @@ class FunctionalTucker:
     def _sums(self, data: _Data, k: int) -> tuple[Tensor, Tensor]:
         """Sums over the entries at each index of mode k, of outer second moments and of values times means."""
         others = [j for j in range(self._modes) if j != k]
-        indices = [data.indices[j] for j in others]
-        cp, chunk = self.config.mode == "cp", self.config.chunk
-        moments = [data.packings[j].pack(self._moment(j)).to(data.weights) for j in others]
-        means = [self.factor_mean_[j].to(data.weights) for j in others]
-        return (
-            grouped_sums(data.groups[k], indices, moments, data.weights, cp, chunk),
-            grouped_sums(data.groups[k], indices, means, data.values, cp, chunk),
-        )
+        dtype = self.config.dtype
+        moments = [data.packings[j].pack(self._moment(j)).to(dtype) for j in others]
+        means = [self.factor_mean_[j].to(dtype) for j in others]
+        return grouped_sums(data.groups[k], moments, means, self.config.mode == "cp", self.config.chunk)
 
     def _core_second(self, data: _Data) -> Tensor:
         """E[W W'] with every mode's pair of indices packed, an element standing for all that are equal to it."""
@@ -727,16 +722,13 @@ _LEARNT = (
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """A data set arranged for sweeps; N + 1 entries, of which the last is a dummy of weight zero."""
+    """A data set arranged for sweeps."""
 
     points: list[Tensor]  # per mode (D_k,)
-    indices: list[Tensor]  # per mode (N + 1,)
     groups: list[Groups]
-    weights: Tensor  # (N + 1,)
-    values: Tensor  # (N + 1,), times the weights
     square: Tensor  # (), sum of w y^2
     log_weight: Tensor  # ()
-    count: Tensor  # ()
+    count: Tensor  # (), entries of positive weight
     packings: list[Packing]
 
 

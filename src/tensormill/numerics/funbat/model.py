@@ -667,6 +667,7 @@ class FunctionalTucker:
         Raises:
             OutputError: it could not be written.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         config = dataclasses.asdict(self.config) | {"dtype": str(self.config.dtype).removeprefix("torch.")}
@@ -676,7 +677,7 @@ class FunctionalTucker:
         try:
             save_file(tensors, beside, metadata={"format": _FORMAT, "config": json.dumps(config)})
             beside.replace(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             beside.unlink(missing_ok=True)
             raise OutputError(f"given {path}, which could not be written: {error}") from error
 

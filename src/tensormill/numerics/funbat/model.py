@@ -365,9 +365,9 @@ class FunctionalTucker:
                 fresh = data.packings[k].unpack(weights.expand(-1, data.packings[k].size))
                 heard = values.expand(-1, self.rank_[k])
             else:
-                facing = second.movedim(k, 0).flatten(1) / data.packings[k].multiplicity[:, None]
+                facing = second.movedim(k, 0).reshape(second.shape[k], -1) / data.packings[k].multiplicity[:, None]
                 fresh = data.packings[k].unpack(weights @ facing.T)
-                heard = values @ self.core_.to(values).movedim(k, 0).flatten(1).T
+                heard = values @ self.core_.to(values).movedim(k, 0).reshape(self.rank_[k], -1).T
             self._precision[k] = _damped(self._precision[k], tau * fresh.double(), keep_factor)
             self._information[k] = _damped(self._information[k], tau * heard.double(), keep_factor)
             found = self._bundles[k].smooth(self._precision[k], self._information[k])

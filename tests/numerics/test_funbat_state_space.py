@@ -45,13 +45,19 @@ def test_steps_in_arbitrary_precision(kernel, gap):
         transition = mpmath.expm(mpmath.matrix(companion(size).tolist()) * x)
         stationary = mpmath.eye(size)
         if size == 3:
-            stationary[1, 1], stationary[0, 2], stationary[2, 0] = mpmath.mpf(1) / 3, -mpmath.mpf(1) / 3, -mpmath.mpf(1) / 3
+            stationary[1, 1], stationary[0, 2], stationary[2, 0] = (
+                mpmath.mpf(1) / 3,
+                -mpmath.mpf(1) / 3,
+                -mpmath.mpf(1) / 3,
+            )
         noise = stationary - transition * stationary * transition.T
         for i in range(size):
             for j in range(size):
                 for actual, expected in ((step.transition, transition), (step.process_noise, noise)):
                     error = abs(mpmath.mpf(float(actual[i, j])) / expected[i, j] - 1)
-                    assert error < 1e-14 * (1 + float(x) / 4), f"element {i}, {j}: relative error {mpmath.nstr(error, 3)}"
+                    assert error < 1e-14 * (1 + float(x) / 4), (
+                        f"element {i}, {j}: relative error {mpmath.nstr(error, 3)}"
+                    )
 
 
 @every_kernel
@@ -85,7 +91,9 @@ def test_gradients_of_steps(kernel):
 @every_kernel
 def test_float32_is_float64_rounded(kernel):
     gaps = torch.logspace(-5, 1, 40)
-    for narrow, wide in zip(matern_ssm(kernel, 0.5, 1.0, gaps), matern_ssm(kernel, 0.5, 1.0, gaps.double()), strict=True):
+    for narrow, wide in zip(
+        matern_ssm(kernel, 0.5, 1.0, gaps), matern_ssm(kernel, 0.5, 1.0, gaps.double()), strict=True
+    ):
         assert narrow.dtype == torch.float32
         torch.testing.assert_close(narrow.double(), wide, rtol=1e-4, atol=1e-6)
 
@@ -130,7 +138,9 @@ def test_equals_gpytorch_kernel(kernel, nu):
     theirs = gpytorch.kernels.MaternKernel(nu=nu).double()
     theirs.lengthscale = 0.3
     expected = theirs(points).to_dense().detach()
-    torch.testing.assert_close(kernel_matrix(kernel, 0.3, 1.0, points[:, 0], points[:, 0]), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        kernel_matrix(kernel, 0.3, 1.0, points[:, 0], points[:, 0]), expected, rtol=1e-6, atol=1e-6
+    )
     gaps = (points[:, 0] - points[0, 0]).abs()
     covariance = matern_ssm(kernel, 0.3, 1.0, gaps).transition @ matern_stationary(kernel, 1.0, gaps)
     torch.testing.assert_close(covariance[:, 0, 0], expected[0], rtol=1e-6, atol=1e-6)
@@ -141,7 +151,9 @@ def test_correlated_potentials():
     points = torch.linspace(0, 1, 20, dtype=torch.float64)
     values = torch.cos(5 * points)
     precision = torch.full((20, 2, 2), 100.0, dtype=torch.float64)
-    both = MaternBundle(points, "matern32", 0.3, 1.0, 2).smooth(precision, 100 * values[:, None].expand(20, 2))
+    both = MaternBundle(points, "matern32", 0.3, 1.0, 2).smooth(
+        precision, 100 * values[:, None].expand(20, 2)
+    )
     gram = 2 * kernel_matrix("matern32", 0.3, 1.0, points, points)
     total = gram @ torch.linalg.solve(gram + 0.01 * torch.eye(20, dtype=torch.float64), values)
     torch.testing.assert_close(both.mean.sum(1), total, rtol=0, atol=1e-9)

@@ -61,7 +61,11 @@ def test_equals_joint_gaussian(implementation, steps, states, outputs, values):
     with use_implementation(kalman_smoother=implementation):
         found = kalman_smoother(*arguments)
     mean, covariance, evidence = dense(*arguments)
-    for actual, expected in ((found.mean, mean), (found.covariance, covariance), (found.log_evidence, evidence)):
+    for actual, expected in (
+        (found.mean, mean),
+        (found.covariance, covariance),
+        (found.log_evidence, evidence),
+    ):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
@@ -155,7 +159,9 @@ def test_covariances_stay_positive(implementation, steps, states, outputs, magni
 
 
 def test_planted_error_is_seen():
-    arguments = operator.inputs(operator.samples[0].shape, torch.device("cpu"), torch.Generator().manual_seed(0))
+    arguments = operator.inputs(
+        operator.samples[0].shape, torch.device("cpu"), torch.Generator().manual_seed(0)
+    )
     expected = operator.reference(*arguments)
     wrong = [a.clone() for a in arguments]
     wrong[1][:, 7] *= 1 + 1e-6

@@ -125,7 +125,9 @@ def matern_ssm(
     stationary = matern_stationary(kernel, outputscale, gaps)
     if nu == 0.5:
         return StateSpace(decay[..., None, None], (-scale * torch.expm1(-y))[..., None, None], stationary)
-    g = [torch.exp(-y) * y**n / math.factorial(n) for n in range(5)]  # P(n, y) - P(n + 1, y) of the gamma function
+    g = [
+        torch.exp(-y) * y**n / math.factorial(n) for n in range(5)
+    ]  # P(n, y) - P(n + 1, y) of the gamma function
     if nu == 1.5:
         transition = decay[..., None, None] * _matrix([[1 + x, x], [-x, 1 - x]])
         p3 = torch.special.gammainc(torch.full_like(y, 3), y)
@@ -195,7 +197,9 @@ class MaternBundle:
             raise InvalidArgument(f"given points of shape {tuple(points.shape)}, expected (D,) with D >= 1")
         gaps = torch.diff(points, prepend=points[:1])
         if points.device.type == "cpu" and bool((gaps[1:] <= 0).any()):
-            raise InvalidArgument("given points that do not ascend, expected each once in ascending order; use unique")
+            raise InvalidArgument(
+                "given points that do not ascend, expected each once in ascending order; use unique"
+            )
         self.points = points
         self.kernel, self.lengthscale, self.outputscale, self.count = kernel, lengthscale, outputscale, count
         self.chain, self.emission = self._steps(gaps)
@@ -268,6 +272,8 @@ class BundlePosterior:
         precision = torch.where(last[:, None, None], 0, found.future_precision[right])
         chain, _ = bundle._steps((bundle.points[right] - points).clamp_min(0))
         mean, covariance = updated(
-            mean, covariance, *reversed(through(information, precision, chain.transition, chain.process_noise))
+            mean,
+            covariance,
+            *reversed(through(information, precision, chain.transition, chain.process_noise)),
         )
         return mean[:, :r], covariance[:, :r, :r]

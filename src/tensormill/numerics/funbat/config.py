@@ -84,11 +84,19 @@ class FunctionalTuckerConfig:
             if not _is_number(share) or not 0 <= share < 1:
                 raise InvalidArgument(f"given damping {self.damping!r}, expected shares from 0 to below 1")
         if isinstance(self.damping, tuple) and len(self.damping) != 3:
-            raise InvalidArgument(f"given damping {self.damping!r}, expected (factors, core, noise) or one number")
+            raise InvalidArgument(
+                f"given damping {self.damping!r}, expected (factors, core, noise) or one number"
+            )
         if len(self.noise_prior) != 2 or any(not _is_number(v) or v <= 0 for v in self.noise_prior):
-            raise InvalidArgument(f"given noise_prior {self.noise_prior!r}, expected (shape, rate), both above zero")
-        if self.noise_variance is not None and (not _is_number(self.noise_variance) or self.noise_variance <= 0):
-            raise InvalidArgument(f"given noise_variance {self.noise_variance!r}, expected a number above zero")
+            raise InvalidArgument(
+                f"given noise_prior {self.noise_prior!r}, expected (shape, rate), both above zero"
+            )
+        if self.noise_variance is not None and (
+            not _is_number(self.noise_variance) or self.noise_variance <= 0
+        ):
+            raise InvalidArgument(
+                f"given noise_variance {self.noise_variance!r}, expected a number above zero"
+            )
         for name, least in (("starts", 1), ("n_iter", 1), ("learn_kernel", 0), ("chunk", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -108,7 +116,9 @@ class FunctionalTuckerConfig:
         if not isinstance(value, tuple):
             return (value,) * modes
         if len(value) != modes:
-            raise InvalidArgument(f"given {name} {value} for {modes} modes, expected one for each, or a single one")
+            raise InvalidArgument(
+                f"given {name} {value} for {modes} modes, expected one for each, or a single one"
+            )
         return value
 
 

@@ -125,9 +125,7 @@ def grouped_sums(
     """
     rows = [torch.cat(pair, 1) for pair in zip(moments, means, strict=True)]
     split = [(m.shape[1], u.shape[1]) for m, u in zip(moments, means, strict=True)]
-    sums = tuple(
-        groups.weights.new_zeros(groups.count, _width([s[i] for s in split], cp)) for i in range(2)
-    )
+    sums = tuple(groups.weights.new_zeros(groups.count, _width([s[i] for s in split], cp)) for i in range(2))
     step = max(1, chunk // groups.weights.shape[2])
     for start in range(0, groups.index.shape[0], step):
         part = slice(start, start + step)

@@ -197,7 +197,9 @@ class FunctionalTucker:
     def _checked_data(self, coords: Any, values: Any, sample_weight: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, y = _tensor("coords", coords, self.device), _tensor("values", values, self.device)
         if x.dim() != 2 or x.shape[1] < 1:
-            raise InvalidArgument(f"given coords of shape {tuple(x.shape)}, expected (N, K); use x[:, None] for K = 1")
+            raise InvalidArgument(
+                f"given coords of shape {tuple(x.shape)}, expected (N, K); use x[:, None] for K = 1"
+            )
         if y.shape != x.shape[:1]:
             raise InvalidArgument(f"given values of shape {tuple(y.shape)}, expected ({x.shape[0]},)")
         if x.shape[0] < 2:
@@ -325,7 +327,9 @@ class FunctionalTucker:
             self.factor_cov_.append(covariance)
 
     def _bundle(self, k: int, points: Tensor) -> MaternBundle:
-        return MaternBundle(points, self.kernel_[k], self.lengthscale_[k], self.outputscale_[k], self.rank_[k])
+        return MaternBundle(
+            points, self.kernel_[k], self.lengthscale_[k], self.outputscale_[k], self.rank_[k]
+        )
 
     def _random_functions(self, k: int, points: Tensor) -> Tensor:
         """(D, r) smooth functions of the prior's size, draws from a Matern process nearly: random cosines.
@@ -340,9 +344,9 @@ class FunctionalTucker:
 
         square = normal(_FEATURES, r, round(2 * nu)).square().sum(-1)
         frequency = (normal(_FEATURES, r) * (2 * nu / square).sqrt() / lengthscale).to(points.device)
-        phase = (
-            2 * math.pi * torch.rand(_FEATURES, r, generator=self._generator, dtype=torch.float64)
-        ).to(points.device)
+        phase = (2 * math.pi * torch.rand(_FEATURES, r, generator=self._generator, dtype=torch.float64)).to(
+            points.device
+        )
         total = points.new_zeros(points.shape[0], r)
         for f, shift in zip(frequency, phase, strict=True):
             total += torch.cos(points[:, None] * f + shift)
@@ -365,7 +369,9 @@ class FunctionalTucker:
                 fresh = data.packings[k].unpack(weights.expand(-1, data.packings[k].size))
                 heard = values.expand(-1, self.rank_[k])
             else:
-                facing = second.movedim(k, 0).reshape(second.shape[k], -1) / data.packings[k].multiplicity[:, None]
+                facing = (
+                    second.movedim(k, 0).reshape(second.shape[k], -1) / data.packings[k].multiplicity[:, None]
+                )
                 fresh = data.packings[k].unpack(weights @ facing.T)
                 heard = values @ self.core_.to(values).movedim(k, 0).reshape(self.rank_[k], -1).T
             self._precision[k] = _damped(self._precision[k], tau * fresh.double(), keep_factor)
@@ -407,7 +413,9 @@ class FunctionalTucker:
             seen = (values.T @ mean).double().reshape(-1)
             full = sums
             for k, packing in enumerate(data.packings):
-                full = full.index_select(2 * k, packing.position.flatten()).unflatten(2 * k, packing.position.shape)
+                full = full.index_select(2 * k, packing.position.flatten()).unflatten(
+                    2 * k, packing.position.shape
+                )
             order = [2 * k for k in range(self._modes)] + [2 * k + 1 for k in range(self._modes)]
             size = seen.shape[0]
             full = full.permute(order).reshape(size, size)
@@ -421,8 +429,8 @@ class FunctionalTucker:
             fitted = core @ seen
             spread = (sums * self._core_second(data).double()).sum()
             divergence = (
-                (self.core_cov_.diagonal().sum() + core @ core - size) / 2 + factor.diagonal().log().sum()
-            )
+                self.core_cov_.diagonal().sum() + core @ core - size
+            ) / 2 + factor.diagonal().log().sum()
         residual = (data.square / 2 - fitted + spread / 2).clamp_min(torch.finfo(torch.float64).tiny)
         if warming:
             log_tau = self._expected_tau().log()
@@ -644,7 +652,8 @@ class FunctionalTucker:
             self._information = [tensors[f"information.{k}"] for k in range(modes)]
             self._bundles = [self._bundle(k, tensors[f"points.{k}"]) for k in range(modes)]
             self._posteriors = [
-                b.smooth(p, i) for b, p, i in zip(self._bundles, self._precision, self._information, strict=True)
+                b.smooth(p, i)
+                for b, p, i in zip(self._bundles, self._precision, self._information, strict=True)
             ]
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
@@ -694,13 +703,17 @@ class FunctionalTucker:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise CheckpointError(f"given {path}, which is no saved FunctionalTucker; use a file that save wrote")
+                    raise CheckpointError(
+                        f"given {path}, which is no saved FunctionalTucker; use a file that save wrote"
+                    )
                 config = json.loads(metadata["config"])
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             config["dtype"] = getattr(torch, config["dtype"])
             return cls(**config, device=device).load_state_dict(state)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"given {path}, which can't be read as a saved FunctionalTucker: {error}") from error
+            raise CheckpointError(
+                f"given {path}, which can't be read as a saved FunctionalTucker: {error}"
+            ) from error
 
 
 _LEARNT = (
@@ -784,10 +797,14 @@ def _tensor(name: str, value: Any, device: torch.device | None) -> Tensor:
     try:
         result = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidArgument(f"given {name} of type {type(value).__name__}, expected an array of numbers") from error
+        raise InvalidArgument(
+            f"given {name} of type {type(value).__name__}, expected an array of numbers"
+        ) from error
     if result.is_complex() or result.dtype == torch.bool:
         raise InvalidArgument(f"given {name} of dtype {result.dtype}, expected real numbers")
     result = result.detach().to(torch.float64)
     if not bool(torch.isfinite(result).all()):
-        raise InvalidArgument(f"given {name} with NaN or infinite numbers, expected finite ones; drop those entries")
+        raise InvalidArgument(
+            f"given {name} with NaN or infinite numbers, expected finite ones; drop those entries"
+        )
     return result

@@ -65,7 +65,15 @@ def _inputs(shape: Shape, device: torch.device, generator: torch.Generator) -> t
     elif values != "normal":
         raise InvalidArgument(f"given values={values!r}, expected normal, missing, certain or still")
     information = (precision @ normal(batch, steps, r, 1)).squeeze(-1)
-    arguments = [transition, process_noise, emission, precision, information, normal(batch, s), covariances(batch)]
+    arguments = [
+        transition,
+        process_noise,
+        emission,
+        precision,
+        information,
+        normal(batch, s),
+        covariances(batch),
+    ]
     if shape.get("strided", False):
         arguments = [torch.stack([a, -a], -1)[..., 0] for a in arguments]
     return tuple(a.to(getattr(torch, shape["dtype"])) for a in arguments)
@@ -235,7 +243,9 @@ def kalman_smoother(
         if not isinstance(value, Tensor):
             raise InvalidArgument(f"given {name} of type {type(value).__name__}, expected a Tensor")
         if value.dtype not in DTYPES:
-            raise InvalidArgument(f"given {name} of dtype {value.dtype}, expected float64 or float32; convert it")
+            raise InvalidArgument(
+                f"given {name} of dtype {value.dtype}, expected float64 or float32; convert it"
+            )
         if value.dtype != transition.dtype or value.device != transition.device:
             raise InvalidArgument(
                 f"given {name} as {value.dtype} on {value.device} and transition as {transition.dtype} on "
@@ -248,7 +258,9 @@ def kalman_smoother(
     *batch, steps, s, _ = transition.shape
     r = emission.shape[0]
     if min(s, r, steps) < 1:
-        raise InvalidArgument(f"given {steps} steps, {s} states and {r} outputs, expected at least one of each")
+        raise InvalidArgument(
+            f"given {steps} steps, {s} states and {r} outputs, expected at least one of each"
+        )
     expected = {
         "process_noise": (*batch, steps, s, s),
         "emission": (r, s),

@@ -56,7 +56,9 @@ def prefixes_of(elements, combine):  # type: ignore[no-untyped-def]
     odd = tuple(e[:, 1::2] for e in elements)
     at_odd = prefixes_of(combine(even, odd), combine)
     count = (steps - 1) // 2
-    between = combine(tuple(e[:, :count] for e in at_odd), tuple(e[:, 2::2] for e in elements)) if count else None
+    between = (
+        combine(tuple(e[:, :count] for e in at_odd), tuple(e[:, 2::2] for e in elements)) if count else None
+    )
     result = []
     for i, element in enumerate(elements):
         evens = element[:, :1] if between is None else torch.cat([element[:, :1], between[i]], 1)

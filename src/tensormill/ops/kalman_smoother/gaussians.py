@@ -21,7 +21,9 @@ def predicted(mean: Tensor, covariance: Tensor, transition: Tensor, noise: Tenso
     return moved, symmetric(transition @ covariance @ transition.mT + noise)
 
 
-def updated(mean: Tensor, covariance: Tensor, precision: Tensor, information: Tensor) -> tuple[Tensor, Tensor]:
+def updated(
+    mean: Tensor, covariance: Tensor, precision: Tensor, information: Tensor
+) -> tuple[Tensor, Tensor]:
     """N(mean, covariance) times a potential of this precision and information, normalised."""
     identity = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
     narrow = symmetric(torch.linalg.solve(identity + covariance @ precision, covariance))
@@ -29,7 +31,9 @@ def updated(mean: Tensor, covariance: Tensor, precision: Tensor, information: Te
     return mean + (narrow @ news).squeeze(-1), narrow
 
 
-def through(information: Tensor, precision: Tensor, transition: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def through(
+    information: Tensor, precision: Tensor, transition: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
     """What a potential on `transition @ x + noise` says of x: its information and precision."""
     identity = torch.eye(information.shape[-1], dtype=information.dtype, device=information.device)
     both = torch.cat([precision, information.unsqueeze(-1)], -1)

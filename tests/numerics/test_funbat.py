@@ -293,7 +293,8 @@ def test_weights_are_repetitions_of_precision():
 def test_damping_mixes_old_and_fresh_messages():
     x, y, _ = field(100, noise=0.2)
     plain, damped = (
-        FunctionalTucker(2, n_iter=5, starts=1, damping=d).fit(x, y, n_iter=5) for d in (0.0, (0.25, 0.5, 0.75))
+        FunctionalTucker(2, n_iter=5, starts=1, damping=d).fit(x, y, n_iter=5)
+        for d in (0.0, (0.25, 0.5, 0.75))
     )
     damped.load_state_dict(plain.state_dict())
     old = plain._precision[0], plain._core_information, plain._residual

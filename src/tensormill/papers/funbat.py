@@ -15,6 +15,8 @@ from tensormill.papers.curves import Curve, fit_exponent
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tensormill.numerics.funbat import FunctionalTucker
+
 _SOURCES = (
     "tensormill.numerics.funbat",
     "tensormill.numerics.state_space",
@@ -102,7 +104,9 @@ def _gpytorch_process(x: Tensor, y: Tensor, nu: float, lengthscale: float, noise
                 self.mean_module(points), self.covar_module(points)
             )
 
-    likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=gpytorch.constraints.GreaterThan(1e-8))
+    likelihood = gpytorch.likelihoods.GaussianLikelihood(
+        noise_constraint=gpytorch.constraints.GreaterThan(1e-8)
+    )
     process = Process(likelihood).to(x)
     process.covar_module.lengthscale = lengthscale
     likelihood.noise = noise
@@ -198,7 +202,8 @@ def _fused_neighbours(posterior: Any, asked: Tensor) -> Tensor:
     bundle, found = posterior.bundle, posterior.found
     right = torch.searchsorted(bundle.points, asked)
     left = right - 1
-    total, weights = 0.0, 0.0
+    total: Any = 0.0
+    weights: Any = 0.0
     for side, gap in ((left, asked - bundle.points[left]), (right, bundle.points[right] - asked)):
         chain, _ = bundle._steps(gap)
         mean = (chain.transition @ found.mean[side].unsqueeze(-1)).squeeze(-1)
@@ -251,14 +256,12 @@ def scaling(run: Run) -> Measurement:
     rows: list[Row] = []
     curves: list[Curve] = []
     ends = []
-    for label, sizes, shape in (
-        ("entries", entries, lambda n: (n, (200,) * 3)),
-        ("distinct indices", distinct, lambda d: (d, (d,) * 3)),
-    ):
+    for label, sizes in (("entries", entries), ("distinct indices", distinct)):
         seconds = []
         for size in sizes:
             run.progress(f"{size} {label}")
-            x, y = _random_entries(*shape(size), run.seed, run.device)
+            indices = 200 if label == "entries" else size
+            x, y = _random_entries(size, (indices,) * 3, run.seed, run.device)
             seconds.append(_sweep_seconds(x, y, repeats, run.device, rank=3))
             rows.append(Row(f"{size} {label}: sweep", seconds[-1], "s", setting={label: size}))
         exponent = fit_exponent(sizes, seconds)
@@ -389,6 +392,12 @@ def _rmse(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().mean().sqrt())
 
 
+def _mean(model: FunctionalTucker, asked: Tensor) -> Tensor:
+    found = model.predict(asked)
+    assert not isinstance(found, tuple)
+    return found
+
+
 def _coverage(mean: Tensor, variance: Tensor, values: Tensor) -> float:
     """Share of values within the central 90 % interval."""
     return float(((values - mean).abs() <= 1.6448536 * variance.sqrt()).double().mean())
@@ -415,7 +424,7 @@ def _compared(
     if settings.get("mode", "tucker") == "tucker":
         run.progress(f"{what}: CP form")
         form = FunctionalTucker(seed=run.seed, **{**settings, "mode": "cp"}).fit(x, y)
-        cp = Row(f"{what}: our CP form, RMSE", _rmse(form.predict(asked), held_out), "RMSE")
+        cp = Row(f"{what}: our CP form, RMSE", _rmse(_mean(form, asked), held_out), "RMSE")
     covered = {}
     if _has("tensorly"):
         for grid in grids:
@@ -635,13 +644,13 @@ def _rank_one_least_squares(x: Tensor, y: Tensor, asked: Tensor, held_out: Tenso
     count = len(y)
     for _ in range(300):
         for k, factor in enumerate(factors):
-            rest = math.prod(
-                f[i[:count]] for j, (f, i) in enumerate(zip(factors, index, strict=True)) if j != k
-            )
+            rest = torch.ones_like(y)
+            for j, other in enumerate(factors):
+                rest = rest * other[index[j][:count]] if j != k else rest
             top = torch.zeros_like(factor).index_add_(0, index[k][:count], rest * y)
-            bottom = torch.zeros_like(factor).index_add_(0, index[k][:count], rest * rest)
+            bottom = torch.zeros_like(factor).index_add_(0, index[k][:count], rest.square())
             factors[k] = torch.where(bottom > 0, top / bottom.clamp_min(1e-300), factor)
-    found = math.prod(f[i] for f, i in zip(factors, index, strict=True))
+    found = torch.stack([f[i] for f, i in zip(factors, index, strict=True)]).prod(0)
     return _rmse(found[:count], y), _rmse(found[count:], held_out)
 
 

@@ -136,7 +136,7 @@ def grouped_sums(
         for i, weight in enumerate((groups.weights[part], groups.values[part])):
             block = _blocks([t[i] for t in taken], weight, cp)
             sums[i].index_add_(0, groups.index[part], block)
-    return sums
+    return sums[0], sums[1]
 
 
 def _width(sizes: Sequence[int], cp: bool) -> int:

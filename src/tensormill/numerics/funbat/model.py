@@ -104,6 +104,9 @@ class FunctionalTucker:
         self.config = FunctionalTuckerConfig(**given)
         self.device = None if device is None else torch.device(device)
         self._fitted = False
+        self._posteriors: list[BundlePosterior] = []
+        self._precision: list[Tensor] = []
+        self._information: list[Tensor] = []
 
     def __repr__(self) -> str:
         changed = [
@@ -603,7 +606,7 @@ class FunctionalTucker:
             wider[tuple(slice(r) for r in self.rank_)] = core
             wider[(-1,) * self._modes] = self.offset_
             core, factors = wider, [torch.cat([f, torch.ones_like(f[:, :1])], 1) for f in factors]
-        return TuckerTensor(core, factors)
+        return TuckerTensor(core, tuple(factors))
 
     # Keeping
 

@@ -65,7 +65,7 @@ class Groups:
         count: D_k.
         index: (blocks,), the index of each block.
         others: per other mode, (blocks, width), the entries' indices there.
-        weights, values: (blocks, 1, width).
+        weights: (blocks, 2, width), the weights and the weighted values.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Groups:
             return blank.view(-1, width)
 
         self.others = [arranged(i.int()) for j, i in enumerate(indices) if j != mode]
-        self.weights, self.values = arranged(weights).unsqueeze(1), arranged(values).unsqueeze(1)
+        self.weights = torch.stack([arranged(weights), arranged(values)], 1)
 
 
 def outer_rows(rows: Sequence[Tensor]) -> Tensor:
@@ -124,18 +124,33 @@ def grouped_sums(
         (D_k, 1).
     """
     rows = [torch.cat(pair, 1) for pair in zip(moments, means, strict=True)]
-    split = [(m.shape[1], u.shape[1]) for m, u in zip(moments, means, strict=True)]
-    sums = tuple(groups.weights.new_zeros(groups.count, _width([s[i] for s in split], cp)) for i in range(2))
+    wide = _width([m.shape[1] for m in moments], cp), _width([m.shape[1] for m in means], cp)
+    sums = tuple(groups.weights.new_zeros(groups.count, width) for width in wide)
+    # Moments and means lie side by side in one row, so that an entry is gathered once and one product sums both.
+    inner = [m.shape[1] for m in moments]
     step = max(1, chunk // groups.weights.shape[2])
     for start in range(0, groups.index.shape[0], step):
         part = slice(start, start + step)
+        weight = groups.weights[part]
         taken = [
-            row.index_select(0, other[part].flatten()).view(-1, other.shape[1], row.shape[1]).split(sizes, 2)
-            for row, other, sizes in zip(rows, groups.others, split, strict=True)
+            row.index_select(0, other[part].flatten()).view(-1, other.shape[1], row.shape[1])
+            for row, other in zip(rows, groups.others, strict=True)
         ]
-        for i, weight in enumerate((groups.weights[part], groups.values[part])):
-            block = _blocks([t[i] for t in taken], weight, cp)
-            sums[i].index_add_(0, groups.index[part], block)
+        if not taken:
+            total = weight.sum(2, keepdim=True)
+            blocks = total[:, 0], total[:, 1]
+        elif cp or len(taken) == 1:
+            total = weight @ (elementwise(taken) if cp else taken[0])
+            blocks = total[:, 0, : wide[0]], total[:, 1, wide[0] :]
+        else:
+            half = len(taken) // 2
+            (left, p), (right, q) = _joined(taken[:half], inner[:half]), _joined(taken[half:], inner[half:])
+            left[..., :p] *= weight[:, 0].unsqueeze(-1)
+            left[..., p:] *= weight[:, 1].unsqueeze(-1)
+            total = left.mT @ right
+            blocks = total[:, :p, :q].flatten(1), total[:, p:, q:].flatten(1)
+        for sum_, block in zip(sums, blocks, strict=True):
+            sum_.index_add_(0, groups.index[part], block)
     return sums[0], sums[1]
 
 
@@ -143,12 +158,10 @@ def _width(sizes: Sequence[int], cp: bool) -> int:
     return 1 if not sizes else sizes[0] if cp else math.prod(sizes)
 
 
-def _blocks(rows: Sequence[Tensor], weight: Tensor, cp: bool) -> Tensor:
-    """Weighted sums over the entries of each block: rows (blocks, width, p_j), weight (blocks, 1, width)."""
-    if not rows:
-        return weight.sum(2)
-    if cp or len(rows) == 1:
-        return (weight @ (elementwise(rows) if cp else rows[0])).squeeze(1)
-    half = len(rows) // 2
-    left, right = outer_rows(rows[:half]), outer_rows(rows[half:])
-    return ((left.mT * weight) @ right).flatten(1)
+def _joined(rows: Sequence[Tensor], inner: Sequence[int]) -> tuple[Tensor, int]:
+    """Outer products of the modes' moments and, beside them, of their means; and where the latter start."""
+    if len(rows) == 1:
+        return rows[0], inner[0]
+    moments = outer_rows([row[..., :size] for row, size in zip(rows, inner, strict=True)])
+    means = outer_rows([row[..., size:] for row, size in zip(rows, inner, strict=True)])
+    return torch.cat([moments, means], -1), moments.shape[-1]

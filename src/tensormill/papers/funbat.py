@@ -348,7 +348,9 @@ def _masked_tucker(x: Tensor, y: Tensor, asked: Tensor, grid: tuple[int, ...], r
     return torch.from_numpy(np.einsum("abc,na,nb,nc->n", core, *rows)).to(asked)
 
 
-def _svgp(x: Tensor, y: Tensor, asked: Tensor, nu: float, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+def _svgp(
+    x: Tensor, y: Tensor, asked: Tensor, nu: float, lengthscale: float, steps: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of a value by GPyTorch's sparse variational process: 256 inducing points, Adam, minibatches."""
     import gpytorch
     import torch
@@ -371,11 +373,11 @@ def _svgp(x: Tensor, y: Tensor, asked: Tensor, nu: float, steps: int, seed: int)
         torch.manual_seed(seed)
         x32, y32, asked32 = x.float(), y.float(), asked.float()
         process = Process(x32[torch.randperm(len(x32), device=x32.device)[:256]].clone()).to(x32.device)
-        process.covar_module.base_kernel.lengthscale = 0.3
+        process.covar_module.base_kernel.lengthscale = lengthscale
         likelihood = gpytorch.likelihoods.GaussianLikelihood().to(x32.device)
         evidence = gpytorch.mlls.VariationalELBO(likelihood, process, num_data=len(y32))
         parameters = [*process.parameters(), *likelihood.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=0.03)
+        optimizer = torch.optim.Adam(parameters, lr=0.05)
         for _ in range(steps):
             part = torch.randint(len(x32), (512,), device=x32.device)
             optimizer.zero_grad()
@@ -433,8 +435,8 @@ def _compared(
             peers[name] = _rmse(_masked_tucker(x, y, asked, grid, settings["rank"]), held_out)
     if _has("gpytorch"):
         run.progress(f"{what}: SVGP")
-        steps = 300 if run.scale == "quick" else 3000
-        their_mean, their_variance = _svgp(x, y, asked, nu, steps, run.seed)
+        steps = 400 if run.scale == "quick" else 3000
+        their_mean, their_variance = _svgp(x, y, asked, nu, settings["lengthscale"], steps, run.seed)
         peers["gpytorch SVGP"] = _rmse(their_mean, held_out)
         covered["gpytorch SVGP"] = _coverage(their_mean, their_variance, held_out)
     error, share = _rmse(mean, held_out), _coverage(mean, variance, held_out)

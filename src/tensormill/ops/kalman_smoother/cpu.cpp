@@ -22,6 +22,9 @@ struct Results {
   T *mean, *covariance, *filtered_mean, *filtered_covariance, *future_information, *future_precision, *log_evidence;
 };
 
+template <class T>
+using Series = void (*)(const Arguments<T> &, const Results<T> &, int64_t, int, int);
+
 }  // namespace tensormill::kalman
 
 #define ISA portable
@@ -53,15 +56,12 @@ const std::string &instruction_set() {
 }
 
 template <class T>
-using Series = void (*)(const Arguments<T> &, const Results<T> &, int64_t, int, int);
-
-template <class T>
-Series<T> best_series() {
+Series<T> best_series(int size) {
 #if TENSORMILL_X86
-  if (instruction_set() == "avx512") return avx512::series<T>;
-  if (instruction_set() == "avx2") return avx2::series<T>;
+  if (instruction_set() == "avx512") return avx512::series_of<T>(size);
+  if (instruction_set() == "avx2") return avx2::series_of<T>(size);
 #endif
-  return portable::series<T>;
+  return portable::series_of<T>(size);
 }
 
 template <class T>
@@ -72,7 +72,7 @@ void smooth(uintptr_t transition, uintptr_t process_noise, uintptr_t emission, u
             int threads) {
   const auto input = [](uintptr_t address) { return reinterpret_cast<const T *>(address); };
   const auto output = [](uintptr_t address) { return reinterpret_cast<T *>(address); };
-  const Series<T> series = best_series<T>();
+  const Series<T> series = best_series<T>(size);
   const int64_t s = size, r = outputs;
   parallel_ranges(batch, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {

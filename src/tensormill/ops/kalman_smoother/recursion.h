@@ -112,9 +112,10 @@ ISA_INLINE void narrow(const T *f, const T *j, T *out, T *work, T *spare, int n)
   for (int i = 0; i < n * n; ++i) work[i] = spare[i];
 }
 
-template <class T>
+// A size known at compile time (SIZE above 0) lets the compiler unroll the products.
+template <class T, int SIZE>
 ISA_TARGET void series(const Arguments<T> &in, const Results<T> &out, int64_t steps, int size, int outputs) {
-  const int s = size, r = outputs;
+  const int s = SIZE > 0 ? SIZE : size, r = outputs;
   const int64_t ss = int64_t{s} * s;
   std::vector<T> buffer(steps * ss + 8 * ss + 2 * int64_t{r} * s + 6 * s + 4 * r);
   T *factors = buffer.data(), *p = factors + steps * ss, *f = p + ss, *g = f + ss, *work = g + ss, *spare = work + ss,
@@ -188,6 +189,19 @@ ISA_TARGET void series(const Arguments<T> &in, const Results<T> &out, int64_t st
     apply_transposed(a, shifted, future, s, s);
     multiply(g, a, moved, s, s, s);
     multiply_transposed(moved, moved, later, s, s, s);
+  }
+}
+
+template <class T>
+Series<T> series_of(int size) {
+  switch (size) {
+    case 1: return series<T, 1>;
+    case 2: return series<T, 2>;
+    case 3: return series<T, 3>;
+    case 4: return series<T, 4>;
+    case 6: return series<T, 6>;
+    case 9: return series<T, 9>;
+    default: return series<T, 0>;
   }
 }
 

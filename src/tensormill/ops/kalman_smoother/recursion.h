@@ -64,18 +64,16 @@ ISA_INLINE void apply_transposed(const T *a, const T *x, T *y, int m, int n, boo
     for (int j = 0; j < n; ++j) y[j] += a[i * n + j] * x[i];
 }
 
-// Upper factor u with a = u'u; a is symmetric and only its upper half is read. A pivot that rounding made too small is
-// raised to a few units of rounding of its own diagonal element, a zero row stays zero.
+// Upper factor u with a = u'u, for a symmetric and positive definite; only its upper half is read. Returns whether every
+// pivot exceeded `least` times its diagonal element: then u'u is a up to rounding.
 template <class T>
-ISA_INLINE void cholesky(const T *__restrict a, T *__restrict u, int n) {
+ISA_INLINE bool cholesky(const T *__restrict a, T *__restrict u, int n, T least = 0) {
   for (int i = 0; i < n; ++i) {
     for (int j = 0; j < n; ++j) u[i * n + j] = j < i ? T(0) : a[i * n + j];
   }
   for (int i = 0; i < n; ++i) {
-    const T least = 4 * std::numeric_limits<T>::epsilon() * a[i * n + i];
-    T pivot = u[i * n + i];
-    if (pivot < least) pivot = least;
-    const T root = std::sqrt(pivot), scale = pivot == 0 ? T(0) : 1 / root;
+    if (u[i * n + i] <= least * a[i * n + i]) return false;
+    const T root = std::sqrt(u[i * n + i]), scale = 1 / root;
     u[i * n + i] = root;
     for (int j = i + 1; j < n; ++j) u[i * n + j] *= scale;
     for (int l = i + 1; l < n; ++l) {
@@ -83,6 +81,47 @@ ISA_INLINE void cholesky(const T *__restrict a, T *__restrict u, int n) {
       for (int j = l; j < n; ++j) u[l * n + j] -= factor * u[i * n + j];
     }
   }
+  return true;
+}
+
+// Any f with a = f'f, for a positive semidefinite and singular, where elimination in the given order amplifies rounding
+// without bound: the largest pivot of the matrix scaled to a unit diagonal comes first, and when none exceeds the rounding,
+// the rest is zero. NaN is taken as the largest, so that it shows in the result. Rarely needed, so not inlined.
+template <class T>
+ISA_TARGET __attribute__((noinline)) void factorize_singular(const T *a, T *f, T *rest, T *scale, int n, T rounding) {
+  for (int i = 0; i < n; ++i) scale[i] = a[i * n + i] <= 0 ? T(0) : std::sqrt(a[i * n + i]);
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) {
+      const T product = scale[i] * scale[j];
+      rest[i * n + j] = product == 0 ? T(0) : a[i * n + j] / product;
+    }
+  for (int step = 0; step < n; ++step) {
+    T *row = f + step * n;
+    int pivot = 0;
+    for (int i = 1; i < n; ++i)
+      if (!(rest[i * n + i] <= rest[pivot * n + pivot])) pivot = i;
+    const T largest = rest[pivot * n + pivot];
+    if (largest <= rounding) {
+      for (int j = 0; j < (n - step) * n; ++j) row[j] = 0;
+      break;
+    }
+    const T inverse = 1 / std::sqrt(largest);
+    for (int j = 0; j < n; ++j) row[j] = rest[pivot * n + j] * inverse;
+    for (int i = 0; i < n; ++i) {
+      const T factor = row[i];
+      for (int j = 0; j < n; ++j) rest[i * n + j] -= factor * row[j];
+    }
+    for (int j = 0; j < n; ++j) rest[pivot * n + j] = rest[j * n + pivot] = 0;
+  }
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) f[i * n + j] *= scale[j];
+}
+
+// Any f with a = f'f, for a positive semidefinite.
+template <class T>
+ISA_INLINE void factorize(const T *a, T *f, T *spare, T *scale, int n) {
+  const T rounding = n * std::numeric_limits<T>::epsilon();
+  if (!cholesky(a, f, n, 4 * rounding)) factorize_singular(a, f, spare, scale, n, rounding);
 }
 
 // x (n x m) = u^-T b for upper u (n x n) of nonzero diagonal
@@ -124,7 +163,7 @@ ISA_TARGET void series(const Arguments<T> &in, const Results<T> &out, int64_t st
     *last = other + s, *u = last + s, *v = u + r, *w = v + r;
 
   for (int i = 0; i < s; ++i) mean[i] = in.initial_mean[i];
-  cholesky(in.initial_covariance, f, s);
+  factorize(in.initial_covariance, f, spare, other, s);
   double evidence = 0;
   for (int64_t t = 0; t < steps; ++t) {
     const T *a = in.transition + t * ss, *l = in.precision + t * r * r, *h = in.information + t * r;
@@ -133,7 +172,7 @@ ISA_TARGET void series(const Arguments<T> &in, const Results<T> &out, int64_t st
     multiply(f, moved, g, s, s, s);  // rows of f A'
     for (int64_t i = 0; i < ss; ++i) p[i] = in.process_noise[t * ss + i];
     multiply_transposed(g, g, p, s, s, s, true);
-    cholesky(p, f, s);
+    factorize(p, f, spare, other, s);
     multiply(l, in.emission, lh, r, r, s);
     multiply_transposed(in.emission, lh, site, s, r, s);
     T *factor = factors + t * ss;
@@ -179,7 +218,7 @@ ISA_TARGET void series(const Arguments<T> &in, const Results<T> &out, int64_t st
     apply_transposed(in.emission, h, information, r, s, true);
     if (t == 0) break;
     const T *a = in.transition + t * ss, *q = in.process_noise + t * ss;
-    cholesky(precision, f, s);
+    factorize(precision, f, spare, other, s);
     narrow(f, q, g, work, spare, s);  // g'g: the precision that is left after the noise
     apply(q, information, other, s, s);
     apply(g, other, last, s, s);

@@ -696,7 +696,7 @@ def us_temperature(run: Run) -> Measurement:
         rows.append(Row(f"fold {fold}, rank-1 least squares: training RMSE", least, "RMSE"))
     reached = statistics.mean(errors)
     reason = (
-        f"RMSE {reached:.3f}; on this copy of the data (indices are ranks, values in degrees Fahrenheit) the best rank-1 "
+        f"RMSE {reached:.3f}; on this copy of the data (indices are ranks) the best rank-1 "
         f"model's training error is {min(training):.3f}, above the notebook's 1.171, so its data must be other numbers"
     )
     return Measurement(rows, reached <= 1.171 * 1.01, reason)

@@ -149,6 +149,7 @@ class DigitalNet(Sequence):
         ):  # i ^ (i >> 1) is linear in i: column c of the natural order also belongs to bit c + 1
             linear = torch.cat([linear[..., :1], linear[..., 1:] ^ linear[..., :-1]], -1)
         self._linear = linear.contiguous()
+        self._low: Tensor | None = None
         self._shift = torch.zeros(replicas, d, dtype=torch.int64, device=self.device)
         if randomize in ("ds", "lms_ds"):
             self._shift = randomization.random_bits(
@@ -179,21 +180,35 @@ class DigitalNet(Sequence):
             raise InvalidArgument('given randomize="nus", expected a linear scrambling; use "lms_ds"')
         return self._linear.clone()
 
-    def _linear_combination(self, index: Tensor) -> Tensor:
-        result = torch.zeros(
-            self._count, len(index), self._linear.shape[1], dtype=torch.int64, device=self.device
-        )
-        used = min(int(index[-1]).bit_length() if len(index) else 0, self._linear.shape[-1])
-        for bit in range(used):
-            result ^= ((index >> bit) & 1)[:, None] * self._linear[:, None, :, bit]
-        return result
+    def _rows(self, first: int, count: int, step_bits: int) -> Tensor:
+        """Linear combinations of columns for the indices (first + r) 2^step_bits, r < count: (R, count, d)."""
+        columns = self._linear[..., step_bits:]
+        depth = max(0, count - 1).bit_length()
+        if first % (1 << depth):
+            index = torch.arange(first, first + count, device=self.device)
+            rows = torch.zeros(
+                self._count, count, self._linear.shape[1], dtype=torch.int64, device=self.device
+            )
+            for bit in range((first + count - 1).bit_length()):
+                rows ^= ((index >> bit) & 1)[:, None] * columns[:, None, :, bit]
+            return rows
+        rows = torch.zeros(self._count, 1, self._linear.shape[1], dtype=torch.int64, device=self.device)
+        for bit in range(first.bit_length()):
+            if first >> bit & 1:
+                rows = rows ^ columns[..., bit].unsqueeze(1)
+        for bit in range(depth):  # aligned: the rows to come differ from those before in one more column
+            rows = torch.cat([rows, rows ^ columns[..., bit].unsqueeze(1)], 1)
+        return rows[:, :count]
 
     def _tables(self, n: int, start: int) -> tuple[Tensor, Tensor]:
         size = 1 << LOW_BITS
         first, last = start >> LOW_BITS, max(start, start + n - 1) >> LOW_BITS
-        high = self._linear_combination(torch.arange(first, last + 1, device=self.device) * size)
-        rows = min(size, n) if first == last and start % size == 0 else size
-        return high, self._linear_combination(torch.arange(rows, device=self.device))
+        high = self._rows(first, last - first + 1, LOW_BITS)
+        if first == last and start % size == 0 and n < size:
+            return high, self._rows(0, max(n, 1), 0)
+        if self._low is None:
+            self._low = self._rows(0, min(size, self.max_points), 0)
+        return high, self._low
 
     def integers(self, n: int, start: int = 0) -> Tensor:
         """Points `start` to `start + n - 1` as integers of `bits` bits, first digit highest: (n, d) or (R, n, d)."""

@@ -48,7 +48,7 @@ class Halton(Sequence):
         device: where points are made.
         dtype: of the points.
 
-    Digits are randomised until base^digits reaches 2^53; a point is exact to rounding and stays below 1.
+    Digits are randomised until base^digits is about 2^53; a point is exact to rounding and stays below 1.
 
     Raises:
         InvalidArgument: an argument out of range.
@@ -78,7 +78,8 @@ class Halton(Sequence):
             )
         self.randomize = randomize
         self.bases = primes(d)
-        self.digits = [math.ceil(53 / math.log2(base)) for base in self.bases]
+        # as many digits as give 53 bits, as long as an int64 holds them
+        self.digits = [min(math.ceil(53 / b), int(62 / b)) for b in map(math.log2, self.bases)]
         self._random = [self._draw(j) for j in range(d)]
 
     def _draw(self, j: int) -> dict[str, Tensor]:
@@ -104,8 +105,12 @@ class Halton(Sequence):
         return drawn
 
     def _powers(self, j: int) -> Tensor:
-        exponents = torch.arange(1, self.digits[j] + 1, dtype=torch.float64, device=self.device)
-        return torch.pow(float(self.bases[j]), -exponents)
+        """What a digit is worth in units of base^-digits; sums of them are exact, so their order doesn't matter."""
+        base, digits = self.bases[j], self.digits[j]
+        return torch.tensor([base ** (digits - 1 - k) for k in range(digits)], device=self.device)
+
+    def _value(self, units: Tensor, j: int) -> Tensor:
+        return units.double() * float(self.bases[j]) ** -self.digits[j]
 
     def _digits_of(self, index: Tensor, j: int) -> Tensor:
         """(n, digits), the last digit of the index first."""
@@ -131,13 +136,13 @@ class Halton(Sequence):
                 changed = (digits + drawn["shifts"][:, None, part]) % base
             else:
                 changed = digits.expand(count, -1, -1)
-            return changed.double() @ powers[part]
+            return (changed * powers[part]).sum(-1)
 
         first, last = start // size, max(start, start + n - 1) // size
         low = total(torch.arange(size, device=self.device), slice(0, split))
         high = total(torch.arange(first, last + 1, device=self.device) * size, slice(split, None))
         offset = start - first * size
-        return (high.unsqueeze(-1) + low.unsqueeze(1)).flatten(1)[:, offset : offset + n]
+        return self._value((high.unsqueeze(-1) + low.unsqueeze(1)).flatten(1)[:, offset : offset + n], j)
 
     def _linear(self, j: int, n: int, start: int) -> Tensor:
         drawn, powers, base = self._random[j], self._powers(j), self.bases[j]
@@ -150,8 +155,8 @@ class Halton(Sequence):
             mixed = digits @ drawn["matrices"][..., :used].double().mT  # exact: sums stay far below 2^53
             if "shifts" in drawn:
                 mixed = mixed + drawn["shifts"].unsqueeze(1)
-            parts.append(torch.remainder(mixed, base) @ powers)
-        return torch.cat(parts, 1)
+            parts.append((torch.remainder(mixed, base).long() * powers).sum(-1))
+        return self._value(torch.cat(parts, 1), j)
 
     def _nested(self, j: int, n: int, start: int) -> Tensor:
         """A digit becomes its rank among the hashes that (digits before it, digit) have in its base."""
@@ -164,15 +169,15 @@ class Halton(Sequence):
             index = torch.arange(begin, min(begin + rows, start + n), device=self.device)
             digits, powers = self._digits_of(index, j), self._powers(j)
             state = keys.expand(count, len(index))
-            value = torch.zeros(count, len(index), dtype=torch.float64, device=self.device)
+            units = torch.zeros(count, len(index), dtype=torch.int64, device=self.device)
             for position in range(self.digits[j]):
                 digit = digits[:, position].expand(count, -1).unsqueeze(-1)
                 hashes = mix(mix(candidates + 1) ^ state.unsqueeze(-1))
                 own = hashes.gather(-1, digit)
-                value += (hashes < own).sum(-1).double() * powers[position]
+                units += (hashes < own).sum(-1) * powers[position]
                 state = mix(own.squeeze(-1) + 1)
-            parts.append(value)
-        return torch.cat(parts, 1)
+            parts.append(units)
+        return self._value(torch.cat(parts, 1), j)
 
     def _values(self, n: int, start: int) -> Tensor:
         result = torch.empty(self._count, n, self.d, dtype=self.dtype, device=self.device)

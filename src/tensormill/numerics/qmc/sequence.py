@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from tensormill.numerics.qmc.randomization import draw_seed
 
 LOW_BITS = 10
 """A block has 2^10 points: with 32 coordinates in double precision, 256 KB."""
+
+_CACHED = 1 << 15
+"""Elements combined at a time: 256 KB of doubles, half of a common second-level cache."""
 
 DTYPES = (torch.float64, torch.float32)
 
@@ -191,35 +195,45 @@ def combine(
 
     Args:
         high: (R, blocks, d), a row for every block from the one that `start` is in.
-        low: (R or 1, 2^LOW_BITS or n if smaller, d).
+        low: (R or 1, 2^LOW_BITS, or n where there are fewer points from 0 on, d).
         start: index of the first point.
         n: number of points.
         dtype: of the result.
-        apply: called with rows of high, of low, and the part of the result to fill; shapes broadcast.
+        apply: called with parts of high, of low, and of the result to fill; shapes broadcast.
 
     Returns:
         (R, n, d).
     """
     replications, _, d = high.shape
-    result = torch.empty(replications, n, d, dtype=dtype, device=high.device)
     size = 1 << LOW_BITS
     first = start >> LOW_BITS
-    if high.device.type != "cpu" and start % size == 0 and n % size == 0:
-        apply(high.unsqueeze(2), low.unsqueeze(1), result.unflatten(1, (-1, size)))
-        return result
+    whole = start % size == 0 and n % size == 0
+    if high.device.type != "cpu":
+        if whole:
+            result = torch.empty(replications, n, d, dtype=dtype, device=high.device)
+            apply(high.unsqueeze(2), low.unsqueeze(1), result.unflatten(1, (-1, size)))
+            return result
+        result = torch.empty(replications, n, d, dtype=dtype, device=high.device)
+    else:  # numpy asks for large pages, which halves the time of large results
+        result = torch.from_numpy(
+            np.empty((replications, n, d), np.float64 if dtype.itemsize == 8 else np.float32)
+        )
+        result = result.view(dtype)
     # Rows are glued together until they are long enough for the inner loop to be worth its start.
     glued = 1 << max(0, math.ceil(math.log2(64 / d)))
-    repeated = high.repeat(1, 1, glued)
+    together = max(1, _CACHED // (size * d)) if whole else 1
     for replication in range(replications):
-        table = low[replication % low.shape[0]]
-        target = result[replication]
+        table, target = low[replication % low.shape[0]], result[replication]
+        if whole:
+            rows, table = high[replication].repeat(1, glued).unsqueeze(1), table.view(-1, glued * d)
+            parts = target.view(-1, size // glued, glued * d)
+            for block in range(0, len(rows), together):
+                chosen = slice(block, block + together)
+                apply(rows[chosen], table, parts[chosen])
+            continue
         for block, begin, end, offset in blocks(start, n):
             part = target[offset : offset + end - begin]
-            if begin % glued == 0 and end % glued == 0:
-                row = repeated[replication, block - first]
-                apply(row, table[begin:end].reshape(-1, glued * d), part.view(-1, glued * d))
-            else:
-                apply(high[replication, block - first], table[begin:end], part)
+            apply(high[replication, block - first], table[begin:end], part)
     return result
 
 

@@ -5,7 +5,14 @@ More threads than cores wait for one another in busy loops, and tests take sever
 
 import os
 
+import hypothesis
 import pytest
+
+# A slow moment of the machine is no failure.
+hypothesis.settings.register_profile(
+    "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any-speed")
 
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:

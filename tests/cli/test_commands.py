@@ -228,3 +228,33 @@ def test_version(tensormill):
     import tensormill as package
 
     assert package.__version__ in tensormill("--version").out
+
+
+@pytest.fixture
+def toy_paper(monkeypatch, tmp_path):
+    from tensormill.papers import reproduce
+    from tensormill.papers.catalogue import Measurement, Paper, Row
+
+    monkeypatch.setenv("TENSORMILL_RESULTS", str(tmp_path / "results"))
+    paper = Paper(slug="toy", title="A toy", authors="Doe", arxiv="2401.00002", room="ops", figures=())
+
+    @paper.claim("C1", statement="One is one", unit="x", criterion="equal")
+    def equal(run):
+        return Measurement([Row("one", 1, "x")], holds=True)
+
+    monkeypatch.setattr(reproduce, "find_paper", lambda slug: paper)
+
+
+def test_reproduce_writes_a_page(tensormill, toy_paper, tmp_path):
+    run = ("reproduce", "toy", "--device", "cpu")
+    done = tensormill(*run, "--json")
+    assert done.code == 0 and json.loads(done.out)["claims"][0]["holds"], done.err
+    (page,) = (tmp_path / "results" / "toy").glob("quick-*.html")
+    assert "One is one" in page.read_text(encoding="utf-8")
+
+    taken = tmp_path / "page.html"
+    taken.write_text("mine")
+    done = tensormill(*run, "--page", taken)
+    assert done.code == 2 and "page.html" in done.err and taken.read_text() == "mine"
+    done = tensormill(*run, "--page", taken, "--overwrite", "--no-record")
+    assert done.code == 0 and str(taken) in done.out and "One is one" in taken.read_text()

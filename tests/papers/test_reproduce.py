@@ -68,10 +68,12 @@ def by_id(result):
 
 def test_the_shape_is_the_contract(paper):
     result = reproduce(paper, device="cpu")
-    assert list(result) == ["paper", "device", "status", "claims"]
+    assert list(result) == ["paper", "title", "device", "scale", "status", "claims"]
     assert result["paper"] == "toy" and isinstance(result["device"], str)
     for claim in result["claims"]:
-        assert list(claim) == ["id", "statement", "paper_value", "unit", "holds", "reason", "rows"]
+        assert list(claim) == [
+            "id", "statement", "criterion", "paper_value", "unit", "holds", "reason", "seconds", "rows", "curves",
+        ]  # fmt: skip
         for row in claim["rows"]:
             assert list(row)[:3] == ["what", "value", "unit"]
             assert set(row) <= {"what", "value", "unit", "spread", "peers", "limit", "setting"}
@@ -265,6 +267,6 @@ def test_the_catalogue_lists_each_recorded_run(paper, monkeypatch):
 
 def test_the_guide_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "claims.md", "exec"), {"__name__": "guide"})

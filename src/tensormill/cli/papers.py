@@ -1,5 +1,6 @@
 """`tensormill papers` and `tensormill reproduce`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -47,13 +48,26 @@ def reproduce(
     device: Device = "auto",
     claim: Annotated[list[str] | None, typer.Option("--claim", help="Only this claim; repeatable.")] = None,
     record: Annotated[bool, typer.Option(help="Write the measurements to the results folder.")] = True,
+    page: Annotated[
+        Path | None, typer.Option(help="Where to write the page with plots; the results folder if recorded.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a page that lies there.")] = False,
     json: Json = False,
 ) -> None:
     """Measure a paper's claims again on this machine, beside the best peers."""
+    from tensormill.compress.output import check_files, write_files
+    from tensormill.papers.page import exponents, to_html
+    from tensormill.papers.records import page_path
     from tensormill.papers.reproduce import reproduce as measure
 
+    if page is not None:
+        check_files(page.parent, [page.name], overwrite=overwrite)
     with progress_bar() as progress:
         result = measure(paper, scale, resolve_device(device), claim, record, progress)
+    if page is None and record and result["claims"]:
+        page = page_path(result["paper"], scale, result["device"])
+    if page is not None:
+        write_files(page.parent, {page.name: to_html(result)})
     if json:
         print_json(result)
         return
@@ -77,3 +91,7 @@ def reproduce(
             table.add_row(row["what"], shown, row["unit"])
         if measured["rows"]:
             console.print(table)
+        for sentence in exponents(measured["curves"]):
+            console.print(sentence, markup=False, style="dim")
+    if page is not None:
+        console.print(f"\nPlots and everything measured: {page}", markup=False, soft_wrap=True)

@@ -22,9 +22,7 @@ from tensormill.compress.evaluate import max_positions
 from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.methods import check_layers
 from tensormill.compress.output import check_files, write_files
-from tensormill.compress.page import render_page
 from tensormill.compress.pipeline import evaluation_text, open_with_tokenizer, short_name, source_fields
-from tensormill.compress.plots import Point, Series, format_value, line_plot, method_label, method_series
 from tensormill.compress.report import (
     describe_source,
     encodable,
@@ -38,6 +36,8 @@ from tensormill.compress.structure import discover
 from tensormill.compress.sweep import MAX_TOKENS, METHODS_COMPARED, ORIGINAL, SAMPLES, Measured, plan, sweep
 from tensormill.compress.text import read_texts
 from tensormill.errors import InvalidArgument
+from tensormill.page import render_page
+from tensormill.plots import Point, Series, format_value, line_plot, method_label, method_series
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 from tensormill.compress.budget import parse_budget
 from tensormill.compress.evaluate import Evaluation, Interval, paired_bootstrap
 from tensormill.compress.output import write_files
-from tensormill.compress.page import render_page
-from tensormill.compress.plots import (
+from tensormill.compress.search_report import BudgetSearch
+from tensormill.compress.speed import Speed
+from tensormill.errors import InvalidArgument
+from tensormill.page import render_page
+from tensormill.plots import (
     Bar,
     Pair,
     PairGroup,
@@ -35,9 +38,6 @@ from tensormill.compress.plots import (
     method_series,
     pair_plot,
 )
-from tensormill.compress.search_report import BudgetSearch
-from tensormill.compress.speed import Speed
-from tensormill.errors import InvalidArgument
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tensormill.compress.plots import (
+from tensormill.compress.recipe import Step
+from tensormill.plots import (
     Cell,
     GridRow,
     Point,
@@ -16,7 +17,6 @@ from tensormill.compress.plots import (
     line_plot,
     method_label,
 )
-from tensormill.compress.recipe import Step
 
 if TYPE_CHECKING:
     from rich.table import Table

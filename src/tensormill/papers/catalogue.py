@@ -38,13 +38,14 @@ from pathlib import Path
 from typing import Any
 
 from tensormill.errors import InvalidArgument, TensormillError
+from tensormill.papers.curves import Curve
 
 SCALES = ("quick", "full")
 """`quick` runs on a laptop CPU within about a minute; `full` says in `needs` what it needs."""
 
 ROOMS = ("compress", "models", "parallel", "codegen", "hardware", "numerics", "metrics", "data", "ops")
 
-_MECHANISM = frozenset({"catalogue", "records", "reproduce"})
+_MECHANISM = frozenset({"catalogue", "curves", "page", "records", "reproduce"})
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _ARXIV = re.compile(r"\d{2}(0[1-9]|1[0-2])\.\d{4,5}")
 _NEED = re.compile(r"cpu|cuda|python:[\w.]+|data:[\w.-]+")
@@ -117,12 +118,14 @@ class Measurement:
         reason: one sentence: what decided it, and which substitute was measured when the paper's own data or
             hardware can't be had.
         repeats: how often each value was measured.
+        curves: values along a size, with the power of it that was fitted; drawn in the report.
     """
 
     rows: Sequence[Row]
     holds: bool
     reason: str = ""
     repeats: int = 1
+    curves: Sequence[Curve] = ()
 
 
 @dataclass(frozen=True)

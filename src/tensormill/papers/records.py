@@ -86,12 +86,15 @@ class Record:
     source_hash: str
     sources: dict[str, str]
     schema: int = 1
+    curves: list[dict[str, Any]] = field(default_factory=list)
     path: Path | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The record as it is written; `path` is where it lies and not part of it."""
         document = asdict(self)
         del document["path"]
+        if not self.curves:
+            del document["curves"]
         return document
 
     def changed_files(self, claim: Claim) -> list[str]:
@@ -165,6 +168,7 @@ def make_record(
         threads=torch.get_num_threads(),
         source_hash=_digest(json.dumps(dict(sources), sort_keys=True).encode()),
         sources=dict(sources),
+        curves=[curve.to_json() for curve in measurement.curves],
     )
 
 
@@ -239,10 +243,19 @@ def results_folder() -> Path:
 
 def record_path(record: Record, folder: Path | None = None) -> Path:
     """Where a record belongs: `<folder>/<paper>/<claim>/<scale>-<device>.json`."""
-    name = record.device.lower().replace("(r)", "").replace("(tm)", "")
-    label = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    label = _label(record.device)
     label = label if label.startswith(record.device_kind) else f"{record.device_kind}-{label}"
     return (folder or results_folder()) / record.paper / record.claim / f"{record.scale}-{label}.json"
+
+
+def page_path(paper: str, scale: str, device: str) -> Path:
+    """Where the page of a recorded run belongs: `<results>/<paper>/<scale>-<device>.html`."""
+    return results_folder() / paper / f"{scale}-{_label(device)}.html"
+
+
+def _label(device: str) -> str:
+    name = device.lower().replace("(r)", "").replace("(tm)", "")
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def check_writable(folder: Path | None = None) -> None:
@@ -305,7 +318,8 @@ def read_record(path: Path) -> Record:
     names = {item.name for item in fields(Record)} - {"path"}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return Record(**{name: document[name] for name in names}, path=path)
+        found = {name: document[name] for name in names - {"curves"}}
+        return Record(**found, curves=document.get("curves", []), path=path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"given {path}, expected a recorded run ({type(error).__name__}: {error}); "

@@ -49,9 +49,10 @@ def reproduce(
         progress: called with a message and the share done (0 to 1, None when unknown).
 
     Returns:
-        {paper, device, status, claims: [{id, statement, paper_value, unit, holds, reason, rows}]}; a row is
-        {what, value, unit} and, where measured, spread, peers, limit and setting. `status` is "planned" and
-        `claims` empty for a paper that has no claim yet.
+        {paper, title, device, scale, status, claims: [{id, statement, criterion, paper_value, unit, holds, reason,
+        seconds, rows, curves}]}; a row is {what, value, unit} and, where measured, spread, peers, limit and
+        setting; a curve is {name, x, y, x_label, y_label} and, where a power was fitted, exponent. `status` is
+        "planned" and `claims` empty for a paper that has no claim yet.
 
     Raises:
         InvalidArgument: an unknown paper, scale, claim, or a device that isn't there.
@@ -77,7 +78,9 @@ def reproduce(
         measured.append(_measure(claim, Run(scale, device, report=share), record))
     return {
         "paper": paper.slug,
+        "title": paper.title,
         "device": device_name(device),
+        "scale": scale,
         "status": records.status(paper, records.read_records(paper.slug)),
         "claims": measured,
     }
@@ -98,11 +101,14 @@ def _measure(claim: Claim, run: Run, record: bool) -> dict[str, Any]:
     result: dict[str, Any] = {
         "id": claim.id,
         "statement": claim.statement,
+        "criterion": claim.criterion,
         "paper_value": claim.paper_value,
         "unit": claim.unit,
         "holds": None,
         "reason": _obstacle(claim, run),
+        "seconds": None,
         "rows": [],
+        "curves": [],
     }
     if result["reason"]:
         run.progress(f"not measured: {result['reason']}", 1.0)
@@ -126,7 +132,9 @@ def _measure(claim: Claim, run: Run, record: bool) -> dict[str, Any]:
         _log.debug("claim %s of %s", claim.id, claim.paper, exc_info=True)
         result["reason"] = f"not measured: {_one_line(error)}"
     else:
-        result.update(holds=made.holds, reason=made.reason, rows=made.rows)
+        result.update(
+            holds=made.holds, reason=made.reason, seconds=made.seconds, rows=made.rows, curves=made.curves
+        )
         if record:
             run.progress(f"recorded in {records.write_record(made)}", 1.0)
         return result

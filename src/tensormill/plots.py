@@ -85,12 +85,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Markers, joined by a line or not; `tone` is one of `TONES`."""
+    """Markers, joined by a line or not; `tone` is one of `TONES`; `fit` is drawn dashed, between its points."""
 
     name: str
     points: Sequence[Point]
     tone: str = "other"
     joined: bool = True
+    fit: Sequence[Point] = ()
 
 
 @dataclass(frozen=True)
@@ -352,6 +353,7 @@ def line_plot(
     description: str = "",
     width: int = 520,
     height: int = 320,
+    log_x: bool = False,
 ) -> str:
     """Lines with markers; the y axis is logarithmic where its values span more than a factor of three.
 
@@ -363,6 +365,7 @@ def line_plot(
         description: What a screen reader says.
         width: In CSS pixels.
         height: In CSS pixels.
+        log_x: Whether the x axis is logarithmic where all x are above zero.
 
     Returns:
         One ``<svg>`` element; the empty string if nothing can be drawn.
@@ -384,7 +387,7 @@ def line_plot(
         entries.insert(0, (_line(-8, 0, 6, 0, "reference original"), reference[0]))
     parts, top = _heading(y_label, log, right, entries)
     y_axis = _Axis(ys, bottom, top, log=log, pad=0.08)
-    x_axis = _Axis(xs, left, right, log=False, pad=0.06)
+    x_axis = _Axis(xs, left, right, log=log_x and min(xs) > 0, pad=0.06)
     parts += _frame(left, right, bottom, y_axis)
     for tick in x_axis.ticks(6):
         parts.append(_line(x_axis(tick), bottom, x_axis(tick), bottom + 5, "axis"))
@@ -397,6 +400,10 @@ def line_plot(
         if one.joined:
             path = " ".join(f"{x_axis(p.x):.1f},{y_axis(p.y):.1f}" for p in sorted(points, key=lambda p: p.x))
             parts.append(f'<polyline points="{path}" class="line {one.tone}"/>')
+        fit = [p for p in one.fit if math.isfinite(p.x) and math.isfinite(p.y) and not (log and p.y <= 0)]
+        if len(fit) > 1:
+            path = " ".join(f"{x_axis(p.x):.1f},{y_axis(p.y):.1f}" for p in fit)
+            parts.append(f'<polyline points="{path}" class="reference {one.tone}" fill="none"/>')
         for p in points:
             marker = _marker(kind, x_axis(p.x), y_axis(p.y), f"mark {one.tone}")
             title = p.title or f"{one.name}: {format_value(p.x)}, {format_value(p.y, 4)}"

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tensormill.compress.plots import (
+from tensormill.errors import InvalidArgument
+from tensormill.plots import (
     PLOT_STYLE,
     TONES,
     Bar,
@@ -29,7 +30,6 @@ from tensormill.compress.plots import (
     nice_ticks,
     pair_plot,
 )
-from tensormill.errors import InvalidArgument
 
 NASTY = "<b onload='x'>\"&</b>"
 FINITE = st.floats(-1e6, 1e6, allow_nan=False)

@@ -62,6 +62,38 @@ def reverse_bits(x: Tensor) -> Tensor:
     return result
 
 
+@functools.lru_cache(maxsize=16)
+def _twiddles(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """exp(-i pi k / n) for k < n."""
+    angles = torch.arange(n, dtype=dtype, device=device) * (-math.pi / n)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def _fftbr_of_real(x: Tensor) -> Tensor:
+    """Two real transforms in one complex one of half the length: even times are the first half of the samples."""
+    n = x.shape[-1]
+    half = n // 2
+    packed = torch.fft.fft(reverse_bits(torch.complex(x[..., :half], x[..., half:])))
+    packed.mul_(0.5 / math.sqrt(n))
+    mirrored = torch.cat([packed[..., :1], packed[..., 1:].flip(-1)], -1).conj()
+    even = packed + mirrored
+    odd = (packed - mirrored).mul_(_twiddles(half, x.dtype, x.device) * -1j)
+    result = torch.empty(*x.shape, dtype=even.dtype, device=x.device)
+    torch.add(even, odd, out=result[..., :half])
+    torch.sub(even, odd, out=result[..., half:])
+    return result
+
+
+class _RealFourier(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _fftbr_of_real(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return ifftbr(gradients[0]).real
+
+
 def fftbr(x: Tensor) -> Tensor:
     """Orthonormal Fourier transform of samples in radical-inverse (bit-reversed) order.
 
@@ -71,6 +103,10 @@ def fftbr(x: Tensor) -> Tensor:
     Returns:
         (..., n) complex, frequencies in their usual order.
     """
+    n = _check(x)
+    if n > 2 and x.dtype in (torch.float32, torch.float64):
+        result: Tensor = _RealFourier.apply(x)
+        return result
     return torch.fft.fft(reverse_bits(x), norm="ortho")
 
 
@@ -99,8 +135,13 @@ def merge_doubling(first: Tensor, second: Tensor, kind: str) -> Tensor:
         )
     n = _check(first)
     if kind == "fftbr":
-        angles = torch.arange(n, device=second.device, dtype=second.real.dtype) * (-math.pi / n)
-        second = second * torch.polar(torch.ones_like(angles), angles)
+        second = second * _twiddles(n, second.real.dtype, second.device)
     elif kind != "fwht":
         raise InvalidArgument(f'given kind={kind!r}, expected "fftbr" or "fwht"')
-    return torch.cat([first + second, first - second], -1) * math.sqrt(0.5)
+    if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
+        return torch.cat([first + second, first - second], -1) * math.sqrt(0.5)
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    result = torch.empty(*first.shape[:-1], 2 * n, dtype=dtype, device=first.device)
+    torch.add(first, second, out=result[..., :n])
+    torch.sub(first, second, out=result[..., n:])
+    return result.mul_(math.sqrt(0.5))

@@ -164,8 +164,9 @@ def _check(points: PointSet, kernel: ProductKernel) -> None:
         raise InvalidArgument(
             f"given a kernel of {kernel.d} dimensions for points of {sequence.d}, expected the same"
         )
-    if getattr(sequence, "order", "natural") != "natural":
-        raise InvalidArgument(f'given points in order {sequence.order!r}, expected "natural"')
+    order = getattr(sequence, "order", "natural")
+    if order != "natural":
+        raise InvalidArgument(f'given points in order {order!r}, expected "natural"')
     if sequence.dtype != torch.float64:
         raise InvalidArgument(
             f"given points of {sequence.dtype}, expected float64; make them with dtype=torch.float64"

@@ -158,12 +158,10 @@ class ProductKernel(nn.Module):
         result: Any = None
         for j in range(self.d):  # d tensors of (...), instead of one of (..., d)
             delta = self._difference(x[..., j], z[..., j])
-            if mixture is None:
-                value = self._one_dimension(delta, self.orders[0])
-            else:
-                value = sum(
-                    mixture[j, i] * self._one_dimension(delta, order) for i, order in enumerate(self.orders)
-                )
+            parts = [self._one_dimension(delta, order) for order in self.orders]
+            value = parts[0]
+            if mixture is not None:
+                value = torch.stack(parts, -1) @ mixture[j]
             factor = weights[j] * value
             result = factor if result is None else result + factor * (1 + result)
         return result

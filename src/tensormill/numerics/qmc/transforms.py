@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tensormill.errors import InvalidArgument
 from tensormill.numerics.qmc.sequence import bit_reverse
-from tensormill.ops import hadamard_transform
+from tensormill.ops.hadamard_transform import hadamard_transform
 
 
 def _check(x: Tensor) -> int:

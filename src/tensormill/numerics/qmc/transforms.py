@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tensormill.errors import InvalidArgument
 from tensormill.numerics.qmc.sequence import bit_reverse
+from tensormill.ops.fft_bit_reversed import fft_bit_reversed
 from tensormill.ops.hadamard_transform import hadamard_transform
 
 
@@ -69,29 +70,9 @@ def _twiddles(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def _fftbr_of_real(x: Tensor) -> Tensor:
-    """Two real transforms in one complex one of half the length: even times are the first half of the samples."""
-    n = x.shape[-1]
-    half = n // 2
-    packed = torch.fft.fft(reverse_bits(torch.complex(x[..., :half], x[..., half:])))
-    packed.mul_(0.5 / math.sqrt(n))
-    mirrored = torch.cat([packed[..., :1], packed[..., 1:].flip(-1)], -1).conj()
-    even = packed + mirrored
-    odd = (packed - mirrored).mul_(_twiddles(half, x.dtype, x.device) * -1j)
-    result = torch.empty(*x.shape, dtype=even.dtype, device=x.device)
-    torch.add(even, odd, out=result[..., :half])
-    torch.sub(even, odd, out=result[..., half:])
-    return result
-
-
-class _RealFourier(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _fftbr_of_real(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return ifftbr(gradients[0]).real
+def _fourier(x: Tensor, inverse: bool) -> Tensor:
+    n = _check(x)
+    return fft_bit_reversed(x.to(torch.promote_types(x.dtype, torch.complex64)), inverse, n**-0.5)
 
 
 def fftbr(x: Tensor) -> Tensor:
@@ -103,16 +84,12 @@ def fftbr(x: Tensor) -> Tensor:
     Returns:
         (..., n) complex, frequencies in their usual order.
     """
-    n = _check(x)
-    if n > 2 and x.dtype in (torch.float32, torch.float64):
-        result: Tensor = _RealFourier.apply(x)
-        return result
-    return torch.fft.fft(reverse_bits(x), norm="ortho")
+    return _fourier(x, False)
 
 
 def ifftbr(y: Tensor) -> Tensor:
     """Inverse of `fftbr`: frequencies in, samples in radical-inverse order out; (..., n) complex."""
-    return reverse_bits(torch.fft.ifft(y, norm="ortho"))
+    return _fourier(y, True)
 
 
 def merge_doubling(first: Tensor, second: Tensor, kind: str) -> Tensor:

@@ -44,7 +44,7 @@ def extended_fft(x: np.ndarray, inverse: bool) -> np.ndarray:
     sign = 1 if inverse else -1
     n, bits = len(x), len(x).bit_length() - 1
     order = np.array([reverse(i, bits) for i in range(n)])
-    y = x.astype(np.clongdouble) if not inverse else x.astype(np.clongdouble)[order]
+    y = x.astype(np.clongdouble)[order] if inverse else x.astype(np.clongdouble)
     half = 1
     while half < n:
         angle = np.arange(half, dtype=np.longdouble) / half * (4 * np.arctan(np.longdouble(1)))
@@ -94,6 +94,26 @@ def test_every_split_of_the_compiled_kernel(dtype, bits, inverse, threads):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [0, 2, 5, 6, 7, 8, 11, 15, 16, 17, 18])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_real_samples(dtype, bits, threads):
+    """As complex ones without an imaginary part, and symmetric to the last bit."""
+    n = 1 << bits
+    for rows in (1, 9) if bits < 18 else (1,):
+        x = torch.randn(rows, n, dtype=dtype)
+        with use_implementation(fft_bit_reversed="cpu"):
+            actual, complex_samples = (
+                fft_bit_reversed(x, False, n**-0.5),
+                fft_bit_reversed(x + 0j, False, n**-0.5),
+            )
+            back = fft_bit_reversed(actual.real.contiguous(), True)
+        assert wrong(actual, complex_samples.to(torch.complex128)) is None
+        assert torch.equal(actual[:, 1:], actual[:, 1:].flip(-1).conj()) or n < 64
+        torch.testing.assert_close(back, fft_bit_reversed(actual.real + 0j, True))
+
+
+@compiled
 def test_threads_do_not_change_a_bit():
     x = complex_normal(3, 1 << 17)
     before = torch.get_num_threads()
@@ -103,6 +123,7 @@ def test_threads_do_not_change_a_bit():
             torch.set_num_threads(threads)
             with use_implementation(fft_bit_reversed="cpu"):
                 results.append([fft_bit_reversed(x[:1]), fft_bit_reversed(x), fft_bit_reversed(x, True)])
+                results[-1].append(fft_bit_reversed(x[:1].real))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -166,6 +187,8 @@ def test_gradients(implementation, inverse):
     with use_implementation(fft_bit_reversed=implementation):
         assert torch.autograd.gradcheck(lambda x: fft_bit_reversed(x, inverse, 0.3), (x,))
         assert torch.autograd.gradgradcheck(lambda x: fft_bit_reversed(x, inverse, 0.3) ** 2, (x,))
+        real = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x: fft_bit_reversed(x, inverse, 0.3), (real,))
 
 
 @every_implementation
@@ -208,10 +231,8 @@ def test_refusals_say_what_to_do():
         fft_bit_reversed(z)
     with pytest.raises(InvalidArgument, match="dimension 0, expected a power of two"):
         fft_bit_reversed(z[:, :0])
-    with pytest.raises(
-        InvalidArgument, match=r"torch\.float32, expected complex64 or complex128; use x \+ 0j"
-    ):
-        fft_bit_reversed(torch.zeros(4))
+    with pytest.raises(InvalidArgument, match=r"torch\.int64, expected one of complex64.*\.float\(\)"):
+        fft_bit_reversed(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(InvalidArgument, match="without dimensions"):
         fft_bit_reversed(torch.tensor(1j))
     with pytest.raises(InvalidArgument, match="type list"):
@@ -270,12 +291,13 @@ operator = OPERATORS["fft_bit_reversed"]
 for dtype in (torch.float32, torch.float64):
     for bits in [*range(14), 17]:
         for inverse in (False, True):
-            x = torch.randn(1 if bits > 16 else 5, 1 << bits, 2).to(dtype)
-            with use_implementation(fft_bit_reversed="cpu"):
-                y = operator(x, inverse, 2 ** (-bits / 2))
-            expected = operator.reference(x.double(), inverse, 2 ** (-bits / 2))
-            wrong = deviation(y, expected, operator.tolerance(dtype, {}))
-            assert wrong is None, (dtype, bits, inverse, wrong)
+            for parts in (1, 2):
+                x = torch.randn(1 if bits > 16 else 5, 1 << bits, parts).to(dtype)
+                with use_implementation(fft_bit_reversed="cpu"):
+                    y = operator(x, inverse, 2 ** (-bits / 2))
+                expected = operator.reference(x.double(), inverse, 2 ** (-bits / 2))
+                wrong = deviation(y, expected, operator.tolerance(dtype, {}))
+                assert wrong is None, (dtype, bits, inverse, parts, wrong)
 print(instruction_set())
 """
     source = str(Path(operator.reference.__code__.co_filename).parents[3])

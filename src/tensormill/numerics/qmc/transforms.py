@@ -72,7 +72,9 @@ def _twiddles(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _fourier(x: Tensor, inverse: bool) -> Tensor:
     n = _check(x)
-    return fft_bit_reversed(x.to(torch.promote_types(x.dtype, torch.complex64)), inverse, n**-0.5)
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.to(torch.promote_types(x.dtype, torch.complex64))
+    return fft_bit_reversed(x, inverse, n**-0.5)
 
 
 def fftbr(x: Tensor) -> Tensor:

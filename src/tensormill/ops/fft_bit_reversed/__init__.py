@@ -5,7 +5,8 @@ order). A decimation in time takes its input in that order, and a decimation in 
 neither direction needs a permutation. (Cooley and Tukey, 1965; Gentleman and Sande, Fast Fourier transforms: for fun
 and profit, 1966.)
 
-The operator works on real and imaginary parts, (..., n, 2); the public function takes complex tensors.
+The operator works on real and imaginary parts, (..., n, 2), or on real parts alone, (..., n, 1); the result has both.
+The public function takes real and complex tensors.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ from tensormill.roofline import Cost
 
 SCHEMA = "(Tensor x, bool inverse, float scale) -> Tensor"
 
+DTYPES = (torch.complex64, torch.complex128, torch.float32, torch.float64)
+
 Shape = Mapping[str, Any]
 
 
 def cost(shape: Shape) -> Cost:
-    """5 n log2(n) operations per row, as everybody counts; every number is read once and written once."""
+    """5 n log2(n) operations per row, as everybody counts (half for real ones); all is read and written once."""
     dtype = getattr(torch, shape["dtype"])
     elements = shape["rows"] * shape["n"]
     unit = "fp64" if dtype == torch.float64 else "fp32"
-    operations = 5.0 * elements * (shape["n"].bit_length() - 1)
-    return Cost({unit: operations}, 2 * elements * dtype.itemsize, 2 * elements * dtype.itemsize)
+    parts = 1 if shape.get("real", False) else 2
+    operations = 2.5 * parts * elements * (shape["n"].bit_length() - 1)
+    return Cost({unit: operations}, parts * elements * dtype.itemsize, 2 * elements * dtype.itemsize)
 
 
 def _check_length(n: int) -> None:
@@ -45,7 +49,8 @@ def _check_length(n: int) -> None:
 def _inputs(shape: Shape, device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
     rows, n = shape["rows"], shape["n"]
     _check_length(n)
-    x = torch.randn(rows, n, 2, generator=generator, device=device) * shape.get("magnitude", 1.0)
+    parts = 1 if shape.get("real", False) else 2
+    x = torch.randn(rows, n, parts, generator=generator, device=device) * shape.get("magnitude", 1.0)
     if shape.get("strided", False):
         x = torch.stack([x, -x], dim=-1)[..., 0]
     scale = n**-0.5 if shape.get("normalized", True) else 1.0
@@ -64,6 +69,7 @@ def samples() -> list[Sample]:
     return [
         _sample("typical", 1, 1 << 16, "float64", benchmark=True),
         _sample("typical", 1, 1 << 16, "float64", inverse=True, benchmark=True),
+        _sample("typical", 1, 1 << 16, "float64", real=True, benchmark=True),
         _sample("typical", 64, 1 << 12, "float64", benchmark=True),
         _sample("typical", 64, 1 << 12, "float32", benchmark=True),
         _sample("typical", 1, 1 << 20, "float64", benchmark=True, large=True),
@@ -71,6 +77,11 @@ def samples() -> list[Sample]:
         _sample("typical", 256, 1 << 16, "float32", benchmark=True, large=True),
         *[_sample("ragged", 7, 1 << b, "float32", inverse=bool(b % 2)) for b in range(1, 14)],
         *[_sample("ragged", 3, 1 << b, "float64", inverse=not b % 2) for b in range(1, 14)],
+        *[_sample("ragged", 3, 1 << b, "float32", real=True) for b in (3, 4, 5, 6, 7, 9, 12, 15)],
+        *[_sample("ragged", 3, 1 << b, "float64", real=True) for b in (2, 5, 6, 8, 10, 13, 16)],
+        _sample("ragged", 1, 1 << 17, "float32", real=True),
+        _sample("ragged", 3, 64, "float64", real=True, inverse=True),
+        _sample("ragged", 3, 64, "float64", real=True, strided=True),
         *[_sample("ragged", 13, 1 << 10, "float64", strided=True, inverse=i) for i in both],
         *[_sample("ragged", 1, 1 << 17, "float32", inverse=i, normalized=False) for i in both],
         _sample("tiny", 1, 1, "float32", normalized=False),
@@ -82,15 +93,17 @@ def samples() -> list[Sample]:
 
 
 def _fake(x: Tensor, inverse: bool, scale: float) -> Tensor:
-    return x.new_empty(x.shape)
+    return x.new_empty(*x.shape[:-1], 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, bool, float], output: Tensor) -> None:
-    ctx.inverse, ctx.scale = inputs[1], inputs[2]
+    x, ctx.inverse, ctx.scale = inputs
+    ctx.parts = x.shape[-1]
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return operator(gradient, not ctx.inverse, ctx.scale), None, None  # the adjoint
+    adjoint = operator(gradient, not ctx.inverse, ctx.scale)
+    return adjoint[..., : ctx.parts], None, None
 
 
 operator = Operator(
@@ -118,14 +131,14 @@ def fft_bit_reversed(x: Tensor, inverse: bool = False, scale: float = 1.0) -> Te
     """Fourier transform of every row of samples in bit-reversed order, or back.
 
     Args:
-        x: (..., n), complex64 or complex128; n a power of two. Forward, sample i belongs to the time that is i with
+        x: (..., n), complex64, complex128, float32 or float64; n a power of two. Forward, sample i belongs to the time that is i with
             its log2(n) bits reversed; inverse, frequencies in their usual order.
         inverse: take frequencies to samples in bit-reversed order, with exp(+...).
         scale: multiplies the sums: `n ** -0.5` in both directions makes them orthonormal, and inverses of each
             other; so does 1 one way and `1 / n` the other, without the orthonormality.
 
     Returns:
-        (..., n), x's dtype, contiguous. Differentiable, any number of times.
+        (..., n), complex of x's precision, contiguous. Differentiable, any number of times.
 
     Raises:
         InvalidArgument: x has another dtype or no dimension, or n is not a power of two.
@@ -133,16 +146,17 @@ def fft_bit_reversed(x: Tensor, inverse: bool = False, scale: float = 1.0) -> Te
     Example:
         >>> import torch
         >>> from tensormill.ops import fft_bit_reversed
-        >>> fft_bit_reversed(torch.tensor([1.0, 3.0, 2.0, 4.0]) + 0j)  # samples 1, 2, 3, 4 in time
+        >>> fft_bit_reversed(torch.tensor([1.0, 3.0, 2.0, 4.0]))  # samples 1, 2, 3, 4 in time
         tensor([10.+0.j, -2.+2.j, -2.+0.j, -2.-2.j])
     """
     if not isinstance(x, Tensor):
         raise InvalidArgument(
             f"given x of type {type(x).__name__}, expected a Tensor; pass torch.as_tensor(x)"
         )
-    if x.dtype not in (torch.complex64, torch.complex128):
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise InvalidArgument(
-            f"given x of dtype {x.dtype}, expected complex64 or complex128; use x + 0j for real samples"
+            f"given x of dtype {x.dtype}, expected one of {names}; convert it, say with .float()"
         )
     if x.dim() == 0:
         raise InvalidArgument("given x without dimensions, expected (..., n); use x.reshape(1)")
@@ -151,5 +165,5 @@ def fft_bit_reversed(x: Tensor, inverse: bool = False, scale: float = 1.0) -> Te
         raise InvalidArgument(
             f"given scale of type {type(scale).__name__}, expected a number; use float(scale)"
         )
-    parts = torch.view_as_real(x.resolve_conj())
+    parts = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.unsqueeze(-1)
     return torch.view_as_complex(operator(parts, bool(inverse), float(scale)))

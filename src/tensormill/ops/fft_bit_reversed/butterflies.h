@@ -171,18 +171,24 @@ ISA_INLINE void across(Vector<T> (&re)[1 << BITS], Vector<T> (&im)[1 << BITS], c
 }
 
 // The stages on the lowest index bits: LANES << BITS contiguous elements at a time, entirely in registers. If they are
-// the whole transform (ALONE), both sides are interleaved and the scale is applied.
-template <class T, bool INVERSE, int BITS, bool ALONE>
-ISA_TARGET void chunks(const T *x, T *y, int64_t count, T scale) {
-  constexpr int64_t step = 2 * LANES<T>;
+// the whole transform (ALONE), both sides are interleaved and the scale is applied. With APART, imaginary parts come
+// from an array of their own, `imag` numbers behind the real ones.
+template <class T, bool INVERSE, int BITS, bool ALONE, bool APART>
+ISA_TARGET void chunks(const T *x, int64_t imag, T *y, int64_t count, T scale) {
+  constexpr int64_t step = 2 * LANES<T>, x_step = APART ? LANES<T> : step;
   const T *const lanes = lane_factors<T>(LANES<T>);
   const T *w[3] = {};
   for (int b = 0; b < BITS; ++b) w[b] = factors<T>(LANE_BITS<T>, b, LANES<T>);
-  for (int64_t c = 0; c < count; ++c, x += step << BITS, y += step << BITS) {
+  for (int64_t c = 0; c < count; ++c, x += x_step << BITS, y += step << BITS) {
     Vector<T> re[1 << BITS], im[1 << BITS];
 #pragma GCC unroll 8
     for (int i = 0; i < (1 << BITS); ++i) {
-      load<T, !INVERSE || ALONE>(re[i], im[i], x + i * step);
+      if constexpr (APART) {
+        fetch<T>(re[i], x + i * x_step);
+        fetch<T>(im[i], x + imag + i * x_step);
+      } else {
+        load<T, !INVERSE || ALONE>(re[i], im[i], x + i * step);
+      }
       if constexpr (!INVERSE) within_all<T, false, LANE_BITS<T>>(re[i], im[i], lanes);
     }
     across<T, INVERSE, BITS>(re, im, w, 0);
@@ -198,14 +204,14 @@ ISA_TARGET void chunks(const T *x, T *y, int64_t count, T scale) {
   }
 }
 
-template <class T, bool INVERSE, bool ALONE>
-ISA_TARGET void chunks(const T *x, T *y, int bits, int64_t count, T scale) {
+template <class T, bool INVERSE, bool APART>
+ISA_TARGET void whole_chunks(const T *x, int64_t imag, T *y, int bits, int64_t count, T scale) {
   switch (bits) {
-    case 0: return chunks<T, INVERSE, 0, ALONE>(x, y, count, scale);
-    case 1: return chunks<T, INVERSE, 1, ALONE>(x, y, count, scale);
-    case 2: return chunks<T, INVERSE, 2, ALONE>(x, y, count, scale);
+    case 0: return chunks<T, INVERSE, 0, true, APART>(x, imag, y, count, scale);
+    case 1: return chunks<T, INVERSE, 1, true, APART>(x, imag, y, count, scale);
+    case 2: return chunks<T, INVERSE, 2, true, APART>(x, imag, y, count, scale);
 #if ISA_RADIX > 2
-    case 3: return chunks<T, INVERSE, 3, ALONE>(x, y, count, scale);
+    case 3: return chunks<T, INVERSE, 3, true, APART>(x, imag, y, count, scale);
 #endif
   }
 }
@@ -316,32 +322,93 @@ ISA_TARGET void column_blocks(const T *x, T *y, T *scratch, int bits, int log_co
 }
 
 // Transforms of `count` contiguous rows of 2^log_n elements that fit in the nearest caches. If they are only a part
-// of longer ones (not `outer`), the side that the columns see stays split.
-template <class T, bool INVERSE>
-ISA_TARGET void rows(const T *x, T *y, int log_n, int64_t count, bool outer, T scale) {
+// of longer ones (not `outer`), the side that the columns see stays split. APART as in `chunks`; at least LANES long.
+template <class T, bool INVERSE, bool APART>
+ISA_TARGET void rows(const T *x, int64_t imag, T *y, int log_n, int64_t count, bool outer, T scale) {
   constexpr int CHUNK_BITS = LANE_BITS<T> + ISA_RADIX;
-  if (log_n < LANE_BITS<T>) {
-    switch (log_n) {
+  if constexpr (!APART) {
+    switch (log_n < LANE_BITS<T> ? log_n : -1) {
       case 0: return tiny<T, INVERSE, 0>(x, y, count, scale);
       case 1: return tiny<T, INVERSE, 1>(x, y, count << 1, scale);
       case 2: return tiny<T, INVERSE, 2>(x, y, count << 2, scale);
       case 3: return tiny<T, INVERSE, 3>(x, y, count << 3, scale);
     }
   }
-  if (log_n <= CHUNK_BITS) return chunks<T, INVERSE, true>(x, y, log_n - LANE_BITS<T>, count, scale);
+  if (log_n <= CHUNK_BITS) return whole_chunks<T, INVERSE, APART>(x, imag, y, log_n - LANE_BITS<T>, count, scale);
   const int64_t n = int64_t{1} << log_n, chunk = int64_t{1} << CHUNK_BITS;
-  for (int64_t r = 0; r < count; ++r, x += 2 * n, y += 2 * n) {
-    if constexpr (!INVERSE) chunks<T, false, ISA_RADIX, false>(x, y, n >> CHUNK_BITS, scale);
+  for (int64_t r = 0; r < count; ++r, x += APART ? n : 2 * n, y += 2 * n) {
+    if constexpr (!INVERSE) chunks<T, false, ISA_RADIX, false, APART>(x, imag, y, n >> CHUNK_BITS, scale);
     columns<T, INVERSE>(INVERSE ? x : y, chunk, y, chunk, y, chunk, log_n - CHUNK_BITS, CHUNK_BITS, 0, chunk, outer,
                         scale);
-    if constexpr (INVERSE) chunks<T, true, ISA_RADIX, false>(y, y, n >> CHUNK_BITS, scale);
+    if constexpr (INVERSE) chunks<T, true, ISA_RADIX, false, false>(y, 0, y, n >> CHUNK_BITS, scale);
+  }
+}
+
+template <class T, size_t... I>
+ISA_INLINE void turn_round(Vector<T> &v, std::index_sequence<I...>) {
+  v = ISA_SHUFFLE(T, v, v, (LANES<T> - 1 - int(I))...);
+}
+
+// Z, the transform of (first half) + i (second half) of 2^log_n real samples, is in the first half of y; it becomes
+// their transform Y. Frequencies k, h - k, h + k and n - k, where h = n / 2, come from Z_k and Z_{h-k}; here for blocks
+// `begin` to `end` of LANES numbers k < h / 2. Block 0 has no partner in a register, and takes k = h / 2 with it.
+template <class T>
+ISA_TARGET void unpack(T *y, int log_n, int64_t begin, int64_t end) {
+  constexpr int L = LANES<T>;
+  constexpr auto lanes = std::make_index_sequence<L>{};
+  const int64_t n = int64_t{1} << log_n, h = n / 2;
+  const T *w = factors<T>(log_n - 2, 1, L);
+  if (begin == 0) {
+    for (int k = 1; k < L; ++k) {
+      const T ar = y[2 * k], ai = y[2 * k + 1], br = y[2 * (h - k)], bi = y[2 * (h - k) + 1];
+      const T er = ar + br, ei = ai - bi, dr = ai + bi, di = br - ar;
+      const T tr = w[k] * dr - w[L + k] * di, ti = w[k] * di + w[L + k] * dr;
+      y[2 * k] = y[2 * (n - k)] = er + tr;
+      y[2 * k + 1] = ei + ti;
+      y[2 * (n - k) + 1] = -(ei + ti);
+      y[2 * (h - k)] = y[2 * (h + k)] = er - tr;
+      y[2 * (h + k) + 1] = ei - ti;
+      y[2 * (h - k) + 1] = ti - ei;
+    }
+    const T re = 2 * y[0], im = 2 * y[1], middle_re = 2 * y[h], middle_im = 2 * y[h + 1];
+    y[0] = re + im;
+    y[2 * h] = re - im;
+    y[1] = y[2 * h + 1] = 0;
+    y[h] = y[3 * h] = middle_re;
+    y[h + 1] = -middle_im;
+    y[3 * h + 1] = middle_im;
+    ++begin;
+  }
+  for (int64_t k = begin * L; k < end * L; k += L) {
+    Vector<T> ar, ai, br, bi, wr, wi;
+    load<T, true>(ar, ai, y + 2 * k);
+    load<T, true>(br, bi, y + 2 * (h - k - L + 1));
+    turn_round<T>(br, lanes);
+    turn_round<T>(bi, lanes);
+    fetch<T>(wr, w + 2 * k);
+    fetch<T>(wi, w + 2 * k + L);
+    const Vector<T> er = ar + br, ei = ai - bi, dr = ai + bi, di = br - ar;
+    const Vector<T> tr = wr * dr - wi * di, ti = wr * di + wi * dr;
+    Vector<T> sr = er + tr, si = ei + ti, mr = er - tr, mi = ei - ti;
+    Vector<T> s_back = sr, s_conjugate = -si, m_back = mr, m_conjugate = -mi;
+    turn_round<T>(s_back, lanes);
+    turn_round<T>(s_conjugate, lanes);
+    turn_round<T>(m_back, lanes);
+    turn_round<T>(m_conjugate, lanes);
+    store<T, true>(y + 2 * k, sr, si);
+    store<T, true>(y + 2 * (h + k), mr, mi);
+    store<T, true>(y + 2 * (h - k - L + 1), m_back, m_conjugate);
+    store<T, true>(y + 2 * (n - k - L + 1), s_back, s_conjugate);
   }
 }
 
 template <class T>
-Kernels<T> kernels(bool inverse) {
-  if (inverse) return {column_blocks<T, true>, rows<T, true>};
-  return {column_blocks<T, false>, rows<T, false>};
+Kernels<T> kernels() {
+  return {{column_blocks<T, false>, column_blocks<T, true>},
+          {rows<T, false, false>, rows<T, true, false>},
+          rows<T, false, true>,
+          unpack<T>,
+          LANES<T>};
 }
 
 }  // namespace tensormill::fft::ISA

@@ -88,11 +88,14 @@ const T *lane_factors(int lanes) {
   return table.get();
 }
 
-// What cpu.cpp needs from one instruction set, in one direction.
+// What cpu.cpp needs from one instruction set; arrays are indexed by "inverse".
 template <class T>
 struct Kernels {
-  void (*column_blocks)(const T *, T *, T *, int, int, int64_t, int64_t, int64_t, T);
-  void (*rows)(const T *, T *, int, int64_t, bool, T);
+  using Rows = void (*)(const T *, int64_t, T *, int, int64_t, bool, T);
+  void (*column_blocks[2])(const T *, T *, T *, int, int, int64_t, int64_t, int64_t, T);
+  Rows rows[2], rows_apart;
+  void (*unpack)(T *, int, int64_t, int64_t);
+  int lanes;
 };
 
 }  // namespace tensormill::fft
@@ -132,68 +135,99 @@ const std::string &instruction_set() {
 }
 
 template <class T>
-Kernels<T> choose(bool inverse) {
+const Kernels<T> &kernels() {
+  static const Kernels<T> chosen = [] {
 #if TENSORMILL_X86
-  if (instruction_set() == "avx512") return avx512::kernels<T>(inverse);
-  if (instruction_set() == "avx2") return avx2::kernels<T>(inverse);
+    if (instruction_set() == "avx512") return avx512::kernels<T>();
+    if (instruction_set() == "avx2") return avx2::kernels<T>();
 #endif
-  return portable::kernels<T>(inverse);
-}
-
-template <class T>
-const Kernels<T> &kernels(bool inverse) {
-  static const Kernels<T> forward = choose<T>(false), backward = choose<T>(true);
-  return inverse ? backward : forward;
+    return portable::kernels<T>();
+  }();
+  return chosen;
 }
 
 constexpr int64_t CACHED = 256 << 10;  // bytes of a row that is transformed in place, and of a block of columns
 template <class T>
 constexpr int DIRECT = log2_floor(CACHED / (2 * sizeof(T)));
 
+// A row that is too long to be direct. With `apart`, x is 2^log_n real parts and then as many imaginary ones.
 template <class T>
-void one_row(const T *x, T *y, int log_n, bool inverse, T scale, int threads) {
+void one_row(const T *x, T *y, int log_n, bool inverse, bool apart, T scale, int threads) {
   const int inner = DIRECT<T>, outer = log_n - inner;
   const int64_t columns = int64_t{1} << inner, line = 64 / (2 * sizeof(T));
   const int64_t fits = CACHED / int64_t(2 * sizeof(T)) >> outer;
   const int64_t block = std::min(columns, std::max(4 * line, fits));
-  const Kernels<T> &kernel = kernels<T>(inverse);
+  const Kernels<T> &kernel = kernels<T>();
   const auto all_columns = [&](const T *from) {
     parallel_ranges(columns, block, threads, [&](int64_t begin, int64_t end) {
       const Buffer<T> scratch = buffer<T>(2 * block << outer);
-      kernel.column_blocks(from, y, scratch.get(), outer, inner, block, begin, end, scale);
+      kernel.column_blocks[inverse](from, y, scratch.get(), outer, inner, block, begin, end, scale);
     });
   };
   if (inverse) all_columns(x);
   const T *from = inverse ? y : x;
   parallel_ranges(int64_t{1} << outer, 1, threads, [&](int64_t begin, int64_t end) {
-    kernel.rows(from + 2 * begin * columns, y + 2 * begin * columns, inner, end - begin, false, scale);
+    const int64_t at = begin * columns;
+    const auto rows = apart ? kernel.rows_apart : kernel.rows[inverse];
+    rows(from + (apart ? at : 2 * at), int64_t{1} << log_n, y + 2 * at, inner, end - begin, false, scale);
   });
   if (!inverse) all_columns(y);
+}
+
+constexpr int64_t WORTH_A_THREAD = int64_t{1} << 14;  // elements; below, waking a thread costs more than it saves
+
+inline int worthwhile(int threads, int64_t elements) {
+  return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, elements / WORTH_A_THREAD)));
 }
 
 template <class T>
 void transform(uintptr_t x_address, uintptr_t y_address, int64_t count, int log_n, bool inverse, double scale,
                int threads) {
-  constexpr int64_t WORTH_A_THREAD = int64_t{1} << 14;  // elements; below, waking a thread costs more than it saves
   const T *x = reinterpret_cast<const T *>(x_address);
   T *y = reinterpret_cast<T *>(y_address);
   const int64_t n = int64_t{1} << log_n;
   const T factor = static_cast<T>(scale);
   const bool direct = log_n <= DIRECT<T>, inside = !direct && count < 4 * threads;
-  threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, count * n / WORTH_A_THREAD)));
-  if (inside) {
-    for (int64_t r = 0; r < count; ++r) one_row<T>(x + 2 * r * n, y + 2 * r * n, log_n, inverse, factor, threads);
-    return;
-  }
+  threads = worthwhile(threads, count * n);
   const int64_t grain = std::max<int64_t>(1, 64 / int64_t(2 * sizeof(T)) / n);  // no two threads write one line
-  parallel_ranges(count, grain, threads, [&](int64_t begin, int64_t end) {
+  parallel_ranges(count, grain, inside ? 1 : threads, [&](int64_t begin, int64_t end) {
     if (direct) {
-      kernels<T>(inverse).rows(x + 2 * begin * n, y + 2 * begin * n, log_n, end - begin, true, factor);
+      kernels<T>().rows[inverse](x + 2 * begin * n, 0, y + 2 * begin * n, log_n, end - begin, true, factor);
       return;
     }
-    for (int64_t r = begin; r < end; ++r) one_row<T>(x + 2 * r * n, y + 2 * r * n, log_n, inverse, factor, 1);
+    for (int64_t r = begin; r < end; ++r) {
+      one_row<T>(x + 2 * r * n, y + 2 * r * n, log_n, inverse, false, factor, inside ? threads : 1);
+    }
   });
 }
+
+// Forward, of real rows of 2^log_n: the even times, which are the first half, and the odd ones make a complex row of
+// half the length. Needs four registers of samples (`least_real_bits`).
+template <class T>
+void transform_real(uintptr_t x_address, uintptr_t y_address, int64_t count, int log_n, double scale, int threads) {
+  const T *x = reinterpret_cast<const T *>(x_address);
+  T *y = reinterpret_cast<T *>(y_address);
+  const int64_t n = int64_t{1} << log_n;
+  const T factor = static_cast<T>(scale / 2);
+  const Kernels<T> &kernel = kernels<T>();
+  const bool direct = log_n - 1 <= DIRECT<T>, inside = !direct && count < 4 * threads;
+  threads = worthwhile(threads, count * n);
+  parallel_ranges(count, 1, inside ? 1 : threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T *from = x + r * n;
+      T *to = y + 2 * r * n;
+      if (direct) {
+        kernel.rows_apart(from, n / 2, to, log_n - 1, 1, true, factor);
+      } else {
+        one_row<T>(from, to, log_n - 1, false, true, factor, inside ? threads : 1);
+      }
+      parallel_ranges(n / 4 / kernel.lanes, 64, inside ? threads : 1,
+                      [&](int64_t first, int64_t last) { kernel.unpack(to, log_n, first, last); });
+    }
+  });
+}
+
+inline int least_real_bits() { return 2 + log2_floor(std::max(kernels<float>().lanes, kernels<double>().lanes)); }
 
 }  // namespace tensormill::fft
 
@@ -202,5 +236,8 @@ NB_MODULE(_cpu, m) {
   using namespace tensormill::fft;
   m.def("float32", &transform<float>, nb::call_guard<nb::gil_scoped_release>());
   m.def("float64", &transform<double>, nb::call_guard<nb::gil_scoped_release>());
+  m.def("real_float32", &transform_real<float>, nb::call_guard<nb::gil_scoped_release>());
+  m.def("real_float64", &transform_real<double>, nb::call_guard<nb::gil_scoped_release>());
+  m.def("least_real_bits", &least_real_bits);
   m.def("instruction_set", &instruction_set);
 }

@@ -15,13 +15,17 @@ from tensormill.operator import Operator, requires
 from tensormill.ops.fft_bit_reversed.reference import bit_reversal
 
 
+def _values(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.contiguous()) if x.shape[-1] == 2 else x[..., 0].contiguous()
+
+
 def _torch(x: Tensor, inverse: bool, scale: float) -> Callable[[], Tensor]:
-    values = torch.view_as_complex(x.contiguous())
+    values = _values(x)
     return lambda: torch.fft.ifft(values) if inverse else torch.fft.fft(values)
 
 
 def _torch_permuted(x: Tensor, inverse: bool, scale: float) -> Callable[[], Tensor]:
-    values = torch.view_as_complex(x.contiguous())
+    values = _values(x)
     order = bit_reversal(x.shape[-2], x.device)
 
     def run() -> Tensor:
@@ -37,7 +41,7 @@ def _torch_permuted(x: Tensor, inverse: bool, scale: float) -> Callable[[], Tens
 def _scipy(x: Tensor, inverse: bool, scale: float) -> Callable[[], Any]:
     import scipy.fft
 
-    values = torch.view_as_complex(x.contiguous()).numpy()
+    values = _values(x).numpy()
     threads = torch.get_num_threads()
     transform = scipy.fft.ifft if inverse else scipy.fft.fft
     return lambda: torch.view_as_real(torch.from_numpy(transform(values, workers=threads)))

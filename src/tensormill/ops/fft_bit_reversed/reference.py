@@ -16,7 +16,7 @@ def fft_bit_reversed(x: Tensor, inverse: bool, scale: float) -> Tensor:
     """A permutation and `torch.fft`.
 
     Args:
-        x: (..., n, 2), real and imaginary parts, n a power of two, float32 or float64.
+        x: (..., n, 2), real and imaginary parts, or (..., n, 1), real; n a power of two, float32 or float64.
         inverse: the adjoint: frequencies in, samples in bit-reversed order out.
         scale: multiplies the sums.
 
@@ -24,8 +24,8 @@ def fft_bit_reversed(x: Tensor, inverse: bool, scale: float) -> Tensor:
         (..., n, 2) in x's dtype.
     """
     if x.numel() == 0:  # torch.fft refuses it
-        return x.clone(memory_format=torch.contiguous_format)
-    values = torch.view_as_complex(x.contiguous())
+        return x.expand(*x.shape[:-1], 2).clone()
+    values = torch.complex(x[..., 0], x[..., -1] if x.shape[-1] == 2 else torch.zeros_like(x[..., 0]))
     order = bit_reversal(x.shape[-2], x.device)
     if inverse:
         result = torch.fft.ifft(values, norm="forward").index_select(-1, order)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tensormill.errors import InvalidArgument
 from tensormill.numerics.qmc.kernels import ProductKernel
 from tensormill.numerics.qmc.sequence import PointSet
-from tensormill.numerics.qmc.transforms import fftbr, fwht, merge_doubling, reverse_bits
+from tensormill.numerics.qmc.transforms import fftbr, fwht, ifftbr, merge_doubling, reverse_bits
 
 _NAMES = {"lattice": "a lattice", "net": "a digital net", None: "points without group structure"}
 
@@ -95,8 +95,10 @@ class FastGram:
         if self._walsh(self.points):
             result = fwht(factors.to(rows.dtype) * fwht(rows))
         elif rows.is_complex():
-            result = reverse_bits(torch.fft.ifft(factors * torch.fft.fft(reverse_bits(rows))))
-        else:  # of a real vector half of the frequencies are enough
+            result = ifftbr(factors * fftbr(rows))
+        elif rows.device.type == "cpu":
+            result = ifftbr(factors * fftbr(rows)).real.contiguous()
+        else:  # where `fftbr` is a permutation and an FFT, half of the frequencies are worth a path of their own
             half = torch.fft.rfft(reverse_bits(rows)) * factors[: self.size // 2 + 1].to(rows.dtype)
             result = reverse_bits(torch.fft.irfft(half, n=self.size))
         return result.mT if y.dim() == 2 else result

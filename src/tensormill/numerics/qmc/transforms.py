@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tensormill.errors import InvalidArgument
-from tensormill.numerics.qmc.sequence import bit_reverse
 from tensormill.ops.fft_bit_reversed import fft_bit_reversed
+from tensormill.ops.fft_bit_reversed.reference import bit_reversal
 from tensormill.ops.hadamard_transform import hadamard_transform
 
 
@@ -39,17 +39,12 @@ def fwht(x: Tensor) -> Tensor:
     return hadamard_transform(x, _check(x) ** -0.5)
 
 
-@functools.lru_cache(maxsize=16)
-def _reversed_indices(bits: int, device: torch.device) -> Tensor:
-    return bit_reverse(torch.arange(1 << bits, device=device), bits)
-
-
 class _BitReversal(torch.autograd.Function):
     """The permutation is its own inverse, so its gradient is a gather too, where index_select's scatters."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.index_select(-1, _reversed_indices(x.shape[-1].bit_length() - 1, x.device))
+        return x.index_select(-1, bit_reversal(x.shape[-1], x.device))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """The definition of the Fourier transform of samples in bit-reversed order, in plain PyTorch."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 
+@functools.lru_cache(maxsize=16)
 def bit_reversal(n: int, device: torch.device) -> Tensor:
     """Indices 0 to n - 1 with their log2(n) bits in reverse order, (n,) int64."""
     index = torch.zeros(1, dtype=torch.int64, device=device)
@@ -25,7 +28,7 @@ def fft_bit_reversed(x: Tensor, inverse: bool, scale: float) -> Tensor:
     """
     if x.numel() == 0:  # torch.fft refuses it
         return x.expand(*x.shape[:-1], 2).clone()
-    values = torch.complex(x[..., 0], x[..., -1] if x.shape[-1] == 2 else torch.zeros_like(x[..., 0]))
+    values = torch.view_as_complex(x.contiguous()) if x.shape[-1] == 2 else x[..., 0]
     order = bit_reversal(x.shape[-2], x.device)
     if inverse:
         result = torch.fft.ifft(values, norm="forward").index_select(-1, order)

@@ -323,25 +323,30 @@ def _frame(left: float, right: float, bottom: float, y_axis: _Axis) -> list[str]
 def _heading(
     y_label: str, log: bool, right: float, entries: Sequence[tuple[str, str]]
 ) -> tuple[list[str], float]:
-    """The y axis's name at the left and a legend at the right, on one line if they fit; and where the plot
-    begins.
+    """The y axis's name at the left and a legend at the right, on one line if they fit, else the name below as
+    many lines of legend as it takes; and where the plot begins.
 
     The name stands above its axis, not turned: it is read at a glance and never meets the tick labels. A
     legend entry is a marker, drawn around the origin, and a name.
     """
     label = y_label + (" (log scale)" if log else "")
-    legend = sum(len(name) * _TEXT_WIDTH + 32 for _, name in entries)
+    rows: list[list[tuple[str, str, float]]] = [[]]
+    for marker, name in entries:
+        width = len(name) * _TEXT_WIDTH + 32
+        if rows[-1] and sum(entry[2] for entry in rows[-1]) + width > right:
+            rows.append([])
+        rows[-1].append((marker, name, width))
+    fits = len(rows) == 1 and len(label) * _BOLD_WIDTH + sum(entry[2] for entry in rows[0]) <= right
     parts = []
-    x = right
-    for marker, name in reversed(entries):
-        x -= len(name) * _TEXT_WIDTH
-        parts.append(_text(x, 14, name))
-        x -= 12
-        parts.append(f'<g transform="translate({x:.1f} 10)">{marker}</g>')
-        x -= 20
-    fits = len(label) * _BOLD_WIDTH + legend <= right
-    parts.append(_text(0, 14 if fits else 38, label, css="strong"))
-    return parts, 34.0 if fits else 58.0
+    for number, row in enumerate(rows):
+        x, y = right, 14.0 + 20 * number
+        for marker, name, width in reversed(row):
+            parts.append(_text(x - width + 32, y, name))
+            parts.append(f'<g transform="translate({x - width + 20:.1f} {y - 4:.1f})">{marker}</g>')
+            x -= width
+    bottom = 14.0 if fits else 18.0 + 20 * len(rows)
+    parts.append(_text(0, bottom, label, css="strong"))
+    return parts, bottom + 20
 
 
 def line_plot(

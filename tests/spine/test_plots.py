@@ -256,3 +256,18 @@ def test_a_grid_has_a_cell_for_every_number(rows):
 
 def test_a_grid_without_rows_is_nothing():
     assert grid_plot([], title="bits") == ""
+
+
+@given(names=st.lists(st.text("abcdefgh ", min_size=1, max_size=50), min_size=1, max_size=12))
+def test_a_legend_of_any_length_stays_inside(names):
+    svg = line_plot(
+        [Series(name, [Point(1, 2), Point(2, 3)]) for name in names], x_label="x", y_label="y", width=520
+    )
+    root = shapes(svg)
+    for text in named(root, "text"):
+        if text.get("text-anchor") == "start":
+            assert float(text.get("x")) >= 0 and float(text.get("y")) < 320
+    marks = re.findall(r"translate\(([-\d.]+) ([-\d.]+)\)", svg)
+    assert len(marks) == len(names)
+    assert all(float(x) >= 8 and float(y) >= 8 for x, y in marks)
+    assert len(set(marks)) == len(names)  # none on top of another

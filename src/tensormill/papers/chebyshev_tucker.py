@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tensormill.papers._threads import one_thread
 from tensormill.papers.catalogue import ClaimNotMeasurable, Curve, Figure, Measurement, Paper, Row, Run
 from tensormill.papers.curves import fit_exponent
 
@@ -103,24 +104,6 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
         call()
         times.append(time.perf_counter() - begin)
     return min(times)
-
-
-def _one_thread() -> Any:
-    """Context: computations on the CPU in one thread, so that times follow the work."""
-    from contextlib import contextmanager
-
-    import torch
-
-    @contextmanager
-    def limited() -> Any:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-    return limited()
 
 
 def _coefficients(charges: Tensor, positions: Tensor, kernel: GaussianSum, m: int) -> Tensor:
@@ -377,7 +360,7 @@ def cost(run: Run) -> Measurement:
     x = _points(1000, run.seed, run.device)
     build, evaluate, direct = [], [], []
     rows: list[Row] = []
-    with _one_thread():
+    with one_thread():
         _built(100, run, kernel)  # what is loaded and planned at the first call
         for n in sizes:
             run.progress(f"{n} charges")

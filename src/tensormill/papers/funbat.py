@@ -442,7 +442,7 @@ def _compared(
     error, share = _rmse(mean, held_out), _coverage(mean, variance, held_out)
     rows = [
         Row(f"{what}: RMSE", error, "RMSE", peers=peers, setting={"rank": settings["rank"]}),
-        Row(f"{what}: share inside the 90 % interval", share, "", peers=covered, limit=0.9),
+        Row(f"{what}: share inside the 90 % interval", share, "share", peers=covered, limit=0.9),
         cp,
         Row(f"{what}: sweeps", float(len(model.history_)), "sweeps"),
         Row(f"{what}: seconds of fit and prediction", seconds, "s"),
@@ -689,7 +689,12 @@ def us_temperature(run: Run) -> Measurement:
             rows.append(Row(f"fold {fold}, {name}: RMSE", error, "RMSE", peers=peers))
             rows.append(Row(f"fold {fold}, {name}: MAE", float((mean - held_out).abs().mean()), "MAE"))
             rows.append(
-                Row(f"fold {fold}, {name}: inside 90 %", _coverage(mean, variance, held_out), "", limit=0.9)
+                Row(
+                    f"fold {fold}, {name}: inside 90 %",
+                    _coverage(mean, variance, held_out),
+                    "share",
+                    limit=0.9,
+                )
             )
             if rank == 1:
                 errors.append(error)

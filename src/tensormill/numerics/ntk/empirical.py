@@ -12,6 +12,7 @@ which costs two Gram matrices of activations instead of one of parameters.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -316,6 +317,9 @@ def _by_output(outputs: Tensor, results: list[Tensor]) -> list[Tensor | None]:
     if not wanted:
         return [None] * len(results)
     count = outputs.shape[1]
+    if count == 1:  # without what batching costs
+        single = torch.autograd.grad(outputs.sum(), wanted, allow_unused=True)
+        return _in_place_of(results, (None if one is None else one[None] for one in single))
     seeds = torch.eye(count, dtype=outputs.dtype, device=outputs.device)[:, None].expand(-1, len(outputs), -1)
     try:
         found: Any = torch.autograd.grad(
@@ -328,8 +332,13 @@ def _by_output(outputs: Tensor, results: list[Tensor]) -> list[Tensor | None]:
         found = tuple(
             None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
         )
-    derivatives: Any = iter(found)
-    return [next(derivatives) if result.requires_grad else None for result in results]
+    return _in_place_of(results, found)
+
+
+def _in_place_of(results: list[Tensor], derivatives: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """One for each result, None for those that need none."""
+    given = iter(derivatives)
+    return [next(given) if result.requires_grad else None for result in results]
 
 
 def _as_positions(layer: Any, activation: Tensor, derivative: Tensor) -> _Call:

@@ -6,10 +6,10 @@ import importlib.util
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from tensormill.papers._threads import one_thread
 from tensormill.papers.catalogue import Measurement, Row, Run
 from tensormill.papers.curves import Curve
 from tensormill.papers.infinite_width_features.paper import PAPER
-from tensormill.papers.infinite_width_features.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tensormill.papers._threads import one_thread
 from tensormill.papers.catalogue import Measurement, Row, Run
 from tensormill.papers.curves import Curve, fit_exponent
 from tensormill.papers.infinite_width_features.paper import PAPER
-from tensormill.papers.infinite_width_features.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor

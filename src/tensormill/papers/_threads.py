@@ -1,4 +1,5 @@
-"""One thread for trainings of many small operations, which several threads only slow down, much so on a busy machine."""
+"""One thread for what several only slow down or blur: trainings of many small operations, above all on a busy
+machine, and times that are to follow the work."""
 
 from __future__ import annotations
 

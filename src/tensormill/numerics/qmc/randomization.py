@@ -101,9 +101,15 @@ def linear_matrix_scramble(
     diagonal = 1 << np.arange(scrambled_bits - 1, scrambled_bits - 1 - bits, -1)
     columns = ((words >> (64 - scrambled_bits)) & (diagonal - 1)) | diagonal
     result = np.zeros((replications, *given.shape), dtype=np.int64)
-    for row in range(bits):
-        chosen = -((given >> (bits - 1 - row)) & 1)  # all bits or none
-        result ^= chosen & columns[..., row, None]
+    if result.size <= 1 << 10:  # few enough for one operation: starting them is what takes the time
+        chosen = -(
+            (given[:, None] >> np.arange(bits - 1, -1, -1)[:, None]) & 1
+        )  # (d, bits, m): all bits or none
+        result = np.bitwise_xor.reduce(chosen & columns[..., None], axis=-2)
+    else:
+        for row in range(bits):
+            chosen = -((given >> (bits - 1 - row)) & 1)
+            result ^= chosen & columns[..., row, None]
     return torch.from_numpy(result).to(matrices.device)
 
 

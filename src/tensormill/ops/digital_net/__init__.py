@@ -19,9 +19,7 @@ from tensormill.operator import Operator, Sample, native_missing
 from tensormill.ops.digital_net import peers, reference
 from tensormill.roofline import Cost
 
-SCHEMA = (
-    "(Tensor matrices, Tensor? shift, SymInt start, SymInt n, int bits, bool gray, ScalarType dtype) -> Tensor"
-)
+SCHEMA = "(Tensor matrices, Tensor? shift, SymInt start, SymInt n, int bits, bool gray, ScalarType dtype) -> Tensor"
 DTYPES = (torch.float64, torch.float32, torch.int64)
 MAX_BITS = 63
 """Digits of a column: what an int64 holds beside its sign."""
@@ -164,7 +162,9 @@ def digital_net(
                 [0.7500, 0.2500]], dtype=torch.float64)
     """
     if not isinstance(matrices, Tensor) or matrices.dtype != torch.int64 or matrices.dim() not in (2, 3):
-        given = f"{tuple(matrices.shape)} of {matrices.dtype}" if isinstance(matrices, Tensor) else type(matrices)
+        given = (
+            f"{tuple(matrices.shape)} of {matrices.dtype}" if isinstance(matrices, Tensor) else type(matrices)
+        )
         raise InvalidArgument(f"given matrices {given}, expected int64 of shape (d, m) or (R, d, m)")
     if shift is not None and (
         not isinstance(shift, Tensor)
@@ -184,7 +184,9 @@ def digital_net(
         raise InvalidArgument(f"given bits={bits!r}, expected 1 to {MAX_BITS}")
     m = matrices.shape[-1]
     if m >= MAX_BITS:
-        raise InvalidArgument(f"given {m} columns, expected at most {MAX_BITS - 1}; pass those that indices use")
+        raise InvalidArgument(
+            f"given {m} columns, expected at most {MAX_BITS - 1}; pass those that indices use"
+        )
     if not isinstance(n, int) or not isinstance(start, int) or n < 0 or start < 0 or start + n > 1 << m:
         raise InvalidArgument(
             f"given n={n!r} and start={start!r}, expected integers of 0 or more, and start + n at most {1 << m}, which "

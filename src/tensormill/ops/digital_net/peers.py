@@ -46,9 +46,7 @@ def _qmcpy(*arguments: Any) -> Callable[[], object]:
     import qmcpy
 
     matrices, _, _, n, _, _, _ = arguments
-    engine = qmcpy.DigitalNetB2(
-        matrices.shape[1], randomize="LMS DS", seed=1, replications=matrices.shape[0]
-    )
+    engine = qmcpy.DigitalNetB2(matrices.shape[1], randomize="LMS DS", seed=1, replications=matrices.shape[0])
     return lambda: engine(n, warn=False)
 
 

@@ -15,10 +15,6 @@
 #include <string>
 #include <type_traits>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "parallel.h"
 
 namespace tensormill::digital_net {
@@ -110,19 +106,6 @@ const Kernels<T> &kernels() {
 }
 
 inline int bit_length(uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
-
-// Large results of fresh memory cost more to map in small pages than to compute.
-inline void ask_for_large_pages(void *memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
-  if (bytes >= int64_t{4} << 20) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory;
-  (void)bytes;
-#endif
-}
 
 struct Net {
   const int64_t *matrices, *shift;  // (R, d, m), and (R, d) or null
@@ -270,7 +253,6 @@ void generate(uintptr_t matrices, uintptr_t shift, uintptr_t out, int64_t replic
                 n,
                 bits,
                 gray};
-  ask_for_large_pages(reinterpret_cast<void *>(out), replications * n * d * static_cast<int64_t>(sizeof(T)));
   if (replications > 0 && n > 0 && d > 0) Generator<T>(net, reinterpret_cast<word_t<T> *>(out)).run(threads);
 }
 

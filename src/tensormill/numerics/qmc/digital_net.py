@@ -20,7 +20,8 @@ from torch import Tensor
 from tensormill.errors import InvalidArgument
 from tensormill.numerics.qmc import randomization
 from tensormill.numerics.qmc.randomization import BITS
-from tensormill.numerics.qmc.sequence import LOW_BITS, Sequence, blocks, combine
+from tensormill.numerics.qmc.sequence import Sequence, blocks
+from tensormill.ops.digital_net import operator as digital_net
 
 RANDOMIZATIONS = ("lms_ds", "lms", "ds", "nus", None)
 _TABLE = Path(__file__).parent / "tables" / "joe_kuo.npz"
@@ -144,13 +145,9 @@ class DigitalNet(Sequence):
             linear = (self.columns << (self._base_bits - bits)).expand(replicas, -1, -1)
         if alpha > 1 and randomize != "nus":
             linear = randomization.interlace(linear.mT, alpha, self._base_bits).mT
-        if (
-            order == "gray"
-        ):  # i ^ (i >> 1) is linear in i: column c of the natural order also belongs to bit c + 1
-            linear = torch.cat([linear[..., :1], linear[..., 1:] ^ linear[..., :-1]], -1)
         self._linear = linear.contiguous()
-        self._low: Tensor | None = None
-        self._shift = torch.zeros(replicas, d, dtype=torch.int64, device=self.device)
+        self._digits = self._base_bits if randomize == "nus" else self.bits
+        self._shift: Tensor | None = None
         if randomize in ("ds", "lms_ds"):
             self._shift = randomization.random_bits(
                 self.seed, 3, replicas, d, bits=self.bits, device=self.device
@@ -180,35 +177,9 @@ class DigitalNet(Sequence):
             raise InvalidArgument('given randomize="nus", expected a linear scrambling; use "lms_ds"')
         return self._linear.clone()
 
-    def _rows(self, first: int, count: int, step_bits: int) -> Tensor:
-        """Linear combinations of columns for the indices (first + r) 2^step_bits, r < count: (R, count, d)."""
-        columns = self._linear[..., step_bits:]
-        depth = max(0, count - 1).bit_length()
-        if first % (1 << depth):
-            index = torch.arange(first, first + count, device=self.device)
-            rows = torch.zeros(
-                self._count, count, self._linear.shape[1], dtype=torch.int64, device=self.device
-            )
-            for bit in range((first + count - 1).bit_length()):
-                rows ^= ((index >> bit) & 1)[:, None] * columns[:, None, :, bit]
-            return rows
-        rows = torch.zeros(self._count, 1, self._linear.shape[1], dtype=torch.int64, device=self.device)
-        for bit in range(first.bit_length()):
-            if first >> bit & 1:
-                rows = rows ^ columns[..., bit].unsqueeze(1)
-        for bit in range(depth):  # aligned: the rows to come differ from those before in one more column
-            rows = torch.cat([rows, rows ^ columns[..., bit].unsqueeze(1)], 1)
-        return rows[:, :count]
-
-    def _tables(self, n: int, start: int) -> tuple[Tensor, Tensor]:
-        size = 1 << LOW_BITS
-        first, last = start >> LOW_BITS, max(start, start + n - 1) >> LOW_BITS
-        high = self._rows(first, last - first + 1, LOW_BITS)
-        if first == last and start % size == 0 and n < size:
-            return high, self._rows(0, max(n, 1), 0)
-        if self._low is None:
-            self._low = self._rows(0, min(size, self.max_points), 0)
-        return high, self._low
+    def _net(self, n: int, start: int, dtype: torch.dtype) -> Tensor:
+        """Points with the linear scrambling and the shift: (R, n, d), or (R, n, alpha * d) before a nested scrambling."""
+        return digital_net(self._linear, self._shift, start, n, self._digits, self.order == "gray", dtype)
 
     def integers(self, n: int, start: int = 0) -> Tensor:
         """Points `start` to `start + n - 1` as integers of `bits` bits, first digit highest: (n, d) or (R, n, d)."""
@@ -217,10 +188,7 @@ class DigitalNet(Sequence):
         return values if self.replications is not None else values[0]
 
     def _integers(self, n: int, start: int) -> Tensor:
-        high, low = self._tables(n, start)
-        if self.randomize != "nus":
-            high = high ^ self._shift.unsqueeze(1)
-        points = combine(high, low, start, n, torch.int64, lambda a, b, out: torch.bitwise_xor(a, b, out=out))
+        points = self._net(n, start, torch.int64)
         if self.randomize != "nus":
             return points
         result = torch.empty(self._count, n, self.d, dtype=torch.int64, device=self.device)
@@ -233,23 +201,11 @@ class DigitalNet(Sequence):
         return result
 
     def _values(self, n: int, start: int) -> Tensor:
+        if self.randomize != "nus":
+            return self._net(n, start, self.dtype)
         # The digits become the mantissa of a number in [1, 2), from which 1 is subtracted: exact, and no conversion.
         double = self.dtype == torch.float64
         digits, integer = (52, torch.int64) if double else (23, torch.int32)
         one = 1023 << 52 if double else 127 << 23
-
-        def mantissa(x: Tensor) -> Tensor:
-            x = x >> (self.bits - digits) if self.bits >= digits else x << (digits - self.bits)
-            return x.to(integer)
-
-        if self.randomize == "nus":
-            words = mantissa(self._integers(n, start)) | one
-            return words.view(self.dtype).sub_(1)
-        high, low = self._tables(n, start)
-        high = mantissa(high ^ self._shift.unsqueeze(1)) | one
-
-        def apply(a: Tensor, b: Tensor, out: Tensor) -> None:
-            torch.bitwise_xor(a, b, out=out.view(integer))
-            out.sub_(1)
-
-        return combine(high, mantissa(low), start, n, self.dtype, apply)
+        words = (self._integers(n, start) >> (self.bits - digits)).to(integer) | one
+        return words.view(self.dtype).sub_(1)

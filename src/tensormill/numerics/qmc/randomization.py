@@ -11,6 +11,9 @@ the L2-discrepancy for anchored boxes, 1998 (linear matrix scrambling); Dick, Hi
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +29,9 @@ digits differ in every dimension, so that this has the same distribution as nest
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MULTIPLIERS = (-4658895280553007687, -7723592293110705685)  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _LEVELS_PER_HASH = 5  # a subtree of 5 levels has 31 nodes, a bit of a hash each
+
+
+_Words = TypeVar("_Words", Tensor, np.ndarray)
 
 
 def _signed(word: int) -> int:
@@ -46,7 +52,7 @@ def draw_seed(seed: int | None) -> int:
     return seed
 
 
-def mix(x: Tensor) -> Tensor:
+def mix(x: _Words) -> _Words:
     """A bijection of int64 words that looks random (the finaliser of SplitMix64)."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MULTIPLIERS[0]
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MULTIPLIERS[1]
@@ -55,11 +61,11 @@ def mix(x: Tensor) -> Tensor:
 
 def random_words(seed: int, purpose: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
     """Hashed int64 words of a shape: the word at an index depends on seed, purpose and that index alone."""
-    state = mix(mix(torch.tensor(_signed(seed * 0x632BE59BD9B4E019 + purpose), device=device)) + _GOLDEN)
+    # On the host, in numpy: few words, many operations, of which each costs a fifth of torch's.
+    state = mix(mix(np.array([_signed(seed * 0x632BE59BD9B4E019 + purpose)])) + _GOLDEN)
     for size in shape:
-        step = torch.arange(1, size + 1, device=device)
-        state = mix(state.unsqueeze(-1) ^ mix(step * _GOLDEN))
-    return state
+        state = mix(state[..., None] ^ mix(np.arange(1, size + 1) * _GOLDEN))
+    return torch.from_numpy(state[0]).to(device)
 
 
 def random_bits(
@@ -90,15 +96,21 @@ def linear_matrix_scramble(
     Returns:
         (replications, d, m) int64.
     """
-    dimensions = matrices.shape[0]
-    random = random_bits(seed, 1, replications, dimensions, bits, bits=scrambled_bits, device=matrices.device)
-    result = torch.zeros(replications, *matrices.shape, dtype=torch.int64, device=matrices.device)
-    for row in range(bits):
-        diagonal = 1 << (scrambled_bits - 1 - row)
-        column = (random[..., row] & (diagonal - 1)) | diagonal
-        chosen = (matrices >> (bits - 1 - row)) & 1
-        result ^= chosen * column.unsqueeze(-1)
-    return result
+    given = matrices.cpu().numpy()
+    words = random_words(seed, 1, replications, len(given), bits).numpy()
+    diagonal = 1 << np.arange(scrambled_bits - 1, scrambled_bits - 1 - bits, -1)
+    columns = ((words >> (64 - scrambled_bits)) & (diagonal - 1)) | diagonal
+    result = np.zeros((replications, *given.shape), dtype=np.int64)
+    if result.size <= 1 << 10:  # few enough for one operation: starting them is what takes the time
+        chosen = -(
+            (given[:, None] >> np.arange(bits - 1, -1, -1)[:, None]) & 1
+        )  # (d, bits, m): all bits or none
+        result = np.bitwise_xor.reduce(chosen & columns[..., None], axis=-2)
+    else:
+        for row in range(bits):
+            chosen = -((given >> (bits - 1 - row)) & 1)
+            result ^= chosen & columns[..., row, None]
+    return torch.from_numpy(result).to(matrices.device)
 
 
 def nested_uniform_scramble(points: Tensor, bits: int, seed: int) -> Tensor:
@@ -142,10 +154,12 @@ def interlace(digits: Tensor, alpha: int, bits: int, interlaced_bits: int = BITS
     Returns:
         (..., d) int64.
     """
-    parts = digits.unflatten(-1, (-1, alpha))
-    result = torch.zeros_like(parts[..., 0])
+    # Small tensors on the CPU as arrays: numpy's operations start faster.
+    source = digits.numpy() if digits.device.type == "cpu" and digits.numel() <= 1 << 15 else digits
+    parts = [source[..., part::alpha] for part in range(alpha)]
+    result = parts[0] & 0
     for position in range(min(alpha * bits, interlaced_bits)):
         digit, part = divmod(position, alpha)
-        bit = (parts[..., part] >> (bits - 1 - digit)) & 1
+        bit = (parts[part] >> (bits - 1 - digit)) & 1
         result |= bit << (interlaced_bits - 1 - position)
-    return result
+    return torch.as_tensor(result)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from tensormill.papers._threads import one_thread
 from tensormill.papers.catalogue import Figure, Measurement, Paper, Row, Run
 from tensormill.papers.curves import Curve, fit_exponent
 
@@ -65,18 +66,11 @@ _MILLISECONDS = 1e3
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _like_with_like() -> Iterator[None]:
     """One thread on the CPU: qmcpy's code has no more, and comparisons should be of the algorithms."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # qmcpy's and ours about numbers of points
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # qmcpy's and ours about numbers of points
+        yield
 
 
 def _has(module: str) -> bool:
@@ -117,7 +111,7 @@ def walsh_hadamard(run: Run) -> Measurement:
     operator = OPERATORS["hadamard_transform"]
     rows: list[Row] = []
     ratio, rounds = 0.0, 0
-    with _one_thread():
+    with _like_with_like():
         for log_n in (14, 18) if run.scale == "quick" else (10, 14, 18, 20, 22):
             run.progress(f"2^{log_n} doubles")
             x = _samples(1 << log_n, run.device, run.seed)
@@ -178,7 +172,7 @@ def fourier_bit_reversed(run: Run) -> Measurement:
 
     rows: list[Row] = []
     ratios, rounds = [], 0
-    with _one_thread():
+    with _like_with_like():
         for log_n in (12, 14, 16, 18) if run.scale == "quick" else (12, 14, 16, 18, 20, 22):
             for kind in ("real", "complex"):
                 run.progress(f"2^{log_n} {kind} samples")
@@ -249,7 +243,7 @@ def gram_solve(run: Run) -> Measurement:
     curves: list[Curve] = []
     holds = True
     worst = 0.0
-    with _one_thread():
+    with _like_with_like():
         for kind in ("lattice", "net"):
             sequence, kernel = _structured(kind, 4, run.seed, run.device)
             seconds, steps = [], []
@@ -267,7 +261,7 @@ def gram_solve(run: Run) -> Measurement:
                     log_marginal_likelihood(qmc.FastGram(sequence.points(n), kernel, 1e-4), y).backward()
 
                 steps.append(measure.time_together({"s": [step]}, run.device, seconds=0.1)["s"].seconds)
-            rows.append(Row(f"{kind}: relative residual at {sizes[-1]} points", residual, ""))
+            rows.append(Row(f"{kind}: relative residual at {sizes[-1]} points", residual, "relative"))
             operations = [n * math.log2(n) for n in sizes]
             exponent = fit_exponent(operations, seconds)
             worst = max(worst, exponent.value)
@@ -276,7 +270,7 @@ def gram_solve(run: Run) -> Measurement:
                 Row(
                     f"{kind}: power of n log n in the seconds of a solve",
                     exponent.value,
-                    "",
+                    "exponent",
                     (exponent.low, exponent.high),
                 )
             )
@@ -316,9 +310,14 @@ def gram_solve(run: Run) -> Measurement:
     holds = holds and difference < 1e-8 and determinant < 1e-8
     exponent = fit_exponent(dense_sizes, dense_seconds)
     rows += [
-        Row(f"net against dense Cholesky, {n} points: relative difference of solves", difference, ""),
-        Row(f"net against dense Cholesky, {n} points: of log-determinants", determinant, ""),
-        Row("dense Cholesky: power of n in the seconds", exponent.value, "", (exponent.low, exponent.high)),
+        Row(f"net against dense Cholesky, {n} points: relative difference of solves", difference, "relative"),
+        Row(f"net against dense Cholesky, {n} points: of log-determinants", determinant, "relative"),
+        Row(
+            "dense Cholesky: power of n in the seconds",
+            exponent.value,
+            "exponent",
+            (exponent.low, exponent.high),
+        ),
         Row(f"dense Cholesky and solve, {n} points", _MILLISECONDS * dense_seconds[-1], "ms"),
     ]
     operations = [n * math.log2(n) for n in dense_sizes]
@@ -367,7 +366,7 @@ def generation(run: Run) -> Measurement:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     share_of_limit: dict[str, float] = {}
-    with _one_thread():
+    with _like_with_like():
         for what, count, dimensions, ours, theirs, others in cases:
             run.progress(what)
             fast: dict[str, list[Callable[[], object]]] = {
@@ -456,7 +455,7 @@ def accuracy(run: Run) -> Measurement:
         exponent = fit_exponent(own, errors)
         curves.append(Curve(what, own, errors, "points", "root mean square error", exponent))
         rows.append(Row(f"{what}: power of n", exponent.value, "exponent", (exponent.low, exponent.high)))
-        rows.append(Row(f"{what}: error with {own[-1]} points", errors[-1], ""))
+        rows.append(Row(f"{what}: error with {own[-1]} points", errors[-1], "RMS error"))
         if not low <= exponent.value <= high:
             failed.append(what)
     reason = f"outside: {', '.join(failed)}" if failed else "every power within its range"
@@ -478,7 +477,7 @@ def doubling(run: Run) -> Measurement:
     rows: list[Row] = []
     curves: list[Curve] = []
     holds = True
-    with _one_thread():
+    with _like_with_like():
         for kind, transform in (("fwht", qmc.fwht), ("fftbr", qmc.fftbr)):
             merged, whole, difference = [], [], 0.0
             for n in sizes:
@@ -500,7 +499,7 @@ def doubling(run: Run) -> Measurement:
                 Row(f"{kind}: power of n in the seconds of merging", exponent.value, "exponent", (exponent.low, exponent.high)),
                 Row(f"{kind}: merging {sizes[-1]} and {sizes[-1]}", _MILLISECONDS * merged[-1], "ms",
                     peers={"the whole transform": _MILLISECONDS * whole[-1]}),
-                Row(f"{kind}: largest difference to the whole transform", difference, ""),
+                Row(f"{kind}: largest difference to the whole transform", difference, "difference"),
             ]  # fmt: skip
             curves.append(
                 Curve(f"{kind}, merge", sizes, merged, "samples before doubling", "seconds", exponent)
@@ -573,7 +572,7 @@ def guaranteed_tolerance(run: Run) -> Measurement:
     rows: list[Row] = []
     holds = True
     reasons = []
-    with _one_thread():
+    with _like_with_like():
         peer = _qmcpy_points(cases["Keister"][3]) if run.device == "cpu" and _has("qmcpy") else None
         for rule in ("rqmc", "net", "lattice", "bayes", "bayes_lattice"):
             kept_by_all: list[bool] = []

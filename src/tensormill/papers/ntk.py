@@ -379,7 +379,7 @@ def analytic_speed(run: Run) -> Measurement:
 
     warn_if_busy()
     full = run.scale == "full"
-    sizes = (800, 1200, 1800, 2700, *((6000, 12_000) if full else ()))
+    sizes = (1500, 2200, 3200, 4800, *((8000, 12_000) if full else ()))
     depths = (3, 9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -611,7 +611,7 @@ def random_features(run: Run) -> Measurement:
         rows.append(Row(f"test accuracy, m = {m}", best, "%", (min(correct), max(correct)), setting=setting))
     slope = fit_exponent(counts, errors)
 
-    sizes = (1000, 2000, 3000, 6000) if not full else (2000, 4000, 8000, 16_000, 32_000)
+    sizes = (2000, 4000, 8000, 16_000, *((32_000, 64_000) if full else ()))
     ours_time, exact_time = [], []
     features = RandomFeatures(network, 128, seed=run.seed)
     for n in sizes:
@@ -621,7 +621,7 @@ def random_features(run: Run) -> Measurement:
         )
         targets = many[:, :10].contiguous()
         ours_time.append(_fastest(lambda a=many, b=targets: solved(features(a), b), run.device))  # type: ignore[misc]
-        if n <= 3000 or full:
+        if n <= (4000 if not full else 16_000):
             exact_time.append(_fastest(lambda a=many, b=targets: _exact_solve(network, a, b), run.device, 1))  # type: ignore[misc]
         rows.append(
             Row(f"kernel regression of {n} inputs", ours_time[-1], "s",

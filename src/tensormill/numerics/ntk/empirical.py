@@ -218,6 +218,19 @@ def _supported(module: nn.Module) -> bool:
     return not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups == 1
 
 
+_AXIS_KEEPERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.AvgPool1d, nn.AvgPool2d, nn.LayerNorm, nn.Identity, nn.Dropout, nn.ReLU,
+    nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.ELU,
+)  # fmt: skip
+
+
+def _keeps_first_axis(module: nn.Module) -> bool:
+    """Whether a module is a chain of layers that are known to leave the axis of the inputs where it is."""
+    if type(module) is nn.Sequential:
+        return all(_keeps_first_axis(child) for child in module)
+    return type(module) in _AXIS_KEEPERS or (type(module) is nn.Flatten and module.start_dim == 1)
+
+
 class _Structured(_Way):
     """Layer by layer: Gram matrices of activations times Gram matrices of derivatives."""
 
@@ -239,11 +252,12 @@ class _Structured(_Way):
     def prepare(self, x: Tensor) -> _Record:
         calls, derivatives, followed = self._derivatives(x)
         if self.rest is None:
-            # Once more with a single input: the first axis may have this length by chance.
-            with torch.no_grad():
-                followed -= {
-                    name for name, activation, *_ in self._calls(x[:1])[1] if activation.shape[0] != 1
-                }
+            if not _keeps_first_axis(self.module):
+                # Once more with a single input: the first axis may have this length by chance.
+                with torch.no_grad():
+                    followed -= {
+                        name for name, activation, *_ in self._calls(x[:1])[1] if activation.shape[0] != 1
+                    }
             covered = {id(p) for name in followed for p in self.layers[name]._parameters.values()}
             others = {name: p for name, p in self.parameters.items() if id(p) not in covered}
             self.followed = followed

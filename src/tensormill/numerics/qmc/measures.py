@@ -115,7 +115,8 @@ class Gaussian:
     def transform(self, u: Tensor) -> Tensor:
         """Points (..., d) of the unit cube to the normal distribution."""
         edge = _SMALLEST if u.dtype == torch.float64 else 2.0**-25
-        normal = torch.special.ndtri(u.clamp_min(edge))
+        # A periodized point may round to 1, which no sequence has.
+        normal = torch.special.ndtri(u.clamp(edge, 1 - torch.finfo(u.dtype).eps / 2))
         if bool(torch.count_nonzero(self.root - torch.diag(self.root.diagonal()))):
             return normal @ self.root.mT.to(u) + self.mean.to(u)
         return normal * self.root.diagonal().to(u) + self.mean.to(u)

@@ -251,7 +251,7 @@ def scaling(run: Run) -> Measurement:
     """Three modes of rank 3: N at 200 indices a mode, D (all modes) at N = D; GPyTorch's exact process beside."""
     full = run.scale == "full"
     entries = (20_000, 40_000, 80_000, 160_000, 320_000) + ((640_000, 1_280_000) if full else ())
-    distinct = (4_000, 8_000, 16_000, 32_000) + ((64_000, 128_000) if full else ())
+    distinct = (2_000, 4_000, 8_000, 16_000, 32_000, 64_000) + ((128_000,) if full else ())
     repeats = 7 if full else 5
     rows: list[Row] = []
     curves: list[Curve] = []

@@ -379,7 +379,7 @@ def analytic_speed(run: Run) -> Measurement:
 
     warn_if_busy()
     full = run.scale == "full"
-    sizes = (1500, 2200, 3200, 4800, *((8000, 12_000) if full else ()))
+    sizes = (1400, 2000, 2800, 4000, *((8000, 12_000) if full else ()))
     depths = (3, 9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -109,11 +109,17 @@ def test_unfoldings_follow_kronecker_and_khatri_rao(shape, dtype):
         close(unfold(c.full(), k), expected)
 
 
-def test_products_agree_with_tensorly():
-    tensorly = pytest.importorskip("tensorly")
+@pytest.fixture
+def tensorly():
+    """tensorly on torch's tensors; afterwards on what it computed with before."""
+    module = pytest.importorskip("tensorly")
+    with module.backend_context("pytorch"):
+        yield module
+
+
+def test_products_agree_with_tensorly(tensorly):
     from tensorly import tenalg
 
-    tensorly.set_backend("pytorch")
     matrices = [randn(n, 3, seed=n) for n in (4, 2, 5)]
     close(khatri_rao(matrices), tenalg.khatri_rao(matrices))
     close(kronecker(matrices), tenalg.kronecker(matrices))
@@ -225,11 +231,9 @@ def test_permuted_modes_permute_the_core():
 
 
 @pytest.mark.parametrize("rank", [(3, 2, 4), (5, 5, 5)])
-def test_hooi_and_hosvd_agree_with_tensorly(rank):
-    tensorly = pytest.importorskip("tensorly")
+def test_hooi_and_hosvd_agree_with_tensorly(tensorly, rank):
     from tensorly.decomposition import tucker as their_tucker
 
-    tensorly.set_backend("pytorch")
     x = smooth(10, 9, 8) + 0.05 * randn(10, 9, 8)
     theirs = their_tucker(x, rank=list(rank), init="svd", n_iter_max=500, tol=1e-14)
     ours = hooi(x, rank=rank, sweeps=500)

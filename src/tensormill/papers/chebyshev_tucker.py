@@ -183,7 +183,6 @@ def error_against_numbers(run: Run) -> Measurement:
         import tensorly
         from tensorly.decomposition import tucker
 
-        tensorly.set_backend("pytorch")
         ranks = (4, 8, 12, 16, 20, 24, 28, 32) if full else (6, 12, 18, 24, 30)
         for n in (64, 128, 256) if full else (32, 64, 96):
             axis = (torch.arange(n, dtype=torch.float64) + 0.5) * (2 / n) - 1
@@ -192,7 +191,8 @@ def error_against_numbers(run: Run) -> Measurement:
             found[name] = []
             for rank in ranks:
                 run.progress(f"{name}, rank {rank}")
-                core, factors = tucker(grid, rank=[rank] * 3, init="svd", n_iter_max=3)
+                with tensorly.backend_context("pytorch"):
+                    core, factors = tucker(grid, rank=[rank] * 3, init="svd", n_iter_max=3)
                 lines = [chebyshev.resample(f, axis, x[:, k], 0) for k, f in enumerate(factors)]
                 stored = core.numel() + sum(f.numel() for f in factors)
                 found[name].append((stored, _relative(contract_rows(core, lines), exact)))
@@ -397,14 +397,14 @@ def cost(run: Run) -> Measurement:
             import tensorly
             from tensorly.decomposition import tucker
 
-            tensorly.set_backend("pytorch")
             for n in their_grids:
                 run.progress(f"tensorly, grid of {n}")
                 axis = (torch.arange(n, dtype=torch.float64) + 0.5) * (2 / n) - 1
 
                 def on_grid(axis: Tensor = axis) -> object:
                     values = _on_grid(charges, positions, kernel, axis.to(run.device))
-                    return tucker(values, rank=[18] * 3, init="svd", n_iter_max=1)
+                    with tensorly.backend_context("pytorch"):
+                        return tucker(values, rank=[18] * 3, init="svd", n_iter_max=1)
 
                 theirs.append(_seconds(on_grid, 2))
                 rows.append(Row(f"500 charges, tensorly on {n}^3 with the filling of the grid", theirs[-1], "s",

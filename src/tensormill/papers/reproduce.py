@@ -111,7 +111,7 @@ def _measure(claim: Claim, run: Run, record: bool) -> dict[str, Any]:
         "curves": [],
     }
     if result["reason"]:
-        run.progress(f"not measured: {result['reason']}", 1.0)
+        run.progress(result["reason"], 1.0)
         return result
     run.progress("measuring", 0.0)
     try:

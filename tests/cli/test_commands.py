@@ -242,6 +242,10 @@ def toy_paper(monkeypatch, tmp_path):
     def equal(run):
         return Measurement([Row("one", 1, "x")], holds=True)
 
+    @paper.claim("C2", statement="Two is more", unit="x", criterion="above one")
+    def more(run):
+        return Measurement([Row("two", 2, "x")], holds=True)
+
     monkeypatch.setattr(reproduce, "find_paper", lambda slug: paper)
 
 
@@ -251,6 +255,10 @@ def test_reproduce_writes_a_page(tensormill, toy_paper, tmp_path):
     assert done.code == 0 and json.loads(done.out)["claims"][0]["holds"], done.err
     (page,) = (tmp_path / "results" / "toy").glob("quick-*.html")
     assert "One is one" in page.read_text(encoding="utf-8")
+
+    assert tensormill(*run, "--claim", "C2").code == 0  # the page keeps the claim recorded before
+    text = page.read_text(encoding="utf-8")
+    assert text.index("One is one") < text.index("Two is more") and text.count("<h2>") == 2
 
     taken = tmp_path / "page.html"
     taken.write_text("mine")

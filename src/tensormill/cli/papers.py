@@ -56,7 +56,7 @@ def reproduce(
 ) -> None:
     """Measure a paper's claims again on this machine, beside the best peers."""
     from tensormill.compress.output import check_files, write_files
-    from tensormill.papers.page import exponents, to_html
+    from tensormill.papers.page import exponents, to_html, with_recorded
     from tensormill.papers.records import page_path
     from tensormill.papers.reproduce import reproduce as measure
 
@@ -64,10 +64,11 @@ def reproduce(
         check_files(page.parent, [page.name], overwrite=overwrite)
     with progress_bar() as progress:
         result = measure(paper, scale, resolve_device(device), claim, record, progress)
+    whole = result
     if page is None and record and result["claims"]:
-        page = page_path(result["paper"], scale, result["device"])
+        page, whole = page_path(result["paper"], scale, result["device"]), with_recorded(result)
     if page is not None:
-        write_files(page.parent, {page.name: to_html(result)})
+        write_files(page.parent, {page.name: to_html(whole)})
     if json:
         print_json(result)
         return

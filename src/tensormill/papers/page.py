@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensormill.papers.curves import curve_plots
+from tensormill.papers.records import read_records
 from tensormill.plots import format_value
 
+_SHOWN = ("statement", "criterion", "paper_value", "unit", "holds", "reason", "seconds", "rows", "curves")
 VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}
 
 
@@ -33,6 +35,18 @@ def to_html(result: Mapping[str, Any]) -> str:
             for claim in result["claims"]
         ],
     )
+
+
+def with_recorded(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What `reproduce` returned, and after it the paper's other claims as recorded at that scale on that device."""
+    present = {claim["id"] for claim in result["claims"]}
+    others = [
+        {"id": record.claim, **{name: getattr(record, name) for name in _SHOWN}}
+        for record in read_records(result["paper"])
+        if (record.scale, record.device) == (result["scale"], result["device"])
+        and record.claim not in present
+    ]
+    return {**result, "claims": sorted([*result["claims"], *others], key=lambda claim: claim["id"])}
 
 
 def exponents(curves: list[dict[str, Any]]) -> list[str]:

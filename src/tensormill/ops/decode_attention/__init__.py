@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensormill.cuda import cuda_missing
 from tensormill.errors import InvalidArgument
 from tensormill.operator import Operator, Sample, triton_missing
 from tensormill.ops.decode_attention import peers, reference
@@ -95,7 +96,9 @@ def cost(shape: Shape) -> Cost:
     bits = _element_bits(shape["storage"], head_dim, dtype) * head_dim
     if not shape["shared"]:
         bits += _element_bits(shape["storage"], value_dim, dtype) * value_dim
-    unit = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[dtype]
+    unit = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[
+        dtype
+    ]
     rows = shape["batch"] * heads * shape["queries"]
     return Cost(
         {unit: 2.0 * tokens * heads * shape["queries"] * (head_dim + value_dim)},
@@ -201,7 +204,9 @@ def samples() -> list[Sample]:
     found = [
         _sample("typical", batch=1, context=200, heads=8, kv_heads=2, head_dim=128, dtype="float16"),
         _sample("typical", batch=2, context=130, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16"),
-        _sample("typical", batch=2, context=100, heads=4, kv_heads=4, head_dim=64, dtype="float16", page_size=16),
+        _sample(
+            "typical", batch=2, context=100, heads=4, kv_heads=4, head_dim=64, dtype="float16", page_size=16
+        ),
         _sample("typical", **{**MLA, "heads": 20}, batch=1, context=70, dtype="float16", page_size=64),
         _sample("typical", **{**MLA, "heads": 16, "head_dim": 80, "value_dim": 64}, batch=2, context=90),
         _sample("tiny", **small, batch=1, context=1, dtype="float32"),
@@ -266,6 +271,12 @@ def _triton_supports(*arguments: Any) -> bool:
     return supports(*arguments)
 
 
+def _cuda_supports(*arguments: Any) -> bool:
+    from tensormill.ops.decode_attention.cuda import supports
+
+    return supports(*arguments)
+
+
 operator = Operator(
     "decode_attention",
     schema=SCHEMA,
@@ -276,6 +287,13 @@ operator = Operator(
     samples=samples(),
     reduction=lambda shape: shape["context"],
     shape_defaults=DEFAULTS,
+)
+operator.implementation(
+    "cuda",
+    devices=("cuda",),
+    entry="tensormill.ops.decode_attention.cuda:decode_attention",
+    supports=_cuda_supports,
+    missing=lambda: cuda_missing() or triton_missing(),
 )
 operator.implementation(
     "triton",
@@ -357,7 +375,9 @@ def decode_attention(
     else:
         width = value.shape[-1] * (2 if bits_of(value) == 4 else 1)
         if value_dim not in (None, width):
-            raise InvalidArgument(f"given value_dim={value_dim} and value with {width} channels; leave it out")
+            raise InvalidArgument(
+                f"given value_dim={value_dim} and value with {width} channels; leave it out"
+            )
         value_dim = width
         _check_stored("value", value, value_scale, value_offset, query, block_table, width)
         if value.shape[:3] != key.shape[:3]:
@@ -378,7 +398,9 @@ def decode_attention(
         )
     for name, tensor in (("key", key), ("value", value), ("lengths", lengths), ("block_table", block_table)):
         if tensor is not None and tensor.device != query.device:
-            raise InvalidArgument(f"given {name} on {tensor.device} and query on {query.device}, expected one device")
+            raise InvalidArgument(
+                f"given {name} on {tensor.device} and query on {query.device}, expected one device"
+            )
     output, lse = operator(
         query,
         key,
@@ -455,7 +477,11 @@ def _check_stored(
                 f" ({', '.join(map(str, stored.shape[:-1]))}, {scale.shape[-1]})"
             )
     if scale.dtype == torch.uint8 and offset is not None:
-        raise InvalidArgument(f"given {name}_offset beside exponents, expected none: block floating point is symmetric")
+        raise InvalidArgument(
+            f"given {name}_offset beside exponents, expected none: block floating point is symmetric"
+        )
     KVFormat(bits_of(stored), channels // max(scale.shape[-1], 1)).groups(channels)
     if scale.shape[-1] < 1 or channels % scale.shape[-1]:
-        raise InvalidArgument(f"given {scale.shape[-1]} scales of {name} for {channels} channels, expected a divisor")
+        raise InvalidArgument(
+            f"given {scale.shape[-1]} scales of {name} for {channels} channels, expected a divisor"
+        )

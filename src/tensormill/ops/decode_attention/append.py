@@ -68,7 +68,9 @@ def _store_kernel(
     page = tl.full((BLOCK_T,), 0, tl.int64) + sequence
     at = position
     if PAGE > 0:
-        page = tl.load(block_table + sequence * table_width + position // PAGE, mask=ok, other=-1).to(tl.int64)
+        page = tl.load(block_table + sequence * table_width + position // PAGE, mask=ok, other=-1).to(
+            tl.int64
+        )
         at = position % PAGE
         ok = ok & (page >= 0)
     channel = tl.arange(0, BLOCK_D)
@@ -140,10 +142,12 @@ def _codes(
         if OFFSET:
             infinity = float("inf")
             most = tl.maximum(
-                tl.max(tl.where(used[None, :], x, -infinity), 1), tl.max(tl.where(used[None, :], y, -infinity), 1)
+                tl.max(tl.where(used[None, :], x, -infinity), 1),
+                tl.max(tl.where(used[None, :], y, -infinity), 1),
             )
             least = tl.minimum(
-                tl.min(tl.where(used[None, :], x, infinity), 1), tl.min(tl.where(used[None, :], y, infinity), 1)
+                tl.min(tl.where(used[None, :], x, infinity), 1),
+                tl.min(tl.where(used[None, :], y, infinity), 1),
             )
             exact = tl.div_rn(most / 2 - least / 2, tl.full(most.shape, TOP + 0.5, tl.float32))
             middle = (least / 2 + most / 2 + exact / 2).to(offset_pointer.dtype.element_ty)

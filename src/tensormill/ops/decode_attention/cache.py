@@ -101,7 +101,9 @@ class KVCache:
                 return torch.zeros(*front, width, dtype=dtype, device=device), None, None
             groups = storage.groups(width)
             stored = torch.uint8 if storage.bits == 4 else torch.int8
-            codes = torch.zeros(*front, width // 2 if storage.bits == 4 else width, dtype=stored, device=device)
+            codes = torch.zeros(
+                *front, width // 2 if storage.bits == 4 else width, dtype=stored, device=device
+            )
             kind = torch.uint8 if storage.exponents else torch.float32 if dtype == torch.float64 else dtype
             scale = torch.zeros(*front, groups, dtype=kind, device=device)
             return codes, scale, None if storage.symmetric else torch.zeros_like(scale)
@@ -167,7 +169,9 @@ class KVCache:
         widths = {"key": (key, self.key.shape[-1], self.key_format), "value": (value, self.value_dim, None)}
         for name, (x, width, storage) in widths.items():
             width *= 2 if name == "key" and storage is not None and storage.bits == 4 else 1
-            if x is not None and (tuple(x.shape) != (batch, kv_heads, tokens, width) or x.dtype != self.dtype):
+            if x is not None and (
+                tuple(x.shape) != (batch, kv_heads, tokens, width) or x.dtype != self.dtype
+            ):
                 raise InvalidArgument(
                     f"given {name} of {x.dtype} and shape {tuple(x.shape)}, expected {self.dtype}"
                     f" ({batch}, {kv_heads}, tokens, {width})"

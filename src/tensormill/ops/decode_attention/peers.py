@@ -43,7 +43,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Callable[[],
     key, value = key[:, :, :length], value[:, :, :length]
 
     def call() -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, scale=scale, enable_gqa=True
+        )
 
     return call
 
@@ -86,7 +88,15 @@ def _flashinfer(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Callab
     indices = torch.arange(batch * pages, dtype=torch.int32, device=query.device)
     last = torch.full((batch,), page_size, dtype=torch.int32, device=query.device)
     wrapper.plan(
-        indptr, indices, last, heads, key.shape[1], head_dim, page_size, q_data_type=query.dtype, sm_scale=scale
+        indptr,
+        indices,
+        last,
+        heads,
+        key.shape[1],
+        head_dim,
+        page_size,
+        q_data_type=query.dtype,
+        sm_scale=scale,
     )
     return lambda: wrapper.run(query[:, :, 0], paged)
 

@@ -77,4 +77,6 @@ def _of_sequences(pages: Tensor, block_table: Tensor | None, lengths: Tensor) ->
     page_size = pages.shape[2]
     used = torch.arange(block_table.shape[1], device=pages.device) * page_size < lengths.long()[:, None]
     table = torch.where(used, block_table.long(), 0)
-    return pages[table].transpose(1, 2).flatten(2, 3)  # (batch, table, heads, ...) -> (batch, heads, capacity, ...)
+    return (
+        pages[table].transpose(1, 2).flatten(2, 3)
+    )  # (batch, table, heads, ...) -> (batch, heads, capacity, ...)

@@ -40,7 +40,9 @@ class KVFormat:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            raise InvalidArgument(f"given bits={self.bits!r}, expected 4 or 8; leave the format out for floats")
+            raise InvalidArgument(
+                f"given bits={self.bits!r}, expected 4 or 8; leave the format out for floats"
+            )
         if self.group_size != -1 and self.group_size < 1:
             raise InvalidArgument(f"given group_size={self.group_size}, expected a positive number or -1")
         if self.exponents and not self.symmetric:
@@ -97,7 +99,9 @@ def quantize_kv(
     ([[-127, 0, 64, 127]], torch.Size([1, 1]), None)
     """
     if not x.is_floating_point() or x.dim() == 0:
-        raise InvalidArgument(f"given x of {x.dtype} and shape {tuple(x.shape)}, expected floats (..., head_dim)")
+        raise InvalidArgument(
+            f"given x of {x.dtype} and shape {tuple(x.shape)}, expected floats (..., head_dim)"
+        )
     groups = storage.groups(x.shape[-1])
     wide = x.to(torch.float32).unflatten(-1, (groups, -1))
     top = 2 ** (storage.bits - 1) - 1

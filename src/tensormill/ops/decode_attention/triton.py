@@ -113,7 +113,9 @@ def _scales(pointer, at, mask, BITS: tl.constexpr):
 
 
 @triton.jit
-def _grouped(codes, ratio, shift, N: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, OFFSET: tl.constexpr):
+def _grouped(
+    codes, ratio, shift, N: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, OFFSET: tl.constexpr
+):
     """codes [N, SIZE] times ratio [N, GROUPS] (plus shift), in the codes' dtype."""
     tile = tl.reshape(codes, (N, GROUPS, SIZE // GROUPS))
     tile = tile * ratio.to(codes.dtype)[:, :, None]
@@ -204,7 +206,9 @@ def _tile(
 
 @triton.jit
 def _rows_of_query(pointer, at, mask, start, SIZE: tl.constexpr):
-    return tl.load(pointer + at[:, None] + (start + tl.arange(0, SIZE))[None, :], mask=mask[:, None], other=0.0)
+    return tl.load(
+        pointer + at[:, None] + (start + tl.arange(0, SIZE))[None, :], mask=mask[:, None], other=0.0
+    )
 
 
 @triton.jit
@@ -684,9 +688,7 @@ def run(
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     row_blocks = triton.cdiv(rows, block_m)
     programs = max(1, _processors(query.device.index) * config.programs // row_blocks)
-    slots = programs + batch * kv_heads
-    workspace = torch.empty(slots * rows * (value_dim + 2), dtype=torch.float32, device=query.device)
-    statistics, partial = workspace[: slots * rows * 2], workspace[slots * rows * 2 :]
+    partial, statistics = workspace(programs + batch * kv_heads, rows, value_dim, query.device)
     shared = value is None
     if shared:
         value, value_scale, value_offset = key, key_scale, key_offset
@@ -757,29 +759,60 @@ def run(
             num_warps=config.warps,
             num_stages=config.stages,
         )
-        block_d = min(128, triton.next_power_of_2(value_dim))
-        _merge_kernel[(batch * kv_heads * rows, triton.cdiv(value_dim, block_d))](
-            partial,
-            statistics,
-            lengths,
-            lengths if sinks is None else sinks,
-            output,
-            lse,
-            batch,
-            span,
-            programs,
-            KV_HEADS=kv_heads,
-            GROUP=group,
-            QUERIES=queries,
-            VALUE_DIM=value_dim,
-            SINKS=sinks is not None,
-            BATCH_PAD=batch_pad,
-            BLOCK_N=config.block_tokens,
-            BLOCK_D=block_d,
-            BLOCK_S=16,
-            num_warps=4,
-        )
+        merge(partial, statistics, lengths, sinks, output, lse, kv_heads, span, programs, config.block_tokens)
     return output, lse
+
+
+def merge(
+    partial: Tensor,
+    statistics: Tensor,
+    lengths: Tensor,
+    sinks: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    kv_heads: int,
+    span: int,
+    programs: int,
+    block_tokens: int,
+) -> None:
+    """Launch `_merge_kernel`: writes output and lse from the partial results of `programs` programs.
+
+    Args:
+        partial, statistics: (slots, rows, value_dim) and (slots, rows, 2), float32, flat; see the module.
+        lengths, sinks, output, lse: of `decode_attention`.
+        span: tokens that the newest ones may see.
+        block_tokens: tokens of a tile.
+    """
+    batch, heads, queries, value_dim = output.shape
+    group = heads // kv_heads
+    block_d = min(128, triton.next_power_of_2(value_dim))
+    _merge_kernel[(batch * heads * queries, triton.cdiv(value_dim, block_d))](
+        partial,
+        statistics,
+        lengths,
+        lengths if sinks is None else sinks,
+        output,
+        lse,
+        batch,
+        span,
+        programs,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        QUERIES=queries,
+        VALUE_DIM=value_dim,
+        SINKS=sinks is not None,
+        BATCH_PAD=max(2, triton.next_power_of_2(batch)),
+        BLOCK_N=block_tokens,
+        BLOCK_D=block_d,
+        BLOCK_S=16,
+        num_warps=4,
+    )
+
+
+def workspace(slots: int, rows: int, value_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for partial results: (partial, statistics), flat."""
+    room = torch.empty(slots * rows * (value_dim + 2), dtype=torch.float32, device=device)
+    return room[slots * rows * 2 :], room[: slots * rows * 2]
 
 
 def _device(x: Tensor) -> AbstractContextManager[object]:

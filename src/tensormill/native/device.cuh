@@ -435,8 +435,29 @@ DEVICE void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// --- votes, transposition and special functions
+// --- small loads, votes, transposition, special functions, and a hint
 
+// As load_constant, of other sizes.
+DEVICE uint32_t load_constant_byte(const uint8_t* address) {
+    uint32_t d;
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(d) : "l"(address));
+    return d;
+}
+DEVICE uint32_t load_constant_half(const uint16_t* address) {
+    uint16_t d;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(d) : "l"(address));
+    return d;
+}
+DEVICE Words2 load_constant2(const void* address) {
+    Words2 d;
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "l"(address));
+    return d;
+}
+// Keeps the compiler from computing the pointer anew wherever it is used, which it does to save registers.
+template <class T>
+DEVICE void keep(T*& pointer) {
+    asm volatile("" : "+l"(pointer));
+}
 // Whether any lane says so.
 DEVICE bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 // An 8x8 matrix of 16-bit numbers, two neighbours of row lane / 4 in each lane, transposed.

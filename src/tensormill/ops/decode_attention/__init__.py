@@ -189,7 +189,7 @@ DEFAULTS: Shape = {
     "sinks": False,
     "values": "normal",
 }
-MLA = {"heads": 128, "kv_heads": 1, "head_dim": 576, "value_dim": 512, "shared": True}
+MLA: dict[str, Any] = {"heads": 128, "kv_heads": 1, "head_dim": 576, "value_dim": 512, "shared": True}
 
 
 def _sample(kind: str, *, large: bool = False, benchmark: bool = False, **given: Any) -> Sample:
@@ -199,8 +199,8 @@ def _sample(kind: str, *, large: bool = False, benchmark: bool = False, **given:
 
 
 def samples() -> list[Sample]:
-    small = {"heads": 4, "kv_heads": 2, "head_dim": 64}
-    ragged = {**small, "ragged": True, "batch": 3}
+    small: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 64}
+    ragged: dict[str, Any] = {**small, "ragged": True, "batch": 3}
     found = [
         _sample("typical", batch=1, context=200, heads=8, kv_heads=2, head_dim=128, dtype="float16"),
         _sample("typical", batch=2, context=130, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16"),

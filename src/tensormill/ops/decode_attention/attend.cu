@@ -64,7 +64,7 @@ DEVICE void load_words(uint32_t (&d)[COUNT], const uint8_t* address) {
     if constexpr (COUNT == 1) {
         d[0] = load_constant(reinterpret_cast<const uint32_t*>(address));
     } else if constexpr (COUNT == 2) {
-        const Words2 words = *reinterpret_cast<const Words2*>(address);
+        const Words2 words = load_constant2(address);
         d[0] = words.x, d[1] = words.y;
     } else {
 #pragma unroll
@@ -175,6 +175,9 @@ DEVICE Sources sources_of(const Arguments& a, const Pair& pair) {
         from.value_offset = a.value_offset + value_scale + 2 * g * VALUE_SCALE_STRIDE;
     }
     from.pages = a.block_table + pair.sequence * (int64_t)a.table_stride;
+    keep(from.key), keep(from.value), keep(from.key_scale), keep(from.value_scale);
+    if (KEY_OFFSET) keep(from.key_offset);
+    if (VALUE_OFFSET) keep(from.value_offset);
     return from;
 }
 
@@ -185,7 +188,7 @@ DEVICE void load_pair(uint32_t (&d)[2], const uint16_t* scales, int after) {
         const uint32_t both = load_constant(reinterpret_cast<const uint32_t*>(scales));
         d[0] = both & 0xffff, d[1] = both >> 16;
     } else {
-        d[0] = scales[0], d[1] = scales[after];
+        d[0] = load_constant_half(scales), d[1] = load_constant_half(scales + after);
     }
 }
 
@@ -200,7 +203,7 @@ DEVICE void load_tokens(const Arguments& a, const Sources& from, int length, int
         int64_t page = 0;
         if (PAGE) {
             const int index = (FULL ? start : smaller(start, length - 1)) / (PAGE ? PAGE : 1);
-            page = from.pages[index];
+            page = (int)load_constant(reinterpret_cast<const uint32_t*>(from.pages + index));
             start -= index * PAGE, length = FULL ? length : length - index * PAGE;
         }
         // from the lane's own first token to the one it reads
@@ -215,8 +218,9 @@ DEVICE void load_tokens(const Arguments& a, const Sources& from, int length, int
             const uint8_t* exponents = reinterpret_cast<const uint8_t*>(from.key_scale) + key_scale;
             constexpr int HIGH = HALF_DIM / EXPONENT_CHANNELS;
             const int after = (second - first) * KEY_SCALE_STRIDE;
-            d.key_scale[s][0] = exponents[0], d.key_high[s][0] = exponents[HIGH];
-            d.key_scale[s][1] = exponents[after], d.key_high[s][1] = exponents[after + HIGH];
+            d.key_scale[s][0] = load_constant_byte(exponents), d.key_high[s][0] = load_constant_byte(exponents + HIGH);
+            d.key_scale[s][1] = load_constant_byte(exponents + after);
+            d.key_high[s][1] = load_constant_byte(exponents + after + HIGH);
         } else {
             const int after = (second - first) * KEY_SCALE_STRIDE;
             const int value_after = (second - first) * VALUE_SCALE_STRIDE;
@@ -232,9 +236,10 @@ DEVICE void load_tokens(const Arguments& a, const Sources& from, int length, int
             const int at = FULL ? r : smaller(r, length - 1 - start - 4 * t);
             load_words(d.value[s][r], value + at * VALUE_STRIDE);
             if constexpr (BFP) {
-                const uint8_t* exponents = reinterpret_cast<const uint8_t*>(from.value_scale) + value_scale;
-                d.value_scale[s][r] = exponents[at * VALUE_SCALE_STRIDE];
-                d.value_high[s][r] = exponents[at * VALUE_SCALE_STRIDE + HALF_DIM / EXPONENT_CHANNELS];
+                const uint8_t* exponents =
+                    reinterpret_cast<const uint8_t*>(from.value_scale) + value_scale + at * VALUE_SCALE_STRIDE;
+                d.value_scale[s][r] = load_constant_byte(exponents);
+                d.value_high[s][r] = load_constant_byte(exponents + HALF_DIM / EXPONENT_CHANNELS);
             }
         }
     }
@@ -413,7 +418,7 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
             for (int m = 0; m < STEPS; m++) o[n][m][0] = o[n][m][1] = o[n][m][2] = o[n][m][3] = 0;
         }
 
-#pragma unroll 2
+#pragma unroll 1
         for (int i = tile; i < stop; i++) {
             const int token = (pair.first + i) * TILE + warp_token;
             Step next;

@@ -214,7 +214,7 @@ class KVCache:
         counts: Tensor | None,
     ) -> None:
         """`append` for one of keys and values in plain PyTorch."""
-        batch, _, tokens, _ = new.shape
+        tokens = new.shape[2]
         order = torch.arange(tokens, device=new.device)
         position = self.lengths.long()[:, None] + order
         fits = position < (room if isinstance(room := self._room(), int) else room[:, None])

@@ -202,7 +202,7 @@ def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See `tensormill.ops.decode_attention`."""
     query, key, key_scale = arguments[0], arguments[1], arguments[3]
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    return run(*arguments, configuration(rows, bits_of(key), key_scale.dtype == torch.uint8))
+    return run(*arguments, config=configuration(rows, bits_of(key), key_scale.dtype == torch.uint8))
 
 
 def run(

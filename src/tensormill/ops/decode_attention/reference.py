@@ -31,7 +31,7 @@ def decode_attention(
         float32 (float64 for a float64 query).
     """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch, heads, queries, _ = query.shape
+    heads, queries = query.shape[1:3]
     k = _of_sequences(_dense(key, key_scale, key_offset, wide), block_table, lengths)
     if value is None:
         v = k[..., :value_dim]

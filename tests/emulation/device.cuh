@@ -487,6 +487,7 @@ DEVICE void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 DEVICE uint32_t load_constant_byte(const uint8_t* address) { return *address; }
 DEVICE uint32_t load_constant_half(const uint16_t* address) { return *address; }
 DEVICE Words2 load_constant2(const void* address) { return *static_cast<const Words2*>(address); }
+DEVICE void prefetch_line(const void*) {}
 template <class T>
 DEVICE void keep(T*&) {}
 DEVICE bool any_lane(bool condition) {

@@ -453,6 +453,8 @@ DEVICE Words2 load_constant2(const void* address) {
     asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "l"(address));
     return d;
 }
+// Brings the 128 bytes around the address into the second-level cache.
+DEVICE void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 // Keeps the compiler from computing the pointer anew wherever it is used, which it does to save registers.
 template <class T>
 DEVICE void keep(T*& pointer) {

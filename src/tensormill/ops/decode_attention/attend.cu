@@ -20,7 +20,8 @@
 // Macros: BITS 4 or 8; HEAD_DIM 64 or 128; GROUP query heads of a key-value head, QUERIES new tokens, at most 16
 // together; QUERY_TYPE, SCALE_TYPE Half or BFloat16; GROUPS of channels with an exponent, 0 for integer formats;
 // KEY_OFFSET, VALUE_OFFSET; KEY_STRIDE, VALUE_STRIDE from token to token in bytes, KEY_SCALE_STRIDE, VALUE_SCALE_STRIDE
-// in elements; SCALE_PAIRS, if these are 1 and two neighbouring tokens' scales are an aligned word; PAGE tokens of a page, 0 for contiguous; WINDOW, CAPPED; SUB; BLOCKS of a multiprocessor.
+// in elements; SCALE_PAIRS, if these are 1 and two neighbouring tokens' scales are an aligned word; PAGE tokens of a page, 0 for contiguous; WINDOW, CAPPED; SUB; BLOCKS of a multiprocessor;
+// FETCH_AHEAD tiles.
 constexpr int ROWS = GROUP * QUERIES, ROW_TILES = (ROWS + 7) / 8;
 constexpr int WARPS = 4, TILE = WARPS * SUB * 16;
 constexpr int KEY_WORDS = HEAD_DIM * BITS / 128;   // of a lane: a quarter of a row
@@ -149,7 +150,12 @@ struct Sources {
     const uint8_t *key, *value;
     const uint16_t *key_scale, *key_offset, *value_scale, *value_offset;
     const int32_t* pages;
+    const uint8_t* line;  // the lane's line of the warp's tokens: of K in the first lanes, of V in others
 };
+// Lines of 128 bytes of K of a step, and as many of V; a warp's lanes fetch them ahead, if rows are dense.
+constexpr int LINES = SUB * 16 * HEAD_DIM * BITS / 8 / 128;
+constexpr bool AHEAD = FETCH_AHEAD > 0 && PAGE == 0 && KEY_STRIDE == HEAD_DIM * BITS / 8 && VALUE_STRIDE == KEY_STRIDE &&
+                       2 * LINES <= 32;
 constexpr int EXPONENT_CHANNELS = HEAD_DIM / (BFP ? GROUPS : 1);
 
 DEVICE Sources sources_of(const Arguments& a, const Pair& pair) {
@@ -175,6 +181,10 @@ DEVICE Sources sources_of(const Arguments& a, const Pair& pair) {
         from.value_offset = a.value_offset + value_scale + 2 * g * VALUE_SCALE_STRIDE;
     }
     from.pages = a.block_table + pair.sequence * (int64_t)a.table_stride;
+    const uint8_t* keys = a.key + page * a.key_stride_p + pair.head * a.key_stride_h;
+    const uint8_t* values = a.value + page * a.value_stride_p + pair.head * a.value_stride_h;
+    from.line = (lane < LINES ? keys : values - LINES * 128) + lane * 128;
+    if (AHEAD) keep(from.line);
     keep(from.key), keep(from.value), keep(from.key_scale), keep(from.value_scale);
     if (KEY_OFFSET) keep(from.key_offset);
     if (VALUE_OFFSET) keep(from.value_offset);
@@ -422,6 +432,8 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
         for (int i = tile; i < stop; i++) {
             const int token = (pair.first + i) * TILE + warp_token;
             Step next;
+            if (AHEAD && token + FETCH_AHEAD * TILE + SUB * 16 <= pair.length && lane < 2 * LINES)
+                prefetch_line(from.line + (token + FETCH_AHEAD * TILE) * KEY_STRIDE);
             if (i + 1 < stop) load_step(a, from, pair.length, token + TILE, next);
             float x[SUB][ROW_TILES][4], scale[SUB][2], height[SUB][2];
             // some rows see not all of these tokens
@@ -448,7 +460,7 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
                             if (CAPPED) y = a.cap * (1 - 2 / (1 + fast_exp2(y * 2.8853900817779268f)));
                             if (partly) {
                                 const int last = pair.length - QUERIES + (8 * n + 2 * t + c) % QUERIES;
-                                if (at > last || (WINDOW && at <= last - a.window)) y = -INFINITY;
+                                if (at > last || (WINDOW && at <= last - a.window)) y = bits_to_float(0xff800000u);  // -infinity
                             }
                             grown = grown || y + height[s][r] > base[n][c] + 8;
                         }

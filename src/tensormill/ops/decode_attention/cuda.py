@@ -22,10 +22,17 @@ _NAMES = {torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 @dataclass(frozen=True)
 class Config:
-    """How `attend` runs: tokens of a warp's step in sixteens, and blocks of a multiprocessor at a time."""
+    """How `attend` runs.
+
+    Attributes:
+        sixteens: tokens of a warp's step, in sixteens.
+        blocks: of a multiprocessor, at a time.
+        ahead: tiles by which dense rows are fetched into the second-level cache ahead of their use.
+    """
 
     sixteens: int
     blocks: int
+    ahead: int
 
     @property
     def block_tokens(self) -> int:
@@ -145,6 +152,7 @@ def defines(
         "CAPPED": int(softcap > 0),
         "SUB": config.sixteens,
         "BLOCKS": config.blocks,
+        "FETCH_AHEAD": config.ahead,
     }
 
 
@@ -195,7 +203,7 @@ def shared_bytes(rows: int, head_dim: int) -> int:
 
 def configuration(rows: int, bits: int, exponents: bool) -> Config:
     """From measurements on an H200."""
-    return Config(1, 3)
+    return Config(1, 3, 0)
 
 
 def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -33,15 +33,15 @@ DEVICE void cluster_mbarrier_arrive(uint32_t barrier) {
 }
 
 DEVICE void cluster_mbarrier_wait(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    do asm volatile(
-            "{\n.reg .pred done;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
-            "selp.b32 %0, 1, 0, done;\n}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    while (!done);
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
 }
 
 DEVICE void cluster_store(uint32_t address, Words4 value) {
@@ -99,7 +99,7 @@ DEVICE uint64_t wgmma_descriptor(uint32_t address) {
     return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-enum class Wgmma { f16, bf16, s8, e4m3 };  // operands
+enum class Wgmma { f16, bf16, s8 };  // operands
 
 #define TM_LIST_0                                                                                           \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
@@ -131,7 +131,6 @@ enum class Wgmma { f16, bf16, s8, e4m3 };  // operands
         TM_WGMMA_CASE(#N, f16, "k16.f32.f16.f16", "f", OUT, LISTS, A, B, SCALE, ", 1, 1, 0")                      \
         TM_WGMMA_CASE(#N, bf16, "k16.f32.bf16.bf16", "f", OUT, LISTS, A, B, SCALE, ", 1, 1, 0")                   \
         TM_WGMMA_CASE(#N, s8, "k32.s32.s8.s8", "r", OUT, LISTS, A, B, SCALE, "")                                  \
-        TM_WGMMA_CASE(#N, e4m3, "k32.f32.e4m3.e4m3", "f", OUT, LISTS, A, B, SCALE, ", 1, 1")                      \
     }
 
 // d (64 x COLUMNS) += A B^T, or = where `accumulate` is false: A, 64 rows of 32 bytes, from registers (a warp's 16 rows
@@ -144,16 +143,3 @@ DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool 
     TM_WGMMA_SIZE(256, TM_OUT_128, TM_LIST_0 "," TM_LIST_1 "," TM_LIST_2 "," TM_LIST_3, "%128,%129,%130,%131", "%132",
                   "%133")
 }
-
-// --- types
-
-template <bool CONDITION, class A, class B>
-struct ChooseType {
-    using type = A;
-};
-template <class A, class B>
-struct ChooseType<false, A, B> {
-    using type = B;
-};
-template <bool CONDITION, class A, class B>
-using Choose = typename ChooseType<CONDITION, A, B>::type;

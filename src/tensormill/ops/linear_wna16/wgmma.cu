@@ -37,6 +37,11 @@ using X = Half;
 #else
 using X = BFloat16;
 #endif
+#if X_TYPE == 2
+using Sum = int;
+#else
+using Sum = float;
+#endif
 
 #ifndef RING_SKEW
 #define RING_SKEW 0
@@ -76,14 +81,14 @@ static_assert(BARRIER_OFFSET + 16 * STAGES + 8 == SHARED_BYTES, "the host's form
 struct Arguments {
     TensorMap x;                 // boxes of 128 bytes x TOKENS / CLUSTER
     TensorMap y;                 // boxes of 64 x SLICE
-    const uint8_t* weight;       // [row_blocks][columns / 64][4] tiles
-    const uint32_t* scale;       // [row_blocks][groups][4][8] pairs: rows r and r + 8 of 16
+    const uint8_t* weight;       // [row_blocks][columns / 64, even][4] tiles
+    const uint32_t* scale;       // [row_blocks][groups][32] pairs
     const uint16_t* zero;        // the same, pairs of bytes; or null
     const uint16_t* bias;        // [rows]; or null
     const float* token_scale;    // [tokens], for 8-bit x
     const int* token_sum;        // [tokens], of x, for 8-bit x and zero points
     int tokens, rows;
-    int row_blocks, columns;     // multiples of 64 rows and of 64 columns
+    int row_blocks, columns;  // of the weights: blocks of 64 rows
     int groups, group_size;
     int width;  // token tiles that blocks go through before the next rows
 };
@@ -156,7 +161,7 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
         lower_registers<56>();
         const int local = warp - 4 * CONSUMERS;  // the 64 rows that this warp copies; the first, x too
         if (local < BLOCKS && lane == 0) {
-            const int column_tiles = p.columns / 64;
+            const int column_tiles = (p.columns + 127) / 128 * 2;
             for (int index = block_index() / (CLUSTER * SPLIT); index < row_tiles * token_tiles; index += clusters) {
                 const Place at = place(p, index, row_tiles, token_tiles);
                 const int block = (at.row_tile * CLUSTER + member) * BLOCKS + local;
@@ -167,10 +172,9 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
                 if constexpr (GROUPS > 0) group = begin * 64 * TILES / p.group_size, column = begin * 64 * TILES % p.group_size;
                 for (int step = begin; step < end; step++) {
                     const uint32_t to = base + stage.index * STAGE_BYTES, barrier = full + 8 * stage.index;
-                    const int bytes = 4 * TILE_BYTES * min(TILES, column_tiles - step * TILES);
                     mbarrier_wait(empty + 8 * stage.index, stage.parity ^ 1);
                     mbarrier_arrive_expect(barrier, (local == 0 ? X_BYTES : 0) +
-                                                        (present ? bytes + GROUPS * (SCALE_BYTES + ZERO_BYTES) : 0));
+                                                        (present ? WEIGHT_BYTES + GROUPS * (SCALE_BYTES + ZERO_BYTES) : 0));
                     if (local == 0) {
                         const int x = step * (INTEGER ? 128 : 64), y = at.token_tile * TOKENS;
                         if constexpr (CLUSTER == 1)
@@ -181,8 +185,8 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
                                                   ((1 << CLUSTER) - 1) << (split * CLUSTER));
                     }
                     if (present) {
-                        copy_bulk(to + X_BYTES + local * WEIGHT_BYTES, weight + (int64_t)step * WEIGHT_BYTES, bytes,
-                                  barrier);
+                        copy_bulk(to + X_BYTES + local * WEIGHT_BYTES, weight + (int64_t)step * WEIGHT_BYTES,
+                                  WEIGHT_BYTES, barrier);
 #pragma unroll
                         for (int g = 0; g < GROUPS; g++) {
                             const int64_t set = first_group + min(group, p.groups - 1);
@@ -202,8 +206,7 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
     } else {
         raise_registers<224>();
         const int consumer = warp / 4, quarter = warp % 4;
-        const int pair = quarter * 8 + lane / 4;  // of rows, of the 32 of 64 rows
-        using Sum = Choose<INTEGER, int, float>;
+        const int pair = lane / 4 * 4 + quarter;  // of this lane's rows, among the 32 of 64 rows
         Sum sums[PARTS][SUMS];
         float totals[GROUP_SUMS ? SUMS : 1];
         uint32_t a[2][PARTS][2][4];

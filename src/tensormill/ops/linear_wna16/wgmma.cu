@@ -49,6 +49,7 @@ using Sum = float;
 constexpr int SKEW = RING_SKEW;  // stages by which the first warpgroup is ahead
 
 constexpr bool INTEGER = TYPE == 2;
+constexpr float UNIT = INTEGER ? 1.0f / (1 << (8 - BITS)) : 1.0f;  // of the sums
 constexpr bool GROUP_SUMS = INTEGER && GROUPS > 0;
 constexpr Wgmma KIND = INTEGER ? Wgmma::s8 : TYPE == 1 ? Wgmma::bf16 : Wgmma::f16;
 constexpr int CONSUMERS = 2;
@@ -338,13 +339,13 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
             barrier_sync(1 + consumer, 128);
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
-                float scale[2] = {1.0f, 1.0f}, shift[2] = {0.0f, 0.0f};
+                float scale[2] = {UNIT, UNIT}, shift[2] = {0.0f, 0.0f};
                 int zero[2] = {0, 0};
                 if (block + part < p.row_blocks) {
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
                         const int row = (block + part) * 64 + 16 * quarter + lane / 4 + 8 * r;
-                        if constexpr (GROUPS == 0) scale[r] = to_float<Y>(p.scale[(block + part) * 32 + pair] >> 16 * r);
+                        if constexpr (GROUPS == 0) scale[r] *= to_float<Y>(p.scale[(block + part) * 32 + pair] >> 16 * r);
                         if constexpr (ZERO && INTEGER)
                             zero[r] = (int(p.zero[(block + part) * 32 + pair] >> 8 * r & 255) - (1 << (BITS - 1)))
                                       << (8 - BITS);

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tensormill.cuda import Module, architecture, multiprocessors
-from tensormill.ops.linear_wna16 import tiles
+from tensormill.ops import tiles
 
 _FOLDER = Path(__file__).parent
 _HEADERS = (_FOLDER / "dequantize.cuh",)

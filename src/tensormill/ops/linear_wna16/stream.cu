@@ -1,4 +1,4 @@
-// y = x W^T + bias for few tokens, W of 1 to 8 bits in the tiled layout (tiles.py): bound by the bytes of W.
+// y = x W^T + bias for few tokens, W of 1 to 8 bits in the tiled layout (ops/tiles.py): bound by the bytes of W.
 //
 // One block per multiprocessor. W is cut in units of 64 ROW_BLOCKS rows x 128 columns, ordered by rows, then columns,
 // and every block takes an equal run of them. One warp, the producer, streams units (codes, scales, zero points, and

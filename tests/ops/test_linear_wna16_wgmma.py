@@ -11,7 +11,7 @@ from emulation.kernels import compile_or_skip, disassembly, emulate, emulated_te
 from tensormill.cuda import Module
 from tensormill.ops.bit_packing import pack_bits
 from tensormill.ops.linear_wna16 import reference, wgmma
-from tensormill.ops.linear_wna16.tiles import tile_weight
+from tensormill.ops.tiles import tile_weight
 from tensormill.ops.linear_wna16.wgmma import Format, Tile
 
 HALF, BFLOAT16, INT8 = torch.float16, torch.bfloat16, torch.int8

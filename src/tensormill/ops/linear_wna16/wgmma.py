@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tensormill.cuda import DEVICE_HEADER, Module, multiprocessors, tensor_map
-from tensormill.ops.linear_wna16.tiles import tiled_groups
+from tensormill.ops.tiles import tiled_groups
 
 _FOLDER = Path(__file__).parent
 _HEADERS = (

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from emulation.kernels import compile_or_skip, disassembly, emulate, emulated_tensor_map, resources
 from tensormill.cuda import Module
 from tensormill.ops.bit_packing import pack_bits
 from tensormill.ops.linear_wna16 import reference, wgmma
-from tensormill.ops.tiles import tile_weight
 from tensormill.ops.linear_wna16.wgmma import Format, Tile
+from tensormill.ops.tiles import tile_weight
 
 HALF, BFLOAT16, INT8 = torch.float16, torch.bfloat16, torch.int8
 TOLERANCE = {HALF: 6e-4, BFLOAT16: 5e-3}  # relative RMS error

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tensormill.cuda import Module, architecture, multiprocessors
 from tensormill.ops import tiles
+from tensormill.ops.linear_wna16 import wgmma
 
 _FOLDER = Path(__file__).parent
 _HEADERS = (_FOLDER / "dequantize.cuh",)
@@ -165,8 +166,12 @@ def linear(
 ) -> Tensor:
     """See `reference.linear_wna16`; for layout "tiled"."""
     rows, columns = weight.shape[0], x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], rows))
     flat = x.reshape(-1, columns)
+    if flat.shape[0] > MOST_STREAMED_TOKENS and architecture(x.device.index) == "sm_90a":
+        scale, bias = scale.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        y = wgmma.product(flat, weight, scale, zero_point, bias, bits=bits, group_size=group_size)
+        return y.view(*x.shape[:-1], rows)
+    y = x.new_empty((*x.shape[:-1], rows))
     if flat.shape[0] == 0 or rows == 0:
         return y
     out = y.view(-1, rows)

@@ -22,6 +22,10 @@ _HEADERS = (
 _X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
 _Y_TYPES = {torch.float16: 0, torch.bfloat16: 1}
 _THREADS = 384
+# Of H200: what a multiprocessor reads from the second-level cache in a cycle; what a tile costs beside its products.
+_L2_BYTES = 32.0
+_TILE_CYCLES = 3000.0
+_SPLIT_CYCLES = 1500.0
 _MOST_SHARED = 232448  # bytes of shared memory that a block of sm_90 can have
 
 
@@ -188,9 +192,47 @@ def _map(tensor: Tensor, box: tuple[int, int]) -> ctypes.Array[ctypes.c_uint64]:
     return found
 
 
+# Rows, tokens, cluster, split.
+_TILES = tuple(
+    Tile(*sizes)
+    for sizes in (
+        (256, 128, 1, 1),
+        (256, 128, 2, 1),
+        (128, 256, 2, 1),
+        (128, 128, 2, 1),
+        (128, 128, 2, 2),
+        (128, 128, 2, 4),
+        (256, 64, 1, 1),
+        (256, 64, 1, 2),
+        (256, 64, 1, 4),
+    )
+)
+
+
+@functools.lru_cache(maxsize=4096)
 def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> Tile:
-    """The tile that should be fastest."""
-    return Tile(256, 128) if tokens > 64 else Tile(256, 64)
+    """The tile that should be fastest: a model of a block's cycles, times the tiles that each must do."""
+    return min(_tiles(form), key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
+
+
+def _tiles(form: Format) -> list[Tile]:
+    """Tiles that a kernel exists for."""
+    if form.x == torch.int8 and form.scale_sets > 0:
+        return [tile for tile in _TILES if tile.rows == 128 and tile.tokens <= 128 and tile.split == 1]
+    return [tile for tile in _TILES if shared_bytes(form, tile)[0] >= 3]
+
+
+def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
+    """Clock cycles of the product."""
+    integer = form.x == torch.int8
+    stage_columns = 128 if integer else 64
+    products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
+    copies = (tile.tokens * 128 / tile.cluster + tile.rows * stage_columns * form.bits / 8) / _L2_BYTES
+    stages = -(-columns // stage_columns) / tile.split
+    tail = _TILE_CYCLES + (tile.split > 1) * _SPLIT_CYCLES
+    together = multiprocessors // (tile.cluster * tile.split) * tile.cluster * tile.split
+    turns = -(-tile.blocks(tokens, rows) // together)
+    return turns * (stages * max(products, copies) + tail)
 
 
 def launch(

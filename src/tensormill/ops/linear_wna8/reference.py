@@ -11,6 +11,12 @@ from tensormill.ops.bit_packing import unpack_bits
 from tensormill.ops.quantize_activations.reference import quantize_activations
 
 
+def segment_size(in_features: int, group_size: int, x_group_size: int) -> int:
+    """Columns over which integers are summed before a scale changes (the last segment may be shorter)."""
+    size = math.gcd(max(group_size, 0), max(x_group_size, 0))
+    return size if size > 0 else max(in_features, 1)
+
+
 def linear_wna8(
     x: Tensor,
     x_scale: Tensor | None,
@@ -58,7 +64,7 @@ def linear_wna8(
     group = max(columns, 1) if group_size == -1 else group_size
     x_group = max(columns, 1) if x_group_size == -1 else x_group_size
     total = torch.zeros((*x.shape[:-1], out_features), dtype=compute, device=x.device)
-    step = math.gcd(group, x_group)
+    step = segment_size(columns, group_size, x_group_size)
     for begin in range(0, columns, step):
         g, gx = begin // group, begin // x_group
         zero = float(1 << (bits - 1)) if zero_point is None else zero_point[:, g, None].double()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensormill.errors import InvalidArgument
-from tensormill.operator import Operator, Sample
+from tensormill.operator import Operator, Sample, triton_missing
 from tensormill.ops.dequantize_wna16 import num_groups
 from tensormill.ops.quantize_activations import reference
 from tensormill.roofline import Cost
@@ -130,6 +130,10 @@ def _fake(
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
 
 
+def _triton_supports(x: Tensor, *arguments: Any) -> bool:
+    return x.dtype in FLOATS and 0 < x.shape[-1] <= 65536
+
+
 operator = Operator(
     "quantize_activations",
     schema=SCHEMA,
@@ -138,6 +142,13 @@ operator = Operator(
     cost=cost,
     inputs=_inputs,
     samples=samples(),
+)
+operator.implementation(
+    "triton",
+    devices=("cuda",),
+    entry="tensormill.ops.quantize_activations.triton:quantize",
+    supports=_triton_supports,
+    missing=triton_missing,
 )
 
 

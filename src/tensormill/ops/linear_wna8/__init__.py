@@ -301,14 +301,19 @@ def linear_wna8(
         raise InvalidArgument(
             f"given bias of {bias.dtype} and shape {tuple(bias.shape)}, expected floats ({rows},)"
         )
-    segment = min(columns, reference.segment_size(columns, group_size, x_group_size))
-    if segment << (bits + 7) >= 1 << 31:
-        raise InvalidArgument(
-            f"given {segment} columns of {bits} bits with one scale, whose sums might leave 32 bits; expected at"
-            f" most {(1 << (24 - bits)) - 1}: use groups"
-        )
+    check_activations(columns, bits, group_size, x_group_size)
     for name, tensor in (("weight", weight), ("bias", bias), ("x_scale", x_scale)):
         if tensor is not None and tensor.device != x.device:
             raise InvalidArgument(f"given {name} on {tensor.device} and x on {x.device}, expected one device")
     options = (rows, bits, group_size, x_group_size, x_dtype, dtype, "packed")
     return operator(x, x_scale, weight, weight_scale, zero_point, bias, *options)  # type: ignore[no-any-return]
+
+
+def check_activations(in_features: int, bits: int, group_size: int, x_group_size: int) -> None:
+    """Raise `InvalidArgument` if sums of products might leave 32 bits before a scale is applied."""
+    segment = min(in_features, reference.segment_size(in_features, group_size, x_group_size))
+    if segment << (bits + 7) >= 1 << 31:
+        raise InvalidArgument(
+            f"given {segment} columns of {bits} bits with one scale, whose sums might leave 32 bits; expected at"
+            f" most {(1 << (24 - bits)) - 1}: use groups"
+        )

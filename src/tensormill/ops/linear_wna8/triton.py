@@ -204,6 +204,7 @@ def _gemv_kernel(
     split = tl.program_id(1)
     begin = split * blocks_per_split
     end = tl.minimum(begin + blocks_per_split, blocks)
+    last_word = tl.minimum(end * PARTS * WORDS, K // 4)
     index = tl.arange(0, SIZE)
     row = tl.minimum(first + index // WORDS, N - 1)
     column = index % WORDS
@@ -228,7 +229,7 @@ def _gemv_kernel(
                 new_integers = ()
                 new_sums = ()
                 for t in tl.static_range(TOKENS):
-                    there = k < tl.where(t < M, K // 4, 0)
+                    there = k < tl.where(t < M, last_word, 0)
                     activation = tl.load(x + t * (K // 4) + k, mask=there, other=0)
                     activation = activation.to(tl.uint32, bitcast=True)
                     new_integers = new_integers + (_dp4a(code, activation, integers[t], INTERPRETED),)  # noqa: RUF005

@@ -129,6 +129,8 @@ def test_planes_are_a_bijection(bits, rows, columns, width):
     planes = to_planes(packed, bits, columns, width)
     assert planes.dtype == torch.int8 and planes.dim() == 3
     assert torch.equal(from_planes(planes, bits, rows, columns, width), packed)
+    signed = to_planes(packed, bits, columns, width, sign=True)
+    assert torch.equal(from_planes(signed, bits, rows, columns, width, sign=True), packed)
 
 
 def test_planes_of_six_bits():
@@ -288,17 +290,19 @@ def check(kernel, warps, stages, types, constants):
             file.write(built.asm["cubin"])
             file.flush()
             text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True).stdout
-        spills, products = (len(re.findall(p, text)) for p in (r"\\b(?:STL|LDL)\\b", r"\\b(?:IGMMA|IDP)\\b"))
+        spills, products = (len(re.findall(p, text)) for p in (r"\\b(?:STL|LDL)\\b", r"\\b(?:IGMMA|QGMMA|IDP)\\b"))
     print(json.dumps({"shared": built.metadata.shared, "spills": spills, "products": products}))
 
-def gemm(bits, width, run, block_m, block_n, warps, stages):
-    check(kernels._gemm_kernel, warps, stages, types,
-          {**common, "BITS": bits, "WIDTH": width, "RUN": run, "BLOCK_M": block_m, "BLOCK_N": block_n,
+def gemm(bits, width, run, block_m, block_n, warps, stages, kind="int8"):
+    x = "*i8" if kind == "int8" else "*fp8e4nv"
+    check(kernels._gemm_kernel, warps, stages, {**types, "x": x},
+          {**common, "KIND": kind, "BITS": bits, "WIDTH": width, "RUN": run, "BLOCK_M": block_m, "BLOCK_N": block_n,
            "WHOLE_BLOCKS": True, "X_GROUPED": False, "SPLIT": False})
 
 gemm(4, 64, 0, 256, 128, 8, 4)
 gemm(4, 64, 2, 128, 128, 8, 4)
 gemm(6, 64, 0, 16, 64, 4, 4)
+gemm(4, 64, 2, 128, 128, 8, 4, "fp8")
 check(kernels._gemv_kernel, 4, 3, {**types, "x": "*i32", "weight": "*i32"},
       {**common, "BITS": 6, "WIDTH": 64, "RUN": 0, "TOKENS": 1, "AHEAD": 2, "SPLIT": True})
 """
@@ -318,7 +322,7 @@ def test_compiles_for_hopper():
         )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if re.match(r"\{", line)]
-    assert len(reports) == 4
+    assert len(reports) == 5
     for report in reports:
         assert report["shared"] <= 227 << 10, report
         assert report["spills"] in (0, None), report

@@ -35,8 +35,8 @@ def test_gemv_of_all_widths(bits):
 
 @pytest.mark.parametrize("tokens", [3, 4])
 def test_gemv_of_several_tokens(tokens):
-    check(Gemv(2, 1, 3), tokens, 65, 800, symmetric=False)
-    check(Gemv(3, 1, 2), tokens, 20, 800, 4, 128, 64, x_group_size=64, quantized=True)
+    check(Gemv(2, 1, 3), tokens, 65, 416, symmetric=False)
+    check(Gemv(3, 1, 2), tokens, 20, 640, 4, 128, 64, x_group_size=64, quantized=True)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

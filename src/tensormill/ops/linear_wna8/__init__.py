@@ -187,8 +187,8 @@ def _triton_supports(
     floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
     groups = (group_size == -1 or group_size % 32 == 0) and (x_group_size == -1 or x_group_size % 32 == 0)
     return (
-        (layout == "packed" or layout.startswith("planes"))
-        and x_dtype == torch.int8
+        (layout == "packed" or "planes" in layout)
+        and (x_dtype == torch.int8 or not interpreting())
         and 0 < columns <= 65536
         and groups
         and all(t.dtype in DTYPES for t in floats)

@@ -1,7 +1,8 @@
 """The layout "planes" of packed weights, in which four bytes of a word are codes of four neighbouring columns.
 
-A code of b bits is split from the top into fields of 4, 2 and 1 bits (6 = 4 + 2; 8 bits are one field), and the top
-bit is inverted, which makes it the two's complement of `code - 2 ** (b - 1)`. K is cut into *parts* of `width`
+A code of b bits is split from the top into fields of 4, 2 and 1 bits (6 = 4 + 2; 8 bits are one field). Its top bit
+is inverted first, which makes it the two's complement of `code - 2 ** (b - 1)`; or, "with a sign", it becomes a sign
+and the lower bits of `|code - 2 ** (b - 1) + 1/2|`. K is cut into *parts* of `width`
 columns. Byte i of a plane's sub-block holds the fields of column i of 8 / field neighbouring parts, the first part
 lowest. So a part's codes, four at a time and at the top of four bytes, are a shift and a mask per plane, and a part
 is multiplied with a plain slice of the activations:
@@ -42,14 +43,14 @@ def tile_bytes(bits: int, width: int) -> int:
     return ROWS * width * parts(bits) * bits // 8
 
 
-def to_planes(weight: Tensor, bits: int, in_features: int, width: int) -> Tensor:
+def to_planes(weight: Tensor, bits: int, in_features: int, width: int, sign: bool = False) -> Tensor:
     """Packed rows (N, ceil(K * bits / 32)) int32 as (ceil(N / 64), blocks, tile_bytes) int8."""
     rows, count = weight.shape[0], parts(bits)
     tiles, blocks = -(-rows // ROWS), -(-in_features // (count * width))
     planes = torch.empty((tiles, blocks, tile_bytes(bits, width)), dtype=torch.uint8, device=weight.device)
     for tile in range(0, tiles, 64):  # bounds the temporaries
         some = weight[tile * ROWS : (tile + 64) * ROWS]
-        codes = unpack_bits(some, bits, in_features) ^ (1 << (bits - 1))
+        codes = _recoded(unpack_bits(some, bits, in_features), bits, sign)
         missing = (-some.shape[0]) % ROWS
         codes = torch.nn.functional.pad(codes, (0, blocks * count * width - in_features, 0, missing))
         cut = codes.view(-1, ROWS, blocks, count, width)
@@ -68,7 +69,9 @@ def to_planes(weight: Tensor, bits: int, in_features: int, width: int) -> Tensor
     return planes.view(torch.int8)
 
 
-def from_planes(planes: Tensor, bits: int, rows: int, in_features: int, width: int) -> Tensor:
+def from_planes(
+    planes: Tensor, bits: int, rows: int, in_features: int, width: int, sign: bool = False
+) -> Tensor:
     """The inverse of `to_planes`."""
     tiles, blocks, _ = planes.shape
     codes = torch.zeros((tiles, ROWS, blocks, parts(bits), width), dtype=torch.uint8, device=planes.device)
@@ -81,5 +84,14 @@ def from_planes(planes: Tensor, bits: int, rows: int, in_features: int, width: i
         shift = torch.arange(0, 8, field, dtype=torch.uint8, device=planes.device)[:, None]
         codes |= ((byte >> shift) & ((1 << field) - 1)).flatten(3, 4) << below
         begin += size
-    flat = codes.view(tiles * ROWS, -1)[:rows, :in_features] ^ (1 << (bits - 1))
-    return pack_bits(flat, bits)
+    flat = codes.view(tiles * ROWS, -1)[:rows, :in_features]
+    top = 1 << (bits - 1)
+    negative = flat >= top if sign else torch.zeros_like(flat, dtype=torch.bool)
+    return pack_bits(torch.where(negative, flat ^ (2 * top - 1), flat ^ top), bits)
+
+
+def _recoded(codes: Tensor, bits: int, sign: bool) -> Tensor:
+    top = 1 << (bits - 1)
+    if not sign:
+        return codes ^ top
+    return torch.where(codes < top, codes ^ (2 * top - 1), codes ^ top)

@@ -52,7 +52,8 @@ def linear_wna8(
         x_group_size: channels of x that share a scale, -1 for all.
         x_dtype: of the activations' codes: torch.int8, or torch.float8_e4m3fn.
         dtype: of the result.
-        layout: "packed", or that of `planes` with parts of w columns, "planes<w>", and scales and zero points (G, N).
+        layout: "packed", or that of `planes` with parts of w columns, "planes<w>" or
+            "signed_planes<w>", and scales and zero points (G, N).
 
     Returns:
         (..., N) of `dtype` (float64 for a float64 `weight_scale`).
@@ -60,8 +61,8 @@ def linear_wna8(
     if x_scale is None:
         x, x_scale = quantize_activations(x, None, None, None, 0.0, 0.0, 8, x_group_size, x_dtype)
     if layout != "packed":
-        width = int(layout.removeprefix("planes"))
-        weight = from_planes(weight, bits, out_features, x.shape[-1], width)
+        sign, width = layout.startswith("signed"), int(layout.rpartition("planes")[2])
+        weight = from_planes(weight, bits, out_features, x.shape[-1], width, sign)
         weight_scale = weight_scale.T
         zero_point = None if zero_point is None else zero_point.T
     compute = torch.float64 if weight_scale.dtype == torch.float64 else torch.float32

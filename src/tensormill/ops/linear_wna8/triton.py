@@ -104,6 +104,70 @@ def _top_bytes(tiles, part: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.co
 
 
 @triton.jit
+def _fp8_bytes(tile, part: tl.constexpr):
+    """A part's 4-bit codes with a sign as fp8, (code - 7.5) / 256: below 16, an fp8 byte is linear in its value."""
+    if part % 2 == 0:
+        byte = tl.inline_asm_elementwise(
+            "{ .reg .b32 s; .reg .b32 t; shl.b32 s, $1, 4; and.b32 s, s, 0x80808080; shl.b32 t, $1, 1;"
+            " and.b32 t, t, 0x0E0E0E0E; or.b32 s, s, 0x01010101; or.b32 $0, s, t; }",
+            "=r,r",
+            [tile],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        byte = tl.inline_asm_elementwise(
+            "{ .reg .b32 s; .reg .b32 t; and.b32 s, $1, 0x80808080; shr.b32 t, $1, 3;"
+            " and.b32 t, t, 0x0E0E0E0E; or.b32 s, s, 0x01010101; or.b32 $0, s, t; }",
+            "=r,r",
+            [tile],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return byte.to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _product(
+    tiles, part: tl.constexpr, x, total, BITS: tl.constexpr, KIND: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """total + a part's codes (BLOCK_N, WIDTH) times x (BLOCK_M, WIDTH) transposed, in the units of `_unit`."""
+    if KIND == "fp8":
+        total = tl.dot(_fp8_bytes(tiles[part // 2], part), tl.trans(x), total)
+    elif KIND == "fp16":
+        code = _top_bytes(tiles, part, BITS, INTERPRETED)
+        total = tl.dot(code.to(tl.float16), tl.trans(x.to(tl.float16)), total)
+    else:
+        total = tl.dot(_top_bytes(tiles, part, BITS, INTERPRETED), tl.trans(x), total, out_dtype=tl.int32)
+    return total
+
+
+@triton.constexpr_function
+def _unit(bits, kind):
+    """What one in a sum of `_product` stands for."""
+    return 2.0**8 if kind == "fp8" else 2.0 ** (bits - 8)
+
+
+@triton.jit
+def _centered(total, zero, sums, BITS: tl.constexpr, KIND: tl.constexpr, HAS_ZERO: tl.constexpr):
+    """The sums as float32, with the zero point instead of the middle of the codes."""
+    unit: tl.constexpr = _unit(BITS, KIND)
+    middle: tl.constexpr = 2.0 ** (BITS - 1) - (0.5 if KIND == "fp8" else 0.0)
+    if KIND == "int8":
+        if HAS_ZERO:
+            shift = (zero.to(tl.int32) - (1 << (BITS - 1))) << (8 - BITS)
+            total -= shift[:, None] * sums[None, :]
+    elif HAS_ZERO:
+        shift = (zero.to(tl.float32) - middle) / unit
+        total -= shift[:, None] * sums[None, :]
+    elif KIND == "fp8":
+        total -= (0.5 / unit) * sums[None, :]
+    return total.to(tl.float32)
+
+
+@triton.jit
 def _shifted(word, shift: tl.constexpr):
     return word << shift if shift >= 0 else word >> -shift
 
@@ -331,14 +395,16 @@ def _gemm_kernel(
     HAS_BIAS: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     X_GROUPED: tl.constexpr,
+    KIND: tl.constexpr,
     SPLIT: tl.constexpr,
     OVERLAP: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """A tile of y, transposed: [BLOCK_N rows, BLOCK_M tokens]; program axes: tokens, rows, splits of K.
 
-    RUN parts have a scale in common, and are summed as integers; 0: all of K. `x_sums` are the activations' sums by
-    run, (runs, M), of which there is one if RUN is 0.
+    KIND: what the matrix unit multiplies, "int8" or "fp8"; or "fp16", for fp8 activations with codes that fp8 does not
+    hold. RUN parts have a scale in common, and their products are summed as integers; 0: all of K. `x_sums` are the
+    activations' sums by run, (runs, M), of which there is one if RUN is 0.
     """
     PARTS: tl.constexpr = _parts(BITS)
     SUB_BLOCKS: tl.constexpr = _sub_blocks(BITS)
@@ -356,7 +422,10 @@ def _gemm_kernel(
     x += token[:, None].to(tl.int64) * K + column[None, :]
     begin = split * blocks_per_split
     end = tl.minimum(begin + blocks_per_split, blocks)
-    integers = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    SUM: tl.constexpr = tl.int32 if KIND == "int8" else tl.float32
+    HAS_SUMS: tl.constexpr = HAS_ZERO or KIND == "fp8"
+    UNIT: tl.constexpr = _unit(BITS, KIND)
+    sums = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if RUN > 0:
         gains = _load_runs(weight_scale, begin, row, N, groups, group_size, PARTS_IN_RUN * WIDTH, RUNS)
@@ -382,29 +451,30 @@ def _gemm_kernel(
                 )
         for run in tl.static_range(RUNS):
             if RUN > 0:
-                integers = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+                sums = tl.zeros((BLOCK_N, BLOCK_M), SUM)
             for i in tl.static_range(PARTS_IN_RUN):
-                part = run * PARTS_IN_RUN + i
-                k = (block * PARTS + part) * WIDTH
+                k = (block * PARTS + run * PARTS_IN_RUN + i) * WIDTH
                 if WHOLE_BLOCKS:
                     activation = tl.load(x + k)
                 else:
                     activation = tl.load(x + k, mask=(k + column < K)[None, :], other=0)
-                code = _top_bytes(tiles, run * PARTS_IN_RUN + i, BITS, INTERPRETED)
-                integers = tl.dot(code, tl.trans(activation), integers, out_dtype=tl.int32)
+                sums = _product(tiles, run * PARTS_IN_RUN + i, activation, sums, BITS, KIND, INTERPRETED)
             if RUN > 0:
-                position = (block * RUNS + run) * (PARTS_IN_RUN * WIDTH)
+                x_sum = 0
+                if HAS_SUMS:
+                    x_sum = tl.load(x_sums + (block * RUNS + run) * M + token)
+                zero = 0
                 if HAS_ZERO:
-                    zero = (these_zeros[run].to(tl.int32) - (1 << (BITS - 1))) << (8 - BITS)
-                    run_sums = tl.load(x_sums + (block * RUNS + run) * M + token)
-                    integers -= zero[:, None] * run_sums[None, :]
-                gain = these_gains[run].to(tl.float32) * 2.0 ** (BITS - 8)
+                    zero = these_zeros[run]
+                value = _centered(sums, zero, x_sum, BITS, KIND, HAS_ZERO)
+                gain = these_gains[run].to(tl.float32) * UNIT
                 if X_GROUPED:
+                    position = (block * RUNS + run) * (PARTS_IN_RUN * WIDTH)
                     x_group = tl.minimum(position // x_group_size, x_groups - 1)
                     x_gain = tl.load(x_scale + token.to(tl.int64) * x_groups + x_group)
-                    total += integers.to(tl.float32) * gain[:, None] * x_gain[None, :]
+                    total += value * gain[:, None] * x_gain[None, :]
                 else:
-                    total += integers.to(tl.float32) * gain[:, None]
+                    total += value * gain[:, None]
     if SPLIT:
         splits = tl.num_programs(2)
         place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -413,28 +483,32 @@ def _gemm_kernel(
         if RUN > 0:
             tl.store(local + split * (BLOCK_N * BLOCK_M), total)
         else:
-            tl.store(local + split * (BLOCK_N * BLOCK_M), integers)
+            tl.store(local + split * (BLOCK_N * BLOCK_M), sums)
         if not _last(counters + place, splits):
             return
         if RUN > 0:
             total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         else:
-            integers = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+            sums = tl.zeros((BLOCK_N, BLOCK_M), SUM)
         for s in range(splits):
             loaded = tl.load(local + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
             if RUN > 0:
                 total += loaded
             else:
-                integers += loaded
+                sums += loaded
+    x_gain = tl.load(x_scale + token)
     if RUN == 0:
-        x_gain = tl.load(x_scale + token)
-        gain = tl.load(weight_scale + row).to(tl.float32) * 2.0 ** (BITS - 8)
+        gain = tl.load(weight_scale + row).to(tl.float32) * UNIT
+        x_sum = 0
+        if HAS_SUMS:
+            x_sum = tl.load(x_sums + token)
+        zero = 0
         if HAS_ZERO:
-            zero = (tl.load(zero_point + row).to(tl.int32) - (1 << (BITS - 1))) << (8 - BITS)
-            integers -= zero[:, None] * tl.load(x_sums + token)[None, :]
-        total = integers.to(tl.float32) * gain[:, None] * x_gain[None, :]
+            zero = tl.load(zero_point + row)
+        value = _centered(sums, zero, x_sum, BITS, KIND, HAS_ZERO)
+        total = value * gain[:, None] * x_gain[None, :]
     elif not X_GROUPED:
-        total *= tl.load(x_scale + token)[None, :]
+        total *= x_gain[None, :]
     if HAS_BIAS:
         total += tl.load(bias + row).to(tl.float32)[:, None]
     mask = (rows < N)[:, None] & (tokens < M)[None, :]
@@ -460,12 +534,12 @@ def _sums_kernel(x, sums, M, K, run_columns, BLOCK: tl.constexpr, OVERLAP: tl.co
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
     run = tl.program_id(1)
-    total = tl.zeros((BLOCK,), tl.int32)
+    total = tl.zeros((BLOCK,), sums.dtype.element_ty)
     for start in range(0, run_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         k = run * run_columns + column
         mask = (column < run_columns) & (k < K)
-        total += tl.load(x + token.to(tl.int64) * K + k, mask=mask, other=0).to(tl.int32)
+        total += tl.load(x + token.to(tl.int64) * K + k, mask=mask, other=0).to(sums.dtype.element_ty)
     tl.store(sums + run * M + token, tl.sum(total, axis=0))
 
 
@@ -500,6 +574,13 @@ def part_width(bits: int, segment: int) -> int:
     while segment % width:
         width //= 2
     return width
+
+
+def product(bits: int, x_dtype: torch.dtype) -> str:
+    """KIND of `_gemm_kernel`."""
+    if x_dtype == torch.int8:
+        return "int8"
+    return "fp8" if bits == 4 else "fp16"
 
 
 def configuration(tokens: int, rows: int, columns: int, bits: int) -> Config:
@@ -537,10 +618,12 @@ def prepare(
     columns = x.shape[-1]
     # with room for activations in groups, whichever these are going to be
     width = part_width(bits, segment_size(128, group_size, x_group_size))
-    weight = layouts.to_planes(weight, bits, columns, width)
+    kind = product(bits, x_dtype)
+    weight = layouts.to_planes(weight, bits, columns, width, kind == "fp8")
     weight_scale = weight_scale.T.contiguous()
     zero_point = None if zero_point is None else zero_point.T.contiguous()
-    sizes = (out_features, bits, group_size, x_group_size, x_dtype, dtype, f"planes{width}")
+    name = f"signed_planes{width}" if kind == "fp8" else f"planes{width}"
+    sizes = (out_features, bits, group_size, x_group_size, x_dtype, dtype, name)
     return (x, x_scale, weight, weight_scale, zero_point, bias, *sizes)
 
 
@@ -567,7 +650,9 @@ def linear(
     if tokens == 0 or out_features == 0:
         return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
     config = configuration(tokens, out_features, x.shape[-1], bits)
-    return run(*arguments, x_group_size, x_dtype, dtype, int(layout.removeprefix("planes")), config)
+    if x_dtype != torch.int8 and isinstance(config, GemvConfig):
+        config = GemmConfig(16, 64, 4, 4, config.splits)
+    return run(*arguments, x_group_size, x_dtype, dtype, int(layout.rpartition("planes")[2]), config)
 
 
 def run(
@@ -614,11 +699,16 @@ def run(
             counters.zero_()
     segment = segment_size(columns, group_size, x_group_size)
     whole = weight_scale.shape[0] == 1 and x_scale.shape[-1] == 1
+    kind = product(bits, x_dtype)
     runs_parts = 0 if whole else math.gcd(layouts.parts(bits), segment // width)
+    if kind == "fp8" and whole:
+        # Hopper sums products of fp8 in about 14 bits: every block is added in float32.
+        runs_parts = layouts.parts(bits)
     partial = x_scale
     if splits > 1:
-        kind = torch.int32 if whole and isinstance(config, GemmConfig) else torch.float32
-        partial = torch.empty((tiles, splits, tile), dtype=kind, device=x.device)
+        exact = kind == "int8" and runs_parts == 0 and isinstance(config, GemmConfig)
+        sums_dtype = torch.int32 if exact else torch.float32
+        partial = torch.empty((tiles, splits, tile), dtype=sums_dtype, device=x.device)
     y = torch.empty((*x.shape[:-1], out_features), dtype=dtype, device=x.device)
     groups, x_groups = weight_scale.shape[0], x_scale.shape[-1]
     sizes = (
@@ -662,9 +752,10 @@ def run(
         )
         return y
     sums = x_scale
-    if zero_point is not None:
-        run_columns = columns if whole else runs_parts * width
-        sums = torch.empty((triton.cdiv(columns, run_columns), tokens), dtype=torch.int32, device=x.device)
+    if zero_point is not None or kind == "fp8":
+        run_columns = runs_parts * width if runs_parts > 0 else columns
+        sums_dtype = torch.int32 if kind == "int8" else torch.float32
+        sums = torch.empty((triton.cdiv(columns, run_columns), tokens), dtype=sums_dtype, device=x.device)
         options = {"launch_pdl": True} if overlap else {}
         _sums_kernel[(tokens, sums.shape[0])](
             x,
@@ -690,6 +781,7 @@ def run(
         BLOCK_N=config.block_n,
         WHOLE_BLOCKS=columns % (layouts.parts(bits) * width) == 0,
         X_GROUPED=x_groups > 1,
+        KIND=kind,
         num_stages=config.stages,
         **common,
     )

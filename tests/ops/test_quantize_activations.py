@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tensormill.errors import InvalidArgument
 from tensormill.operator import interpreting
 from tensormill.ops import OPERATORS, quantize_activations, use_implementation
+from tensormill.ops.quantize_activations.mixed import plan_blocks
 
 operator = OPERATORS["quantize_activations"]
 
@@ -111,6 +112,38 @@ def test_blocks_of_different_widths():
         alone, alone_scale = quantize_activations(x[:, part].contiguous(), bits=bits)
         assert torch.equal(codes[:, part], alone)
         assert torch.equal(scale[:, block], alone_scale[:, 0])
+
+
+def test_plan_of_blocks():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(64, 1000, generator=generator)
+    outliers = torch.randperm(1000, generator=generator)[:90]
+    x[:, outliers] *= 50
+    order, bits = plan_blocks(x.abs().amax(0))
+    assert set(order[:90].tolist()) == set(outliers.tolist())
+    assert sorted(order.tolist()) == list(range(1000))
+    assert bits.tolist() == [8] + [4] * 7
+    counts = [
+        int((plan_blocks(x.abs().amax(0), outlier_ratio=r)[1] == 8).sum()) for r in (0.5, 1, 2, 20, 1000)
+    ]
+    assert counts == sorted(counts, reverse=True) and counts[-1] == 0
+    assert plan_blocks(x.abs().amax(0), wide_blocks=8)[1].eq(8).all()
+    # sorted blocks with few of 8 bits: nearly as good as 8 bits everywhere, far better than 4
+    errors = []
+    for more in ({"bits": 8}, {"bits": 4}, {"permutation": order, "block_bits": bits}):
+        codes, scale = quantize_activations(x, group_size=128, **more)
+        exact = x[:, order] if "permutation" in more else x
+        usual = ~torch.isin(order if "permutation" in more else torch.arange(1000), outliers)
+        errors.append(float((exact - dequantized(codes, scale, 128))[:, usual].square().mean()))
+    assert errors[2] < errors[1] / 50
+    with pytest.raises(InvalidArgument, match="wide_blocks=9, expected 0 to 8"):
+        plan_blocks(x.abs().amax(0), wide_blocks=9)
+    with pytest.raises(InvalidArgument, match="negative, infinite or NaN"):
+        plan_blocks(x[0])
+    with pytest.raises(InvalidArgument, match=r"expected floats \(K,\)"):
+        plan_blocks(x)
+    with pytest.raises(InvalidArgument, match="block_size=0"):
+        plan_blocks(x.abs().amax(0), block_size=0)
 
 
 def test_fp8_codes():

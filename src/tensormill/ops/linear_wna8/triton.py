@@ -40,15 +40,30 @@ def _parts(bits):
 
 
 @triton.constexpr_function
-def _piece(bits, plane, part):
-    """Of a part's codes in a plane: the sub-block, counted over all planes; the shift that brings the field to its
-    place in the byte (left, if positive); and the mask of that place."""
+def _sub_block(bits, plane, part):
+    """The sub-block, counted over all planes, that has a part's codes of a plane."""
     widths = _fields(bits)
     before = sum(_parts(bits) * width // 8 for width in widths[:plane])
-    width = widths[plane]
-    place = 8 - sum(widths[: plane + 1])
-    sub_block, field = divmod(part, 8 // width)
-    return before + sub_block, place - field * width, (((1 << width) - 1) << place) * 0x01010101
+    return before + part // (8 // widths[plane])
+
+
+@triton.constexpr_function
+def _place(bits, plane):
+    """The lowest bit of a plane's field in a code at the top of a byte."""
+    return 8 - sum(_fields(bits)[: plane + 1])
+
+
+@triton.constexpr_function
+def _shift(bits, plane, part):
+    """The shift that brings a part's field from its sub-block's byte to its place; to the left, if positive."""
+    width = _fields(bits)[plane]
+    return _place(bits, plane) - part % (8 // width) * width
+
+
+@triton.constexpr_function
+def _mask(bits, plane):
+    """The field's place in all four bytes of a word."""
+    return (((1 << _fields(bits)[plane]) - 1) << _place(bits, plane)) * 0x01010101
 
 
 @triton.constexpr_function
@@ -61,7 +76,7 @@ def _assembly(bits, part):
     """PTX for `_top_bytes`: operand 0 is the result, then a word of each plane."""
     lines = [".reg .b32 t;", ".reg .b32 r;"]
     for plane in range(len(_fields(bits))):
-        _, shift, mask = _piece(bits, plane, part)
+        shift, mask = _shift(bits, plane, part), _mask(bits, plane)
         source = f"${plane + 1}"
         if shift != 0:
             lines.append(f"{'shl' if shift > 0 else 'shr'}.b32 t, {source}, {abs(shift)};")
@@ -92,12 +107,12 @@ def _top_bytes(tiles, part: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.co
     if INTERPRETED:
         code = tl.zeros(tiles[0].shape, tl.int32)
         for plane in tl.static_range(len(FIELDS)):
-            PIECE: tl.constexpr = _piece(BITS, plane, part)
-            code = code | (_shifted(tiles[PIECE[0]].to(tl.int32) & 255, PIECE[1]) & (PIECE[2] & 255))
+            byte = tiles[_sub_block(BITS, plane, part)].to(tl.int32) & 255
+            code = code | (_shifted(byte, _shift(BITS, plane, part)) & (_mask(BITS, plane) & 255))
         return _signed(code)
     words = ()
     for plane in tl.static_range(len(FIELDS)):
-        words = words + (tiles[_piece(BITS, plane, part)[0]],)  # noqa: RUF005 (Triton has no starred tuples)
+        words = words + (tiles[_sub_block(BITS, plane, part)],)  # noqa: RUF005 (Triton has no starred tuples)
     return tl.inline_asm_elementwise(
         _assembly(BITS, part), _constraints(BITS), words, dtype=tl.int8, is_pure=True, pack=4
     )
@@ -178,11 +193,10 @@ def _top_words(words, first: tl.constexpr, part: tl.constexpr, BITS: tl.constexp
     FIELDS: tl.constexpr = _fields(BITS)
     if BITS == 8:
         return words[first + part]
-    FIRST: tl.constexpr = _piece(BITS, 0, part)
-    code = _shifted(words[first + FIRST[0]], FIRST[1]) & FIRST[2]
+    code = _shifted(words[first + _sub_block(BITS, 0, part)], _shift(BITS, 0, part)) & _mask(BITS, 0)
     for plane in tl.static_range(1, len(FIELDS)):
-        PIECE: tl.constexpr = _piece(BITS, plane, part)
-        code = code | (_shifted(words[first + PIECE[0]], PIECE[1]) & PIECE[2])
+        word = words[first + _sub_block(BITS, plane, part)]
+        code = code | (_shifted(word, _shift(BITS, plane, part)) & _mask(BITS, plane))
     return code
 
 
@@ -539,7 +553,7 @@ def _sums_kernel(x, sums, M, K, run_columns, BLOCK: tl.constexpr, OVERLAP: tl.co
         column = start + tl.arange(0, BLOCK)
         k = run * run_columns + column
         mask = (column < run_columns) & (k < K)
-        total += tl.load(x + token.to(tl.int64) * K + k, mask=mask, other=0).to(sums.dtype.element_ty)
+        total += tl.load(x + token.to(tl.int64) * K + k, mask=mask, other=0.0).to(sums.dtype.element_ty)
     tl.store(sums + run * M + token, tl.sum(total, axis=0))
 
 
@@ -566,11 +580,12 @@ class GemmConfig:
 Config = GemvConfig | GemmConfig
 
 _GEMV_TOKENS = 4
+_SHARED_BYTES = 220 << 10
 
 
 def part_width(bits: int, segment: int) -> int:
-    """Columns of a part: as many as one product of the tensor core is worth, within a segment of one scale."""
-    width = 128 if bits == 8 else 64
+    """Columns of a part, within a segment of one scale: a block of 128 or 256 columns."""
+    width = {1: 128, 2: 64, 4: 64, 8: 32}[layouts.parts(bits)]
     while segment % width:
         width //= 2
     return width
@@ -583,20 +598,26 @@ def product(bits: int, x_dtype: torch.dtype) -> str:
     return "fp8" if bits == 4 else "fp16"
 
 
-def configuration(tokens: int, rows: int, columns: int, bits: int) -> Config:
-    """The kernel and configuration for these sizes."""
-    block = layouts.parts(bits) * part_width(bits, 128)
+def configuration(
+    tokens: int, rows: int, columns: int, bits: int, width: int, grouped: bool = False, zeros: bool = False
+) -> Config:
+    """The kernel and configuration for these sizes; `grouped`: with scales that change along K, `zeros`: and zeros."""
+    block = layouts.parts(bits) * width
     blocks = triton.cdiv(columns, block)
     if tokens <= _GEMV_TOKENS and columns % 4 == 0:
         tiles = triton.cdiv(rows, layouts.ROWS)
         splits = max(1, min(blocks // 2, triton.cdiv(132 * 8, tiles)))
         return GemvConfig(max(1, min(4, 8 // (layouts.parts(bits) * bits // 8))), 4, splits)
-    block_m = min(256, max(16, triton.next_power_of_2(tokens)))
+    # With groups, a tile's integers and floats are in registers, and the tokens' sums where there are zero points.
+    largest = 256 if not grouped else 64 if zeros else 128
+    block_m = min(largest, max(16, triton.next_power_of_2(tokens)))
     block_n = 64 if block_m <= 64 else 128
     tiles = triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n)
     programs = 132 * (4 if block_m <= 64 else 1)
     splits = max(1, min(8, programs // tiles, blocks // 4))
-    return GemmConfig(block_m, block_n, 8 if block_n == 128 else 4, 4, splits)
+    bytes_a_stage = block * block_m + block * bits // 8 * block_n
+    stages = max(2, min(4, _SHARED_BYTES // bytes_a_stage))
+    return GemmConfig(block_m, block_n, 8 if block_n == 128 else 4, stages, splits)
 
 
 def prepare(
@@ -649,10 +670,12 @@ def linear(
     tokens = x.numel() // x.shape[-1]
     if tokens == 0 or out_features == 0:
         return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
-    config = configuration(tokens, out_features, x.shape[-1], bits)
+    width = int(layout.rpartition("planes")[2])
+    grouped = weight_scale.shape[0] > 1 or x_group_size != -1 or product(bits, x_dtype) == "fp8"
+    config = configuration(tokens, out_features, x.shape[-1], bits, width, grouped, zero_point is not None)
     if x_dtype != torch.int8 and isinstance(config, GemvConfig):
         config = GemmConfig(16, 64, 4, 4, config.splits)
-    return run(*arguments, x_group_size, x_dtype, dtype, int(layout.rpartition("planes")[2]), config)
+    return run(*arguments, x_group_size, x_dtype, dtype, width, config)
 
 
 def run(
@@ -753,11 +776,13 @@ def run(
         return y
     sums = x_scale
     if zero_point is not None or kind == "fp8":
-        run_columns = runs_parts * width if runs_parts > 0 else columns
+        run_columns, runs = columns, 1
+        if runs_parts > 0:  # those in a last block that reaches past K, too
+            run_columns, runs = runs_parts * width, blocks * layouts.parts(bits) // runs_parts
         sums_dtype = torch.int32 if kind == "int8" else torch.float32
-        sums = torch.empty((triton.cdiv(columns, run_columns), tokens), dtype=sums_dtype, device=x.device)
+        sums = torch.empty((runs, tokens), dtype=sums_dtype, device=x.device)
         options = {"launch_pdl": True} if overlap else {}
-        _sums_kernel[(tokens, sums.shape[0])](
+        _sums_kernel[(tokens, runs)](
             x,
             sums,
             tokens,

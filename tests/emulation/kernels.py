@@ -36,6 +36,7 @@ class EmulatedKernel:
         arguments: ctypes.Structure,
         *,
         cluster: int = 1,
+        overlap: bool = False,
     ) -> None:
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
         size = ctypes.sizeof(arguments)

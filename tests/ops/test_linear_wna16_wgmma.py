@@ -50,7 +50,7 @@ def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="
     bits = form.bits
     groups = 1 if group_size == -1 else -(-columns // group_size)
     codes = integers(0, 1 << bits, rows, columns).to(torch.uint8)
-    scale = (random(rows, groups).abs() * 0.01 + 0.001).to(form.y)
+    scale = (random(rows, groups).abs() * 0.01 + 0.001).to(torch.float32 if form.float_scale else form.y)
     zero = integers(0, 1 << bits, rows, groups).to(torch.uint8) if form.zero_points else None
     bias = random(rows).to(form.y)
     x_scale = None
@@ -68,7 +68,7 @@ def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="
         group_size=group_size,
         kind="i8" if form.x == INT8 else "f16",
     )
-    options = {"bits": bits, "group_size": group_size, "tile": tile, "x_scale": x_scale}
+    options = {"bits": bits, "group_size": group_size, "tile": tile, "x_scale": x_scale, "dtype": form.y}
     y = wgmma.product(x, *tiled, bias, **options).double()
     wide = x.double() if x_scale is None else x.double() * x_scale[:, None]
     expected = reference.linear_wna16(
@@ -92,9 +92,9 @@ CASES = {
     "rows, zero points, split by 4": (70, 264, 640, -1, Format(8, HALF, HALF, 0, True), Tile(256, 64, 1, 4)),
     "cluster and split": (77, 131, 523, 64, Format(4, HALF, HALF, 1, True), Tile(128, 128, 2, 2)),
     "256 tokens": (257, 200, 200, 128, Format(6, BFLOAT16, BFLOAT16, 1, False), Tile(128, 256, 2)),
-    "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False), Tile(128, 256, 2)),
+    "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False, True), Tile(128, 256, 2)),
     "int8, zero points, split": (77, 136, 640, -1, Format(6, INT8, BFLOAT16, 0, True), Tile(256, 64, 1, 2)),
-    "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False), Tile(128, 64, 2)),
+    "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False, True), Tile(128, 64, 2)),
 }
 
 

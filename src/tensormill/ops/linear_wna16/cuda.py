@@ -168,7 +168,7 @@ def linear(
     rows, columns = weight.shape[0], x.shape[-1]
     flat = x.reshape(-1, columns)
     if flat.shape[0] > MOST_STREAMED_TOKENS and architecture(x.device.index) == "sm_90a":
-        scale, bias = scale.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
         y = wgmma.product(flat, weight, scale, zero_point, bias, bits=bits, group_size=group_size)
         return y.view(*x.shape[:-1], rows)
     y = x.new_empty((*x.shape[:-1], rows))

@@ -26,11 +26,12 @@ constexpr int CLUSTER = CLUSTER_BLOCKS;
 constexpr int SPLIT = K_SPLITS;
 constexpr int GROUPS = STAGE_GROUPS;  // sets of scales in a stage: 0 (whole rows), 1, 2
 constexpr bool ZERO = HAS_ZERO;       // zero points; else 2^(BITS - 1)
+constexpr bool FLOAT_SCALE = SCALE_TYPE == 2;  // scales are float32, which 8-bit x can have; else Y's type
 
 #if Y_TYPE == 0
 using Y = Half;
 #else
-using Y = BFloat16;  // y, scales and bias
+using Y = BFloat16;  // y and bias
 #endif
 #if X_TYPE == 0
 using X = Half;
@@ -64,7 +65,7 @@ static_assert(!GROUP_SUMS || (GROUPS == 1 && PARTS == 1 && TOKENS <= 128 && !ZER
 // A stage: tokens (rows of 128 bytes, swizzled), weights, scales, zero points.
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int WEIGHT_BYTES = 4 * TILE_BYTES * TILES;  // of 64 rows
-constexpr int SCALE_BYTES = 128;                      // of 64 rows and a group
+constexpr int SCALE_BYTES = FLOAT_SCALE ? 256 : 128;  // of 64 rows and a group
 constexpr int ZERO_BYTES = ZERO && !INTEGER ? 64 : 0;
 constexpr int SCALE_OFFSET = X_BYTES + BLOCKS * WEIGHT_BYTES;
 constexpr int ZERO_OFFSET = SCALE_OFFSET + GROUPS * BLOCKS * SCALE_BYTES;
@@ -83,7 +84,7 @@ struct Arguments {
     TensorMap x;                 // boxes of 128 bytes x TOKENS / CLUSTER
     TensorMap y;                 // boxes of 64 x SLICE
     const uint8_t* weight;       // [row_blocks][columns / 64, even][4] tiles
-    const uint32_t* scale;       // [row_blocks][groups][32] pairs
+    const uint8_t* scale;        // [row_blocks][groups][32] pairs
     const uint16_t* zero;        // the same, pairs of bytes; or null
     const uint16_t* bias;        // [rows]; or null
     const float* token_scale;    // [tokens], for 8-bit x
@@ -121,6 +122,11 @@ DEVICE void release(uint32_t empty, int split, int lane) {
     } else {
         if (lane < CLUSTER) cluster_mbarrier_arrive(map_shared(empty, split * CLUSTER + lane));
     }
+}
+
+DEVICE float row_scale(const void* scale, int index) {
+    return FLOAT_SCALE ? static_cast<const float*>(scale)[index]
+                       : to_float<Y>(static_cast<const uint16_t*>(scale)[index]);
 }
 
 DEVICE uint32_t to_bits(float value) { return float_to_bits(value); }
@@ -162,6 +168,10 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
         lower_registers<56>();
         const int local = warp - 4 * CONSUMERS;  // the 64 rows that this warp copies; the first, x too
         if (local < BLOCKS && lane == 0) {
+            if (local == 0) {  // weights don't depend on earlier kernels, x and the memory of y do
+                wait_for_previous_kernel();
+                allow_next_kernel();
+            }
             const int column_tiles = (p.columns + 127) / 128 * 2;
             for (int index = block_index() / (CLUSTER * SPLIT); index < row_tiles * token_tiles; index += clusters) {
                 const Place at = place(p, index, row_tiles, token_tiles);
@@ -191,7 +201,7 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
 #pragma unroll
                         for (int g = 0; g < GROUPS; g++) {
                             const int64_t set = first_group + min(group, p.groups - 1);
-                            copy_bulk(to + SCALE_OFFSET + (local * GROUPS + g) * SCALE_BYTES, p.scale + set * 32,
+                            copy_bulk(to + SCALE_OFFSET + (local * GROUPS + g) * SCALE_BYTES, p.scale + set * SCALE_BYTES,
                                       SCALE_BYTES, barrier);
                             if constexpr (ZERO_BYTES > 0)
                                 copy_bulk(to + ZERO_OFFSET + (local * GROUPS + g) * ZERO_BYTES, p.zero + set * 32,
@@ -295,9 +305,15 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
                     fresh = column >= p.group_size || step == end - 1;
                     if (fresh) {
                         column = 0;
-                        const uint32_t scale =
-                            load_shared(from + SCALE_OFFSET + consumer * SCALE_BYTES + pair * 4);
-                        const float low = to_float<Y>(scale), high = to_float<Y>(scale >> 16);
+                        float low, high;
+                        const uint32_t scales = from + SCALE_OFFSET + consumer * SCALE_BYTES;
+                        if constexpr (FLOAT_SCALE) {
+                            const Words2 scale = load_shared2(scales + pair * 8);
+                            low = bits_to_float(scale.x), high = bits_to_float(scale.y);
+                        } else {
+                            const uint32_t scale = load_shared(scales + pair * 4);
+                            low = to_float<Y>(scale), high = to_float<Y>(scale >> 16);
+                        }
 #pragma unroll
                         for (int i = 0; i < SUMS; i++) totals[i] += float(sums[0][i]) * (i & 2 ? high : low);
                     }
@@ -345,7 +361,7 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
                         const int row = (block + part) * 64 + 16 * quarter + lane / 4 + 8 * r;
-                        if constexpr (GROUPS == 0) scale[r] *= to_float<Y>(p.scale[(block + part) * 32 + pair] >> 16 * r);
+                        if constexpr (GROUPS == 0) scale[r] *= row_scale(p.scale, (block + part) * 64 + 2 * pair + r);
                         if constexpr (ZERO && INTEGER)
                             zero[r] = (int(p.zero[(block + part) * 32 + pair] >> 8 * r & 255) - (1 << (BITS - 1)))
                                       << (8 - BITS);

@@ -57,9 +57,10 @@ class Format:
     Attributes:
         bits: of a weight.
         x: dtype of the activations: float16, bfloat16 or int8.
-        y: dtype of the result, scales and bias: x's, or for int8 x, float16 or bfloat16.
+        y: dtype of the result and bias: x's, or for int8 x, float16 or bfloat16.
         scale_sets: scales of a row in a stage of 128 bytes of x: 0 for one per row, else 1 or 2.
         zero_points: whether there are any.
+        float_scale: whether scales are float32, which they can be for int8 x; otherwise they have y's dtype.
     """
 
     bits: int
@@ -67,6 +68,7 @@ class Format:
     y: torch.dtype
     scale_sets: int
     zero_points: bool
+    float_scale: bool = False
 
 
 _TensorMap = ctypes.c_uint64 * 16
@@ -93,7 +95,7 @@ def shared_bytes(form: Format, tile: Tile) -> tuple[int, int]:
     """(stages of the ring, bytes of shared memory): as many stages as fit, as wgmma.cu lays them out."""
     integer = form.x == torch.int8
     blocks = tile.rows // 64
-    sets = blocks * (128 + 64 * (form.zero_points and not integer))
+    sets = blocks * ((256 if form.float_scale else 128) + 64 * (form.zero_points and not integer))
     stage = tile.tokens * 128 + blocks * 512 * form.bits * (2 if integer else 1) + form.scale_sets * sets
     stage = -(-stage // 1024) * 1024
     slice_tokens = tile.tokens // tile.split
@@ -117,6 +119,7 @@ def module(form: Format, tile: Tile) -> Module:
         "K_SPLITS": tile.split,
         "STAGE_GROUPS": form.scale_sets,
         "HAS_ZERO": int(form.zero_points),
+        "SCALE_TYPE": 2 if form.float_scale else _Y_TYPES[form.y],
         "SHARED_BYTES": shared,
     }
     return Module(_FOLDER / "wgmma.cu", defines, _HEADERS)
@@ -146,35 +149,43 @@ def product(
     group_size: int,
     tile: Tile | None = None,
     x_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    overlap: bool = True,
 ) -> Tensor:
     """`x W^T + bias` for a tiled weight.
 
     Args:
         x: (M, K) float16 or bfloat16; or int8 codes with `x_scale`.
         weight, scale, zero_point: of `tile_weight`, kind "f16" or, for int8 x, "i8"; N is their first dimension. The
-            scale's dtype is the result's: x's, or for int8 x, float16 or bfloat16.
-        bias: (N,) of the scale's dtype, or None.
+            scale is rounded to x's dtype, unless that is int8.
+        bias: (N,) of the result's dtype, or None.
         bits, group_size: of the weight.
         tile: None chooses.
         x_scale: (M,) float32.
+        dtype: of the result for int8 x, float16 or bfloat16; otherwise it is x's.
+        overlap: the weight was written long ago, so that it may be read before earlier kernels have ended.
 
     Returns:
         (M, N).
     """
     (tokens, columns), rows = x.shape, weight.shape[0]
-    form = Format(
-        bits, x.dtype, scale.dtype, scale_sets(x.dtype, columns, group_size), zero_point is not None
-    )
+    if x.dtype != torch.int8:
+        dtype = x.dtype
+    assert dtype is not None
+    if scale.dtype != dtype and (x.dtype != torch.int8 or scale.dtype != torch.float32):
+        scale = scale.to(dtype if x.dtype != torch.int8 else torch.float32)
+    sets = scale_sets(x.dtype, columns, group_size)
+    form = Format(bits, x.dtype, dtype, sets, zero_point is not None, scale.dtype == torch.float32)
     multiple = 16 // x.element_size()  # copies want rows at multiples of 16 bytes
     if x.stride(1) != 1 or x.stride(0) % multiple or x.data_ptr() % 16:
         padded = x.new_empty(tokens, -(-columns // multiple) * multiple)
         padded[:, :columns] = x
         x = padded[:, :columns]
-    y = torch.empty((tokens, -(-rows // 8) * 8), dtype=scale.dtype, device=x.device)[:, :rows]
+    y = torch.empty((tokens, -(-rows // 8) * 8), dtype=dtype, device=x.device)[:, :rows]
     if tile is None:
         tile = choose(form, tokens, rows, columns, multiprocessors(x.device.index))
     summed = x.sum(1, dtype=torch.int32) if x_scale is not None and zero_point is not None else None
-    launch(form, tile, x, weight, scale, zero_point, bias, x_scale, summed, y, group_size)
+    launch(form, tile, x, weight, scale, zero_point, bias, x_scale, summed, y, group_size, overlap)
     return y.contiguous()
 
 
@@ -247,6 +258,7 @@ def launch(
     token_sum: Tensor | None,
     y: Tensor,
     group_size: int,
+    overlap: bool = True,
 ) -> None:
     """Write the product to y (M, N), whose rows, as x's, begin at multiples of 16 bytes."""
     (tokens, columns), rows = x.shape, y.shape[1]
@@ -271,4 +283,5 @@ def launch(
         blocks = min(blocks, fit)
     _, shared = shared_bytes(form, tile)
     kernel = module(form, tile).kernel("linear_wgmma", x.device.index)
-    kernel.launch(blocks, _THREADS, shared, arguments, cluster=tile.cluster * tile.split)
+    cluster = tile.cluster * tile.split
+    kernel.launch(blocks, _THREADS, shared, arguments, cluster=cluster, overlap=overlap)

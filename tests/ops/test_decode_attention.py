@@ -400,7 +400,7 @@ def emulated(blocks: int = 5, sixteens: int = 1, **changed: object) -> str | Non
     small = {"heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 3, "context": 300, "ragged": True}
     shape = {**operator.shape_defaults, **small, **changed}
     arguments = operator.inputs(shape, torch.device("cpu"), torch.Generator().manual_seed(1))
-    assert cuda.supports(*arguments)
+    assert cuda.takes(*arguments)
     query, key, *stored, length, table, _, scale, value_dim, window, softcap = arguments
     config = cuda.Config(sixteens, 3, 2)
     batch, kv_heads = query.shape[0], key.shape[1]

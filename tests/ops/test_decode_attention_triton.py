@@ -32,7 +32,7 @@ def test_any_split_gives_the_same(programs, block_tokens):
     """More programs than tiles, programs across sequences, sequences across programs."""
     shape, given = arguments(batch=4, context=100, ragged=True, page_size=16, queries=2)
     expected = OPERATOR.reference(*upcast(given))
-    actual = kernels.run(*given, Config(block_tokens, 4, 1, programs))  # of 4 interpreted processors
+    actual = kernels.run(Config(block_tokens, 4, 1, programs), *given)  # of 4 interpreted processors
     for got, wanted in zip(actual, expected, strict=True):
         assert deviation(got, wanted, OPERATOR.tolerance(torch.float32, shape)) is None
 
@@ -42,14 +42,14 @@ def test_pages_and_tiles_of_any_relation(page_size):
     shape, given = arguments(batch=2, context=70, page_size=page_size, window=33)
     expected = OPERATOR.reference(*upcast(given))
     for block_tokens in (16, 32):
-        actual = kernels.run(*given, Config(block_tokens, 4, 1, 1))
+        actual = kernels.run(Config(block_tokens, 4, 1, 1), *given)
         assert deviation(actual[0], expected[0], OPERATOR.tolerance(torch.float32, shape)) is None
 
 
 def test_many_rows_take_several_programs():
     shape, given = arguments(batch=1, context=40, heads=10, queries=8)  # 80 rows
     expected = OPERATOR.reference(*upcast(given))
-    actual = kernels.run(*given, Config(16, 4, 1, 1))
+    actual = kernels.run(Config(16, 4, 1, 1), *given)
     assert deviation(actual[0], expected[0], OPERATOR.tolerance(torch.float32, shape)) is None
 
 

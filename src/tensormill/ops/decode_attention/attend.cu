@@ -15,7 +15,7 @@
 // base of the exponentials includes log2 of the value's scale, so that P^T stays in range (see triton.py). The base
 // follows the maximum only when that has grown by 8, a factor of 256, which costs a vote and no reductions. Block
 // floating point computes in bfloat16, where code * 2^e is exact.
-#include "device.cuh"
+#include "work.cuh"
 
 // Macros: BITS 4 or 8; HEAD_DIM 64 or 128; GROUP query heads of a key-value head, QUERIES new tokens, at most 16
 // together; QUERY_TYPE, SCALE_TYPE Half or BFloat16; GROUPS of channels with an exponent, 0 for integer formats;
@@ -88,45 +88,6 @@ struct Step {
 struct Pair {
     int sequence, head, length, first;  // first tile
 };
-
-DEVICE int tiles_of(const Arguments& a, int length, int& first) {
-    const int before = length - a.span;
-    first = before > 0 ? before / TILE : 0;
-    return (length + TILE - 1) / TILE - first;
-}
-
-// Tiles of all sequences; if `position` is given, also of which sequence it is: that one's first position and tiles.
-DEVICE int scan(const Arguments& a, int position, int& sequence, int& begin, int& count) {
-    const int lane = lane_index();
-    int total = 0;
-    sequence = -1;
-    for (int start = 0; start < a.batch; start += 32) {
-        const int index = start + lane;
-        int first, own = 0;
-        if (index < a.batch) own = tiles_of(a, a.lengths[index], first);
-        int sum = own;  // inclusive
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const int other = (int)shuffle((uint32_t)sum, lane >= d ? lane - d : lane);
-            if (lane >= d) sum += other;
-        }
-        if (position >= 0 && sequence < 0) {
-            // sequences of this chunk that end at or before the position
-            uint32_t passed = (total + sum) * a.kv_heads <= position;
-#pragma unroll
-            for (int d = 1; d < 32; d *= 2) passed += shuffle_xor(passed, d);
-            if (passed < 32) {
-                sequence = start + passed;
-                count = (int)shuffle((uint32_t)own, passed);
-                begin = (total + (int)shuffle((uint32_t)sum, passed) - count) * a.kv_heads;
-            }
-        }
-        total += (int)shuffle((uint32_t)sum, 31);
-    }
-    return total;
-}
-
-DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 // Pairs of codes in 16-bit halves of `word`, at the low 4 bits of each (or all 8), as Compute; unscaled.
 DEVICE uint32_t low_codes(uint32_t word) {
@@ -359,17 +320,17 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
     const Arguments& a = arguments;
     const int lane = lane_index(), g = lane / 4, t = lane % 4, warp = warp_index();
     int sequence, begin, count;
-    const int total = scan(a, -1, sequence, begin, count) * a.kv_heads;
+    const int total = scan<TILE>(a.lengths, a.batch, a.kv_heads, a.span, -1, sequence, begin, count) * a.kv_heads;
     const int each = (total + grid_size() - 1) / grid_size();
     int position = block_index() * each;
     const int finish = smaller(position + each, total);
 
     while (position < finish) {
-        scan(a, position, sequence, begin, count);
+        scan<TILE>(a.lengths, a.batch, a.kv_heads, a.span, position, sequence, begin, count);
         Pair pair;
         pair.sequence = sequence;
         pair.length = a.lengths[sequence];
-        tiles_of(a, pair.length, pair.first);
+        tiles_of<TILE>(pair.length, a.span, pair.first);
         pair.head = (position - begin) / count;
         const int tile = position - begin - pair.head * count;
         const int stop = smaller(count, tile + finish - position);

@@ -1,4 +1,5 @@
-"""Decode attention over quantized caches in CUDA C++: launches `attend.cu` and the merge of triton.py."""
+"""Decode attention in CUDA C++: launches `attend.cu`, for quantized caches, and the merge of triton.py. The entry of
+`latent.cu` too, for MLA."""
 
 from __future__ import annotations
 
@@ -52,7 +53,19 @@ class Arguments(ctypes.Structure):
     )
 
 
-def supports(
+def supports(*arguments: Any) -> bool:
+    """Whether one of the two kernels takes the call."""
+    from tensormill.ops.decode_attention import latent
+
+    if arguments[2] is not None:
+        return takes(*arguments)
+    query = arguments[0]
+    # wgmma exists on sm_90 only
+    hopper = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == 9
+    return hopper and latent.supports(*arguments)
+
+
+def takes(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -109,7 +122,7 @@ def supports(
 @functools.cache
 def module(**defines: int | str) -> Module:
     """The kernel, with these macros."""
-    return Module(Path(__file__).with_name("attend.cu"), defines)
+    return Module(Path(__file__).with_name("attend.cu"), defines, [Path(__file__).with_name("work.cuh")])
 
 
 def defines(
@@ -208,12 +221,17 @@ def configuration(rows: int, bits: int, exponents: bool) -> Config:
 
 def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See `tensormill.ops.decode_attention`."""
+    if arguments[2] is None:
+        from tensormill.ops.decode_attention import latent
+
+        return latent.decode_attention(*arguments)
     query, key, key_scale = arguments[0], arguments[1], arguments[3]
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    return run(*arguments, config=configuration(rows, bits_of(key), key_scale.dtype == torch.uint8))
+    return run(configuration(rows, bits_of(key), key_scale.dtype == torch.uint8), *arguments)
 
 
 def run(
+    config: Config,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -228,7 +246,6 @@ def run(
     value_dim: int,
     window: int,
     softcap: float,
-    config: Config,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` with a given configuration."""
     from tensormill.ops.decode_attention.triton import merge, workspace

@@ -587,11 +587,14 @@ class Config:
     programs: int
 
 
-def configuration(rows: int, head_dim: int, bits: int) -> Config:
+def configuration(rows: int, head_dim: int, bits: int, paged: bool) -> Config:
     """The configuration for `rows` query rows of a key-value head, from measurements on an H200."""
-    if not 16 < rows <= 32 and head_dim <= 256:
-        return Config(64, 4, 3, 2)
-    return Config(64, 8, 2, 1)
+    if head_dim > 256:
+        return Config(64 if rows > 32 else 32, 8, 2, 1)
+    if bits < 16:
+        return Config(64, 2 if rows <= 16 else 4, 3, 4 if rows <= 16 else 2)
+    stages = 5 if paged else 3  # looking up a page takes two stages of the pipeline
+    return Config(64 if head_dim <= 128 else 32, 4, stages, 2)
 
 
 def pieces(size: int) -> tuple[int, int] | None:
@@ -654,10 +657,12 @@ def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See `tensormill.ops.decode_attention`."""
     query, key = arguments[0], arguments[1]
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    return run(*arguments, configuration(rows, query.shape[-1], bits_of(key)))
+    paged = arguments[8] is not None
+    return run(configuration(rows, query.shape[-1], bits_of(key), paged), *arguments)
 
 
 def run(
+    config: Config,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -672,7 +677,6 @@ def run(
     value_dim: int,
     window: int,
     softcap: float,
-    config: Config,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` with a given configuration."""
     batch, heads, queries, head_dim = query.shape

@@ -402,7 +402,7 @@ def emulated(blocks: int = 5, sixteens: int = 1, **changed: object) -> str | Non
     arguments = operator.inputs(shape, torch.device("cpu"), torch.Generator().manual_seed(1))
     assert cuda.takes(*arguments)
     query, key, *stored, length, table, _, scale, value_dim, window, softcap = arguments
-    config = cuda.Config(sixteens, 3, 2)
+    config = cuda.Config(sixteens, 3, 2, 2)
     batch, kv_heads = query.shape[0], key.shape[1]
     rows = query.shape[1] // kv_heads * query.shape[2]
     partial = torch.full((blocks + batch * kv_heads, rows, value_dim), torch.nan)

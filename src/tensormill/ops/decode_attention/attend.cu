@@ -1,4 +1,4 @@
-// Decode attention over quantized caches: the first of two kernels (the other is `_merge_kernel` in triton.py).
+// Decode attention over quantized caches: the first of two kernels (the other is merge.cu).
 //
 // The work is split as there: one line of tiles of all (sequence, key-value head) pairs, an equal share of it for each
 // block, and partial results in slot block + pair. Within a block every warp takes SUB * 16 tokens of a tile, with a
@@ -21,13 +21,14 @@
 // together; QUERY_TYPE, SCALE_TYPE Half or BFloat16; GROUPS of channels with an exponent, 0 for integer formats;
 // KEY_OFFSET, VALUE_OFFSET; KEY_STRIDE, VALUE_STRIDE from token to token in bytes, KEY_SCALE_STRIDE, VALUE_SCALE_STRIDE
 // in elements; SCALE_PAIRS, if these are 1 and two neighbouring tokens' scales are an aligned word; PAGE tokens of a page, 0 for contiguous; WINDOW, CAPPED; SUB; BLOCKS of a multiprocessor;
-// FETCH_AHEAD tiles.
+// FETCH_AHEAD tiles; UNROLL steps of the loop.
 constexpr int ROWS = GROUP * QUERIES, ROW_TILES = (ROWS + 7) / 8;
 constexpr int WARPS = 4, TILE = WARPS * SUB * 16;
 constexpr int KEY_WORDS = HEAD_DIM * BITS / 128;   // of a lane: a quarter of a row
 constexpr int VALUE_WORDS = HEAD_DIM * BITS / 256;  // an eighth of a row
 constexpr int STEPS = HEAD_DIM / 16;
 constexpr bool BFP = GROUPS > 0;
+constexpr int UNROLLED = UNROLL;
 constexpr float LEAST = -3.0e38f;  // less than any logit
 constexpr int HALF_DIM = HEAD_DIM / 2;
 
@@ -102,7 +103,7 @@ DEVICE uint32_t scaled_codes(uint32_t word, uint32_t scale, uint32_t shift) {
     return fma2<BFloat16>(lop3<AND_OR>(word, 0x000f000fu, 0x43004300u), scale, shift);
 }
 // 2^(e - 129) as bfloat16; what is too small for that, and a block of zeros, is 0.
-DEVICE uint32_t power(uint32_t exponent) { return exponent > 2 ? (exponent - 2) << 7 : 0; }
+DEVICE uint32_t power(uint32_t exponent) { return ((exponent > 2 ? exponent : 2) - 2) << 7; }
 DEVICE uint32_t times_136(uint32_t scale) { return mul2<BFloat16>(scale, 0xc308c308u); }
 
 // Where a lane reads a pair's tokens, of page 0 or of the sequence: rows of K from its first token on (2g), rows of V from
@@ -152,15 +153,23 @@ DEVICE Sources sources_of(const Arguments& a, const Pair& pair) {
     return from;
 }
 
-// Scales of a lane's two tokens, the second `after` elements on.
+// Scales of a lane's two tokens, as loaded (whatever is done with them here would wait for them): in one word, or in two.
 template <bool FULL>
 DEVICE void load_pair(uint32_t (&d)[2], const uint16_t* scales, int after) {
-    if constexpr (FULL && SCALE_PAIRS) {
-        const uint32_t both = load_constant(reinterpret_cast<const uint32_t*>(scales));
-        d[0] = both & 0xffff, d[1] = both >> 16;
+    if constexpr (SCALE_PAIRS) {
+        // of the last token alone if it has no neighbour: its weight is then the second's too, and that has none
+        if (FULL || after > 0) {
+            d[0] = load_constant(reinterpret_cast<const uint32_t*>(scales));
+            return;
+        }
+        d[0] = load_constant_half(scales) * 0x10001u;
     } else {
         d[0] = load_constant_half(scales), d[1] = load_constant_half(scales + after);
     }
+}
+DEVICE float scale_of(const uint32_t* d, int token) {
+    if constexpr (SCALE_PAIRS) return to_float<SCALE_TYPE>(token ? d[0] >> 16 : d[0] & 0xffff);
+    return to_float<SCALE_TYPE>(d[token]);
 }
 
 // The warp's tokens from `token` on. Unless FULL, some are behind the end: the last token is read in their place, and
@@ -318,6 +327,7 @@ DEVICE int channel_of(int m, int g, int half) {
 
 KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
     const Arguments& a = arguments;
+    allow_next_kernel();  // which waits for this one's results, but not to be launched
     const int lane = lane_index(), g = lane / 4, t = lane % 4, warp = warp_index();
     int sequence, begin, count;
     const int total = scan<TILE>(a.lengths, a.batch, a.kv_heads, a.span, -1, sequence, begin, count) * a.kv_heads;
@@ -352,11 +362,14 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
                 const int at = BITS == 4 ? key_byte(t, k / 2) + k % 2 * HALF_DIM : key_byte(t, k);
+Words2 words = {0, 0};
+                if (row < ROWS) words = load_constant2(source + at);
+                values[n][k][0] = to_float<QUERY_TYPE>(words.x & 0xffff);
+                values[n][k][1] = to_float<QUERY_TYPE>(words.x >> 16);
+                values[n][k][2] = to_float<QUERY_TYPE>(words.y & 0xffff);
+                values[n][k][3] = to_float<QUERY_TYPE>(words.y >> 16);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    values[n][k][i] = row < ROWS ? to_float<QUERY_TYPE>(source[at + i]) : 0.0f;
-                    unit = fmaxf(unit, fabsf(values[n][k][i]));
-                }
+                for (int i = 0; i < 4; i++) unit = fmaxf(unit, fabsf(values[n][k][i]));
             }
         }
 #pragma unroll
@@ -389,7 +402,7 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
             for (int m = 0; m < STEPS; m++) o[n][m][0] = o[n][m][1] = o[n][m][2] = o[n][m][3] = 0;
         }
 
-#pragma unroll 1
+#pragma unroll UNROLLED
         for (int i = tile; i < stop; i++) {
             const int token = (pair.first + i) * TILE + warp_token;
             Step next;
@@ -407,9 +420,11 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     const int at = token + 16 * s + 2 * g + r;
-                    const float key_scale = factor * (BFP ? 1.0f : to_float<SCALE_TYPE>(current.key_scale[s][r]));
-                    const float key_offset = KEY_OFFSET ? to_float<SCALE_TYPE>(current.key_offset[s][r]) : 0.0f;
-                    scale[s][r] = BFP ? 1.0f : to_float<SCALE_TYPE>(current.value_scale[s][r]);
+                    float key_scale = factor;
+                    if constexpr (!BFP) key_scale *= scale_of(current.key_scale[s], r);
+                    const float key_offset = KEY_OFFSET ? scale_of(current.key_offset[s], r) : 0.0f;
+                    scale[s][r] = 1.0f;
+                    if constexpr (!BFP) scale[s][r] = scale_of(current.value_scale[s], r);
                     height[s][r] = BFP ? 0.0f : fast_log2(fmaxf(fabsf(scale[s][r]), 0x1p-100f));
 #pragma unroll
                     for (int n = 0; n < ROW_TILES; n++)
@@ -457,7 +472,7 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
                         for (int c = 0; c < 2; c++) {
                             e[c] = fast_exp2(x[s][n][2 * r + c] - base[n][c]);
                             sums[n][c] += e[c];
-                            if (VALUE_OFFSET) shift[n][c] += e[c] * to_float<SCALE_TYPE>(current.value_offset[s][r]);
+                            if (VALUE_OFFSET) shift[n][c] += e[c] * scale_of(current.value_offset[s], r);
                             if (!BFP) e[c] *= scale[s][r];
                         }
                         p[n][r] = transpose_matrix(pack2<Compute>(e[0], e[1]));

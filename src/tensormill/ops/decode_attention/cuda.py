@@ -1,5 +1,5 @@
-"""Decode attention in CUDA C++: launches `attend.cu`, for quantized caches, and the merge of triton.py. The entry of
-`latent.cu` too, for MLA."""
+"""Decode attention in CUDA C++: launches `attend.cu`, for quantized caches, and `merge.cu`. The entry of `latent.cu`
+too, for MLA."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ class Config:
         sixteens: tokens of a warp's step, in sixteens.
         blocks: of a multiprocessor, at a time.
         ahead: tiles by which dense rows are fetched into the second-level cache ahead of their use.
+        unroll: steps of the loop, which then needs fewer copies and more registers.
     """
 
     sixteens: int
     blocks: int
     ahead: int
+    unroll: int
 
     @property
     def block_tokens(self) -> int:
@@ -93,6 +95,8 @@ def takes(
         or query.dtype not in _NAMES
     ):
         return False
+    if sinks is not None and sinks.dtype not in (*_NAMES, torch.float32):
+        return False
     if head_dim not in (64, 128) or value_dim != head_dim or not 0 < rows <= MOST_ROWS:
         return False
     if key.dtype != value.dtype or key_scale.dtype != value_scale.dtype:
@@ -106,6 +110,8 @@ def takes(
         if not 2 <= groups <= head_dim // 16:
             return False
     elif groups != 1 or value_scale.shape[-1] != 1 or key_scale.dtype not in _NAMES:
+        return False
+    if any(stride % 4 for stride in query.stride()[:3]) or query.stride(3) != 1 or query.data_ptr() % 8:
         return False
     for stored, scales, offset in ((key, key_scale, key_offset), (value, value_scale, value_offset)):
         if stored.stride(-1) != 1 or any(s % 16 for s in stored.stride()[:3]) or stored.data_ptr() % 16:
@@ -166,6 +172,7 @@ def defines(
         "SUB": config.sixteens,
         "BLOCKS": config.blocks,
         "FETCH_AHEAD": config.ahead,
+        "UNROLL": config.unroll,
     }
 
 
@@ -216,7 +223,7 @@ def shared_bytes(rows: int, head_dim: int) -> int:
 
 def configuration(rows: int, bits: int, exponents: bool) -> Config:
     """From measurements on an H200."""
-    return Config(1, 3, 0)
+    return Config(1, 3, 0, 1)
 
 
 def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -248,8 +255,6 @@ def run(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` with a given configuration."""
-    from tensormill.ops.decode_attention.triton import merge, workspace
-
     batch, heads, queries, head_dim = query.shape
     kv_heads = key.shape[1]
     rows = heads // kv_heads * queries
@@ -267,17 +272,70 @@ def run(
     kernel = module(**chosen).kernel("attend", device)
     packed = arguments(query, *stored, lengths, block_table, scale, window, softcap, partial, statistics)
     kernel.launch(blocks, WARPS * 32, shared_bytes(rows, head_dim), packed)
-    with torch.cuda.device(device):
-        merge(
-            partial,
-            statistics,
-            lengths,
-            sinks,
-            output,
-            lse,
-            kv_heads,
-            span(query, window),
-            blocks,
-            config.block_tokens,
-        )
+    merge(
+        partial,
+        statistics,
+        lengths,
+        sinks,
+        output,
+        lse,
+        kv_heads,
+        span(query, window),
+        blocks,
+        config.block_tokens,
+    )
     return output, lse
+
+
+class MergeArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("partial", "statistics", "lengths", "sinks", "output", "lse")),
+        *((name, ctypes.c_int32) for name in ("batch", "kv_heads", "span", "programs")),
+    )
+
+
+@functools.cache
+def merge_module(
+    group: int, queries: int, value_dim: int, tile: int, output: torch.dtype, sinks: torch.dtype | None
+) -> Module:
+    """The kernel that merges partial results."""
+    chosen: dict[str, int | str] = {
+        "GROUP": group,
+        "QUERIES": queries,
+        "VALUE_DIM": value_dim,
+        "TILE_TOKENS": tile,
+    }
+    chosen |= {"OUTPUT_TYPE": _NAMES[output], "SINKS": 0, "SINK_TYPE": "Half"}
+    if sinks is not None:
+        chosen |= {"SINKS": 1} if sinks == torch.float32 else {"SINKS": 2, "SINK_TYPE": _NAMES[sinks]}
+    return Module(Path(__file__).with_name("merge.cu"), chosen, [Path(__file__).with_name("work.cuh")])
+
+
+def merge(
+    partial: Tensor,
+    statistics: Tensor,
+    lengths: Tensor,
+    sinks: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    kv_heads: int,
+    span: int,
+    programs: int,
+    tile: int,
+) -> None:
+    """Launch `merge.cu`: writes output and lse from the partial results of `programs` programs; see triton.py."""
+    batch, heads, queries, value_dim = output.shape
+    kind = None if sinks is None else sinks.dtype
+    module = merge_module(heads // kv_heads, queries, value_dim, tile, output.dtype, kind)
+    pointers = (x if x is None else x.data_ptr() for x in (partial, statistics, lengths, sinks, output, lse))
+    packed = MergeArguments(*pointers, batch, kv_heads, span, programs)
+    device = output.device.index
+    grid = (batch * heads * queries, -(-value_dim // 128), 1)
+    overlap = torch.cuda.get_device_capability(device)[0] >= 9
+    module.kernel("merge", device).launch(grid, 128, 128 * 4 * 4, packed, overlap=overlap)
+
+
+def workspace(slots: int, rows: int, value_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for partial results: (partial, statistics), flat."""
+    room = torch.empty(slots * rows * (value_dim + 2), dtype=torch.float32, device=device)
+    return room[: slots * rows * value_dim], room[slots * rows * value_dim :]

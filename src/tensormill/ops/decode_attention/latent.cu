@@ -1,5 +1,5 @@
 // Decode attention where all heads share one latent per token, whose first channels are its value (MLA), on sm_90a: the
-// first of two kernels (the other is `_merge_kernel` in triton.py). The work is split as there.
+// first of two kernels (the other is merge.cu). The work is split as there.
 //
 // With 64 rows (heads, new tokens) to a block, products and bytes take about as long, so that both must run at once. A
 // warp copies tiles of 32 tokens into a ring of four in shared memory (tensor copies, boxes of 64 channels, swizzled).
@@ -269,6 +269,7 @@ DEVICE void attend(const Arguments& a, int row_block, int program, int position,
 
 KERNEL(latent, CONSUMERS + 128, 1, Arguments) {
     const Arguments& a = arguments;
+    allow_next_kernel();  // which waits for this one's results, but not to be launched
     if (thread_index() == 0) {
         const uint32_t full = shared_memory() + BARRIER_OFFSET, empty = full + STAGES * 8;
         for (int i = 0; i < STAGES; i++) mbarrier_init(full + 8 * i, 1), mbarrier_init(empty + 8 * i, CONSUMERS / 32);

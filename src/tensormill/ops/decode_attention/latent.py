@@ -1,4 +1,4 @@
-"""Decode attention over a latent cache (MLA) in CUDA C++ for sm_90: launches `latent.cu` and the merge of triton.py."""
+"""Decode attention over a latent cache (MLA) in CUDA C++ for sm_90: launches `latent.cu` and `merge.cu`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensormill.cuda import DEVICE_HEADER, Module, multiprocessors, tensor_map
-from tensormill.ops.decode_attention.cuda import span
+from tensormill.ops.decode_attention.cuda import merge, span, workspace
 
 ROWS = 64  # of a block
 TILE = 64  # tokens
@@ -49,6 +49,8 @@ def supports(
 ) -> bool:
     """One latent for all heads, of 512 or 256 channels of values and 64 or more others, in 16 bits."""
     if value is not None or key_scale is not None or query.dtype not in _NAMES or 0 in key.shape:
+        return False
+    if sinks is not None and sinks.dtype not in (*_NAMES, torch.float32):
         return False
     head_dim, row = query.shape[-1], key.stride(2)
     if value_dim not in (256, 512) or head_dim < value_dim + 64 or head_dim % 64 or head_dim > 640:
@@ -139,8 +141,6 @@ def decode_attention(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """See `tensormill.ops.decode_attention`."""
-    from tensormill.ops.decode_attention.triton import merge, workspace
-
     batch, heads, queries, head_dim = query.shape
     rows = heads * queries
     output = torch.empty(batch, heads, queries, value_dim, dtype=query.dtype, device=query.device)
@@ -155,8 +155,5 @@ def decode_attention(
     keys = tensor_map(rows_of(key), _BOX)
     packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, partial, statistics)
     kernel.launch(programs * row_blocks, THREADS, shared_bytes(head_dim), packed)
-    with torch.cuda.device(device):
-        merge(
-            partial, statistics, lengths, sinks, output, lse, 1, span(query, window), programs, TILE
-        )
+    merge(partial, statistics, lengths, sinks, output, lse, 1, span(query, window), programs, TILE)
     return output, lse

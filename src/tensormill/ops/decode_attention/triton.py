@@ -589,11 +589,13 @@ class Config:
 
 def configuration(rows: int, head_dim: int, bits: int, paged: bool) -> Config:
     """The configuration for `rows` query rows of a key-value head, from measurements on an H200."""
-    if head_dim > 256:
-        return Config(64 if rows > 32 else 32, 8, 2, 1)
-    if bits < 16:
-        return Config(64, 2 if rows <= 16 else 4, 3, 4 if rows <= 16 else 2)
     stages = 5 if paged else 3  # looking up a page takes two stages of the pipeline
+    if head_dim > 256:
+        return Config(32, 8, stages, 1)
+    if bits < 16:
+        if rows <= 16 and head_dim <= 128:
+            return Config(64, 2, stages, 4)
+        return Config(64 if rows <= 32 and head_dim <= 128 else 32, 4, stages, 2)
     return Config(64 if head_dim <= 128 else 32, 4, stages, 2)
 
 

@@ -20,6 +20,11 @@ DEVICE int scan(const int32_t* lengths, int batch, int kv_heads, int span, int p
     const int lane = lane_index();
     int total = 0;
     sequence = -1;
+    if (batch == 1) {  // what is below, but faster
+        int first;
+        sequence = begin = 0, count = tiles_of<TILE>(lengths[0], span, first);
+        return count;
+    }
     for (int start = 0; start < batch; start += 32) {
         const int index = start + lane;
         int first, own = 0;
@@ -43,5 +48,22 @@ DEVICE int scan(const int32_t* lengths, int batch, int kv_heads, int span, int p
         }
         total += (int)shuffle((uint32_t)sum, 31);
     }
+    return total;
+}
+
+// Tiles of all sequences, and of one: its first position and its tiles.
+template <int TILE>
+DEVICE int locate(const int32_t* lengths, int batch, int kv_heads, int span, int sequence, int& begin, int& count) {
+    int total = 0, before = 0, first;
+    for (int index = lane_index(); index < batch; index += 32) {
+        const int own = tiles_of<TILE>(lengths[index], span, first);
+        total += own, before += index < sequence ? own : 0;
+    }
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        total += (int)shuffle_xor((uint32_t)total, d), before += (int)shuffle_xor((uint32_t)before, d);
+    }
+    count = tiles_of<TILE>(lengths[sequence], span, first);
+    begin = before * kv_heads;
     return total;
 }

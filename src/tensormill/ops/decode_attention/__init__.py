@@ -291,7 +291,7 @@ operator.implementation(
     devices=("cuda",),
     entry="tensormill.ops.decode_attention.cuda:decode_attention",
     supports=_cuda_supports,
-    missing=lambda: cuda_missing() or triton_missing(),
+    missing=cuda_missing,
 )
 operator.implementation(
     "triton",

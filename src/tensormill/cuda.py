@@ -28,6 +28,7 @@ from tensormill.roofline import cache_directory
 DEVICE_HEADER = Path(__file__).with_name("native") / "device.cuh"
 _LEAST_CAPABILITY = (8, 0)
 _DYNAMIC_SHARED_MEMORY = 48 << 10  # bytes a block gets without asking
+_PORTABLE_CLUSTER = 8  # blocks a cluster has without asking
 
 
 def cuda_missing() -> str | None:
@@ -140,7 +141,7 @@ class Kernel:
             arguments: the kernel's struct; copied.
             overlap: the kernel may start before the one before it has ended (programmatic dependent launch,
                 sm_90): it calls `wait_for_previous_kernel` before it touches what that one reads or writes.
-            cluster: blocks of a cluster along the grid's first dimension.
+            cluster: blocks of a cluster along the grid's first dimension, up to 16.
 
         Raises:
             BackendError: the driver refuses.
@@ -177,6 +178,9 @@ class Kernel:
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             attributes.append(attribute)
+        if cluster > _PORTABLE_CLUSTER:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            _checked(driver.cuFuncSetAttribute(self._function, attribute, 1))
         if cluster > 1:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION

@@ -1,8 +1,8 @@
 // The functions of tensormill/native/device.cuh for a C++ compiler: kernels run on the CPU, so that their logic is tested
 // without a GPU. Every CUDA thread is a fiber of one host thread; a fiber runs until it waits for others. Barriers,
 // shuffles, matrix loads and products are collective: the last lane to arrive computes for all. Asynchronous copies
-// happen at once. Blocks run one after another, in order, so that a block may wait for those before it. Shared memory is
-// poisoned with NaN before each block. What would hang, leave a warp's lanes at different places or reach beyond shared
+// happen at once. Clusters of blocks run one after another, in order, so that a block may wait for those before it. Shared
+// memory is poisoned with NaN before each block. What would hang, leave a warp's lanes at different places or reach beyond shared
 // memory is reported.
 #pragma once
 
@@ -22,8 +22,9 @@
 // NAME_run returns what went wrong, or null.
 #define KERNEL(NAME, THREADS, BLOCKS, ARGUMENTS)                                                                  \
     void NAME(const ARGUMENTS& arguments);                                                                        \
-    extern "C" const char* NAME##_run(int grid_x, int grid_y, int threads, int shared, const void* arguments) {   \
-        return emulation::run(grid_x, grid_y, threads, shared,                                                    \
+    extern "C" const char* NAME##_run(int grid_x, int grid_y, int threads, int shared, int cluster,               \
+                                      const void* arguments) {                                                    \
+        return emulation::run(grid_x, grid_y, threads, shared, cluster,                                           \
                               [](const void* p) { NAME(*static_cast<const ARGUMENTS*>(p)); }, arguments);         \
     }                                                                                                             \
     void NAME(const ARGUMENTS& arguments)
@@ -62,9 +63,11 @@ struct Barrier {
 struct State {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    Barrier barriers[16];
+    std::vector<Barrier> barriers;  // 16 of each block
+    Barrier cluster_barrier;
     std::vector<uint8_t> shared;
-    int grid_x, block_x, block_y, threads, current;
+    // block_x is the cluster's first; threads are those of a block, shared_size its bytes; current counts all fibers
+    int grid_x, block_x, block_y, cluster, threads, shared_size, current;
     uint64_t progress;
     void (*kernel)(const void*);
     const void* arguments;
@@ -79,8 +82,8 @@ inline void yield() {
 
 [[noreturn]] inline void fail(const char* what) {
     if (!state.error[0])
-        snprintf(state.error, sizeof state.error, "block (%d, %d), thread %d: %s", state.block_x, state.block_y,
-                 state.current, what);
+        snprintf(state.error, sizeof state.error, "block (%d, %d), thread %d: %s",
+                 state.block_x + state.current / state.threads, state.block_y, state.current % state.threads, what);
     for (;;) yield();
 }
 
@@ -91,17 +94,18 @@ inline void enter() {
     for (;;) yield();
 }
 
-inline void run_block() {
+inline void run_cluster() {
     State& s = state;
     memset(s.shared.data(), 0xff, s.shared.size());
-    memset(s.barriers, 0, sizeof s.barriers);
-    s.warps.assign(s.threads / 32, Warp{});
+    s.barriers.assign(16 * s.cluster, Barrier{});
+    s.cluster_barrier = Barrier{};
+    s.warps.assign(s.cluster * s.threads / 32, Warp{});
     for (Fiber& fiber : s.fibers) fiber.started = fiber.done = false;
     for (;;) {
         static uint64_t before;
         static bool alive;
         before = s.progress, alive = false;
-        for (s.current = 0; s.current < s.threads; s.current++) {
+        for (s.current = 0; s.current < s.cluster * s.threads; s.current++) {
             if (s.fibers[s.current].done) continue;
             alive = true;
             if (_setjmp(s.scheduler) == 0) {
@@ -125,36 +129,41 @@ inline void run_block() {
     }
 }
 
-inline const char* run(int grid_x, int grid_y, int threads, int shared, void (*kernel)(const void*),
+inline const char* run(int grid_x, int grid_y, int threads, int shared, int cluster, void (*kernel)(const void*),
                        const void* arguments) {
     State& s = state;
     s.error[0] = 0;
-    s.grid_x = grid_x, s.threads = threads, s.kernel = kernel, s.arguments = arguments;
+    s.grid_x = grid_x, s.threads = threads, s.cluster = cluster, s.shared_size = shared;
+    s.kernel = kernel, s.arguments = arguments;
     if (threads % 32) return "the block is no whole number of warps";
-    s.shared.resize(shared);
-    while ((int)s.fibers.size() < threads) {
+    if (grid_x % cluster) return "the grid is no whole number of clusters";
+    s.shared.resize(cluster * shared);
+    while ((int)s.fibers.size() < cluster * threads) {
         s.fibers.emplace_back();
         s.fibers.back().stack.reset(new char[STACK_BYTES]);
     }
     for (s.block_y = 0; s.block_y < grid_y; s.block_y++)
-        for (s.block_x = 0; s.block_x < grid_x; s.block_x++) {
-            run_block();
+        for (s.block_x = 0; s.block_x < grid_x; s.block_x += cluster) {
+            run_cluster();
             if (s.error[0]) return s.error;
         }
     return nullptr;
 }
 
-inline uint8_t* shared_bytes(uint32_t address, int bytes) {
+inline uint8_t* shared_bytes(uint32_t address, int bytes, int rank) {
     if (address % (bytes < 16 ? bytes : 16)) fail("unaligned access to shared memory");  // wider ones are bulk copies
-    if (address < SHARED_BASE || address + bytes > SHARED_BASE + state.shared.size()) fail("outside shared memory");
-    return state.shared.data() + (address - SHARED_BASE);
+    if (address < SHARED_BASE || address + bytes > SHARED_BASE + state.shared_size) fail("outside shared memory");
+    return state.shared.data() + rank * state.shared_size + (address - SHARED_BASE);
+}
+inline uint8_t* shared_bytes(uint32_t address, int bytes) {
+    return shared_bytes(address, bytes, state.current / state.threads);
 }
 
 // Waits for all lanes of the warp; the last computes from everybody's `in` everybody's `out`.
 template <class In, class Out, class Compute>
 void collective(const In& in, Out& out, Compute compute) {
     static const char tag = 0;  // one per place in the source
-    Warp& warp = state.warps[state.current / 32];
+    Warp& warp = state.warps[state.current / 32];  // blocks are whole warps
     const int lane = state.current % 32;
     if (warp.arrived > 0 && warp.tag != &tag) fail("lanes of a warp meet in different instructions");
     warp.tag = &tag, warp.in[lane] = &in, warp.out[lane] = &out;
@@ -233,16 +242,19 @@ float half_of(uint32_t a, int h) {
 
 }  // namespace emulation
 
-DEVICE int thread_index() { return emulation::state.current; }
+DEVICE int thread_index() { return emulation::state.current % emulation::state.threads; }
 DEVICE int lane_index() { return emulation::state.current % 32; }
-DEVICE int warp_index() { return emulation::state.current / 32; }
-DEVICE int block_index() { return emulation::state.block_x; }
+DEVICE int warp_index() { return thread_index() / 32; }
+DEVICE int block_index() { return emulation::state.block_x + emulation::state.current / emulation::state.threads; }
 DEVICE int block_index_y() { return emulation::state.block_y; }
 DEVICE int grid_size() { return emulation::state.grid_x; }
 
-DEVICE void synchronize() { emulation::wait(emulation::state.barriers[0], emulation::state.threads); }
-DEVICE void barrier_sync(int id, int threads) { emulation::wait(emulation::state.barriers[id], threads); }
-DEVICE void barrier_arrive(int id, int threads) { emulation::arrive(emulation::state.barriers[id], threads); }
+namespace emulation {
+inline Barrier& barrier(int id) { return state.barriers[16 * (state.current / state.threads) + id]; }
+}  // namespace emulation
+DEVICE void synchronize() { emulation::wait(emulation::barrier(0), emulation::state.threads); }
+DEVICE void barrier_sync(int id, int threads) { emulation::wait(emulation::barrier(id), threads); }
+DEVICE void barrier_arrive(int id, int threads) { emulation::arrive(emulation::barrier(id), threads); }
 DEVICE void synchronize_warp() {
     int none = 0;
     emulation::collective(none, none, [](const int* const*, int* const*) {});
@@ -482,4 +494,31 @@ DEVICE void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
                 for (int k = 0; k < 32; k++) in[lane]->d[i] += left[row][k] * right[k][column];
             }
     });
+}
+
+// --- clusters
+
+DEVICE int cluster_rank() { return emulation::state.current / emulation::state.threads; }
+DEVICE void cluster_synchronize() {
+    emulation::State& s = emulation::state;
+    emulation::wait(s.cluster_barrier, s.cluster * s.threads);
+}
+DEVICE uint32_t map_shared(uint32_t address, int rank) {
+    if (rank < 0 || rank >= emulation::state.cluster) emulation::fail("a block that is not of the cluster");
+    return address | (uint32_t)(rank + 1) << 24;
+}
+DEVICE Words2 load_cluster2(uint32_t address) {
+    Words2 value;
+    memcpy(&value, emulation::shared_bytes(address & 0xffffff, 8, (int)(address >> 24) - 1), 8);
+    return value;
+}
+DEVICE double words_to_double(Words2 a) {
+    double d;
+    memcpy(&d, &a, 8);
+    return d;
+}
+DEVICE Words2 double_to_words(double a) {
+    Words2 d;
+    memcpy(&d, &a, 8);
+    return d;
 }

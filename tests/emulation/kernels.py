@@ -26,7 +26,9 @@ class EmulatedKernel:
     def __init__(self, run: ctypes._CFuncPtr) -> None:
         self._run = run
 
-    def launch(self, grid: int | tuple[int, int], block: int, shared: int, arguments: ctypes.Structure) -> None:
+    def launch(
+        self, grid: int | tuple[int, int], block: int, shared: int, arguments: ctypes.Structure
+    ) -> None:
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
         wrong = self._run(x, y, block, shared, ctypes.addressof(arguments))
         assert wrong is None, wrong.decode()
@@ -36,7 +38,9 @@ def emulate(module: Module, name: str) -> EmulatedKernel:
     """The kernel `name` of a module, to be launched on CPU tensors' addresses; skips where there is no g++."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    run = getattr(_library(module.source, tuple(sorted(module.defines.items())), module.headers), f"{name}_run")
+    run = getattr(
+        _library(module.source, tuple(sorted(module.defines.items())), module.headers), f"{name}_run"
+    )
     run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_int] * 4 + [ctypes.c_void_p]
     return EmulatedKernel(run)
 
@@ -110,5 +114,3 @@ def _cuobjdump() -> str:
     if not shipped.is_file():
         pytest.skip("no cuobjdump")
     return str(shipped)
-
-

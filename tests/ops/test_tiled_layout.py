@@ -122,7 +122,9 @@ def test_refusals_say_what_to_do():
 class TestLayer:
     def make(self, rows=100, columns=300, symmetric=False):
         codes, scale, zero = random_weight(rows, columns, 4, 128, not symmetric)
-        return LinearWNA16.from_codes(codes, scale, zero, bits=4, group_size=128, bias=torch.randn(rows)), codes
+        return LinearWNA16.from_codes(
+            codes, scale, zero, bits=4, group_size=128, bias=torch.randn(rows)
+        ), codes
 
     @pytest.mark.parametrize("symmetric", [False, True])
     def test_is_the_same_layer(self, symmetric):

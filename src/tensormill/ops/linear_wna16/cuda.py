@@ -33,7 +33,10 @@ class StreamArguments(ctypes.Structure):
     """Arguments of `stream.cu`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero_point", "bias", "x", "y", "workspace")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weight", "scale", "zero_point", "bias", "x", "y", "workspace")
+        ),
         *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "x_stride", "groups", "group_size")),
         ("stages", ctypes.c_int),
     )
@@ -172,7 +175,9 @@ def linear(
     out = y.view(-1, rows)
     for first in range(0, flat.shape[0], MOST_STREAMED_TOKENS):
         part = flat[first : first + MOST_STREAMED_TOKENS]
-        _stream(part, weight, scale, zero_point, bias, bits, group_size, out[first : first + MOST_STREAMED_TOKENS])
+        _stream(
+            part, weight, scale, zero_point, bias, bits, group_size, out[first : first + MOST_STREAMED_TOKENS]
+        )
     return y
 
 
@@ -205,7 +210,9 @@ def _stream(
     x = aligned(x)
     partial = workspace(x.device, made.workspace)
     given = stream_arguments(made, x, weight, scale, zero_point, bias, y, partial)
-    kernel.launch(made.grid, made.block, made.shared, given, overlap=target not in ("sm_80", "sm_86", "sm_89"))
+    kernel.launch(
+        made.grid, made.block, made.shared, given, overlap=target not in ("sm_80", "sm_86", "sm_89")
+    )
 
 
 _workspaces: dict[tuple[Any, ...], Tensor] = {}

@@ -345,14 +345,17 @@ struct Consumer {
         allow_next_kernel();
         Place place;
         for_each_row(run, [&](int row, int first, int last) {
+            // Past the last row there is nothing in shared memory but what was there.
+            const bool present = (row * ROW_BLOCKS + block) * 64 < arguments.rows;
             clear();
             for (int column = first; column < last; column++) {
                 mbarrier_wait(full_barrier(place.stage), place.parity);
-                multiply(stage_address(place.stage));
+                if (present) multiply(stage_address(place.stage));
                 synchronize_warp();
                 if (lane == 0) mbarrier_arrive(empty_barrier(place.stage));
                 place.advance(arguments.stages);
             }
+            if (!present) return;
             if (last < run.across) return give_away();
             if (first > 0) add(run.owner(row * run.across), block_index());
             store(row);

@@ -27,9 +27,11 @@ class EmulatedKernel:
         self._run = run
 
     def launch(
-        self, grid: int | tuple[int, int], block: int, shared: int, arguments: ctypes.Structure
+        self, grid: int | tuple[int, int], block: int, shared: int, arguments: ctypes.Structure | bytes
     ) -> None:
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
+        if isinstance(arguments, bytes):
+            arguments = (ctypes.c_char * len(arguments)).from_buffer_copy(arguments)
         wrong = self._run(x, y, block, shared, ctypes.addressof(arguments))
         assert wrong is None, wrong.decode()
 

@@ -200,28 +200,28 @@ inline void check_phase(Mbarrier& barrier) {
 }
 
 // float16 and bfloat16 from their number of mantissa bits and exponent bias.
-template <int MANTISSA, int BIAS>
+template <int MANTISSA_BITS, int EXPONENT_BIAS>
 struct Format {
     static float widen(uint32_t bits) {
-        const uint32_t exponent = (bits & 0x7fff) >> MANTISSA, fraction = bits & ((1u << MANTISSA) - 1);
+        const uint32_t exponent = (bits & 0x7fff) >> MANTISSA_BITS, fraction = bits & ((1u << MANTISSA_BITS) - 1);
         float value;
-        if (exponent == 2 * BIAS + 1)
+        if (exponent == 2 * EXPONENT_BIAS + 1)
             value = fraction ? NAN : INFINITY;
         else if (exponent == 0)
-            value = ldexpf((float)fraction, 1 - BIAS - MANTISSA);
+            value = ldexpf((float)fraction, 1 - EXPONENT_BIAS - MANTISSA_BITS);
         else
-            value = ldexpf((float)(fraction + (1u << MANTISSA)), (int)exponent - BIAS - MANTISSA);
+            value = ldexpf((float)(fraction + (1u << MANTISSA_BITS)), (int)exponent - EXPONENT_BIAS - MANTISSA_BITS);
         return bits & 0x8000 ? -value : value;
     }
     static uint32_t round(double value) {
-        const uint32_t sign = signbit(value) ? 0x8000 : 0, infinity = (2 * BIAS + 1) << MANTISSA;
+        const uint32_t sign = signbit(value) ? 0x8000 : 0, infinity = (2 * EXPONENT_BIAS + 1) << MANTISSA_BITS;
         const double magnitude = fabs(value);
         if (isnan(value)) return 0x7fff;
-        if (magnitude < ldexp(1, 1 - BIAS)) return sign | (uint32_t)nearbyint(ldexp(magnitude, BIAS + MANTISSA - 1));
-        if (magnitude >= ldexp(1, BIAS + 1)) return sign | infinity;
+        if (magnitude < ldexp(1, 1 - EXPONENT_BIAS)) return sign | (uint32_t)nearbyint(ldexp(magnitude, EXPONENT_BIAS + MANTISSA_BITS - 1));
+        if (magnitude >= ldexp(1, EXPONENT_BIAS + 1)) return sign | infinity;
         const int exponent = ilogb(magnitude);
-        const uint32_t rounded = (uint32_t)nearbyint(ldexp(magnitude, MANTISSA - exponent));
-        return sign | (((uint32_t)(exponent + BIAS) << MANTISSA) + rounded - (1u << MANTISSA));
+        const uint32_t rounded = (uint32_t)nearbyint(ldexp(magnitude, MANTISSA_BITS - exponent));
+        return sign | (((uint32_t)(exponent + EXPONENT_BIAS) << MANTISSA_BITS) + rounded - (1u << MANTISSA_BITS));
     }
 };
 template <class T>

@@ -31,11 +31,13 @@ class EmulatedKernel:
         grid: int | tuple[int, int],
         block: int,
         shared: int,
-        arguments: ctypes.Structure,
+        arguments: ctypes.Structure | bytes,
         *,
         cluster: int = 1,
     ) -> None:
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
+        if isinstance(arguments, bytes):
+            arguments = (ctypes.c_char * len(arguments)).from_buffer_copy(arguments)
         wrong = self._run(x, y, block, shared, cluster, ctypes.addressof(arguments))
         assert wrong is None, wrong.decode()
 
@@ -44,7 +46,9 @@ def emulate(module: Module, name: str) -> EmulatedKernel:
     """The kernel `name` of a module, to be launched on CPU tensors' addresses; skips where there is no g++."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    run = getattr(_library(module.source, tuple(sorted(module.defines.items())), module.headers), f"{name}_run")
+    run = getattr(
+        _library(module.source, tuple(sorted(module.defines.items())), module.headers), f"{name}_run"
+    )
     run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_int] * 5 + [ctypes.c_void_p]
     return EmulatedKernel(run)
 
@@ -118,5 +122,3 @@ def _cuobjdump() -> str:
     if not shipped.is_file():
         pytest.skip("no cuobjdump")
     return str(shipped)
-
-

@@ -14,7 +14,7 @@ Lane 4 g + t holds 32 codes of rows g and g + 8:
 Register i = 4 s + r with its codes in lanes of L bits (16 or 8) becomes a *field*: its codes stand at bit p + L h of a
 word. The L // bits fields that fit a word whole fill words 0 to bits - 1, one word after another. The L % bits bits
 that each word has to spare form, in order, as many codes again: the fields that are left. Nothing is wasted, and most
-codes need one logical operation (`dequantize.cuh`).
+codes need one logical operation (`linear_wna16/dequantize.cuh`).
 
 In memory a tile has the lanes' words in loads as wide as can be: words 0..3 of lane 0, those of lane 1, ..., then
 words 4..7; a remainder as two words a lane, then one.
@@ -90,7 +90,9 @@ def tile_weight(
     _check_group_size(in_features, group_size)
     rows = weight.shape[0]
     tiled = torch.zeros(tiled_shape(rows, in_features, bits), dtype=torch.int32, device=weight.device)
-    blocks = tiled.view(-1)[: _block_words(in_features, bits) * -(-rows // ROWS)].view(-1, _block_words(in_features, bits))
+    blocks = tiled.view(-1)[: _block_words(in_features, bits) * -(-rows // ROWS)].view(
+        -1, _block_words(in_features, bits)
+    )
     for first, last in _chunks(rows, in_features):
         codes = unpack_bits(weight[first:last], bits, in_features)
         blocks[first // ROWS : -(-last // ROWS)] = _tile_codes(codes, bits, kind)
@@ -115,7 +117,10 @@ def untile_weight(
     words = _block_words(in_features, bits)
     blocks = weight.reshape(-1)[: words * -(-rows // ROWS)].view(-1, words)
     packed = [
-        pack_bits(_untile_codes(blocks[first // ROWS : -(-last // ROWS)], bits, kind)[: last - first, :in_features], bits)
+        pack_bits(
+            _untile_codes(blocks[first // ROWS : -(-last // ROWS)], bits, kind)[: last - first, :in_features],
+            bits,
+        )
         for first, last in _chunks(rows, in_features)
     ]
     canonical = 1 if group_size == -1 else -(-in_features // group_size)
@@ -180,7 +185,9 @@ def _tile_codes(codes: Tensor, bits: int, kind: Kind) -> Tensor:
     # [block, i, row half, g, 64 columns, s, column half, t, h]
     parts = codes.view(-1, 4, 2, 8, codes.shape[1] // 64, lane_bits // 4, 2, 4, per_register)
     # [block, 64 columns, i, (g, t) = lane, (s, column half, row half) = register, h]
-    parts = parts.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(-1, codes.shape[1] // 64, 4, 32, lane_bits, per_register)
+    parts = parts.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(
+        -1, codes.shape[1] // 64, 4, 32, lane_bits, per_register
+    )
     registers = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=codes.device)
     for h in range(per_register):
         registers |= parts[..., h].to(torch.int32) << (lane_bits * h)

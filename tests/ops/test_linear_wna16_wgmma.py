@@ -107,6 +107,20 @@ def test_emulated_kernel_matches_reference(case, emulated):
     assert rms < allowed and most < 3 * allowed, (rms, most)
 
 
+def test_emulated_operator_with_int8(emulated):
+    """Floats are quantized, the packed weight is tiled, leading dimensions stay."""
+    from tensormill.ops.linear_wna8 import reference as definition
+    from tensormill.ops.linear_wna8.cuda import linear
+
+    generator = torch.Generator().manual_seed(1)
+    weight = pack_bits(torch.randint(0, 16, (136, 200), generator=generator, dtype=torch.uint8), 4)
+    x = torch.randn(2, 35, 200, generator=generator).half()
+    arguments = (x, None, weight, torch.rand(136, 1, generator=generator), None, None, 136, 4, -1, -1)
+    y = linear(*arguments, INT8, HALF, "packed").double()
+    expected = definition.linear_wna8(*arguments, INT8, HALF, "packed").double()
+    assert y.shape == expected.shape and (y - expected).norm() < 1e-3 * expected.norm()
+
+
 DECODE = """
 #include "dequantize.cuh"
 #include "dequantize_bytes.cuh"

@@ -223,7 +223,8 @@ _TILES = tuple(
 @functools.lru_cache(maxsize=4096)
 def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> Tile:
     """The tile that should be fastest: a model of a block's cycles, times the tiles that each must do."""
-    return min(_tiles(form), key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
+    tiles = [tile for tile in _tiles(form) if tile.cluster * tile.split <= multiprocessors]
+    return min(tiles, key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
 
 
 def _tiles(form: Format) -> list[Tile]:

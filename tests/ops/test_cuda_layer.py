@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from emulation.kernels import compile_or_skip, emulate, resources
 from tensormill.cuda import DEVICE_HEADER, Module
 from tensormill.errors import BackendError

@@ -1,8 +1,8 @@
 // y = x W^T + bias for few tokens, W of 1 to 8 bits in the tiled layout (ops/tiles.py): bound by the bytes of W.
 //
-// One block per multiprocessor. W is cut in units of 64 ROW_BLOCKS rows x 128 columns, ordered by rows, then columns,
-// and every block takes an equal run of them. One warp, the producer, streams units (codes, scales, zero points, and
-// the columns of x that belong to them) into a ring of stages in shared memory, as far ahead as there is room. The other
+// One or two blocks per multiprocessor. W is cut in units of 64 ROW_BLOCKS rows x 128 columns, ordered by rows, then
+// columns, and every block takes an equal run of them. Producer warps stream units (codes, scales, zero points, and the
+// columns of x that belong to them) into a ring of stages in shared memory, as far ahead as there is room. The consumer
 // warps each own ROW_TILES x 16 rows of a unit. Weights are the first operand of the tensor cores' products, in
 // registers, as exact integers q - z; tokens are the second, eight at a time. Sums over the columns that share a scale
 // are exact up to float32's rounding, and the scale is applied to them, not to the weights.
@@ -35,7 +35,10 @@ struct Arguments {
 
 constexpr int COLUMNS = 128;
 constexpr int ROWS = 64 * ROW_BLOCKS;
-constexpr int WARPS = 4 * ROW_BLOCKS / ROW_TILES;  // without the producer
+constexpr int WARPS = 4 * ROW_BLOCKS / ROW_TILES;  // without the producers
+constexpr int THREADS = 32 * (WARPS + ROW_BLOCKS);
+// Many sums need more registers than an equal share: the producers leave theirs to the others.
+constexpr bool SHIFTED_REGISTERS = TOKENS >= 32 && ROW_BLOCKS == 4 && WARPS == 8;
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int QUADRUPLES = ROW_TILES * TOKEN_TILES;  // of sums in a thread
 constexpr int SPANS = COLUMNS / SPAN;
@@ -96,61 +99,45 @@ DEVICE uint32_t full_barrier(int stage) { return shared_memory() + 16 * stage; }
 DEVICE uint32_t empty_barrier(int stage) { return shared_memory() + 16 * stage + 8; }
 DEVICE uint32_t stage_address(int stage) { return shared_memory() + BARRIER_BYTES + stage * STAGE_BYTES; }
 
-#if TENSORMILL_ARCH >= 900
-constexpr int FULL_ARRIVALS = 33;  // the producer's lanes with their part of x, and one that announces bulk copies
-#else
-constexpr int FULL_ARRIVALS = 32;
-#endif
-
+// One warp for every 64 rows of a unit: copies of few bytes cost as much as large ones, and the unit's share of time is
+// short. Codes come by bulk copies, all else 16 bytes a lane.
 struct Producer {
     const Arguments& arguments;
+    const int block;  // of 64 rows
     const int lane = lane_index();
     const int across = (arguments.columns + COLUMNS - 1) / COLUMNS;
 #if TENSORMILL_ARCH >= 900
+    static constexpr int ARRIVALS = 33;  // the lanes, and the announcement of a bulk copy
     const uint64_t policy = policy_evict_first();
+#else
+    static constexpr int ARRIVALS = 32;
 #endif
 
     DEVICE void load_weights(int stage, int row, int column) const {
-        const int blocks = (arguments.rows + 63) / 64 - row * ROW_BLOCKS;  // of 64 rows that exist
-        const int present = blocks < ROW_BLOCKS ? blocks : ROW_BLOCKS;
-        const uint32_t address = stage_address(stage);
-        const int group = arguments.group_size > SPAN ? column * COLUMNS / arguments.group_size : column * SPANS;
-        constexpr int copied_scales = BLOCK_SCALES * SCALE_BYTES, copied_zeros = ZEROS ? BLOCK_SCALES : 0;
+        constexpr int scale_bytes = BLOCK_SCALES * SCALE_BYTES, zero_bytes = ZEROS ? BLOCK_SCALES : 0;
+        const int index = row * ROW_BLOCKS + block;
+        const bool present = index * 64 < arguments.rows;
+        const uint8_t* codes = arguments.weight + (int64_t(index) * across + column) * BLOCK_BYTES;
+        const uint32_t to = stage_address(stage);
 #if TENSORMILL_ARCH >= 900
-        if (lane == 0)
-            mbarrier_arrive_expect(full_barrier(stage), present * (BLOCK_BYTES + copied_scales + copied_zeros));
+        if (lane == 0) {
+            mbarrier_arrive_expect(full_barrier(stage), present ? BLOCK_BYTES : 0);
+            if (present) copy_bulk(to + block * BLOCK_BYTES, codes, BLOCK_BYTES, full_barrier(stage), policy);
+        }
         synchronize_warp();
-        const int block = lane % ROW_BLOCKS, part = lane / ROW_BLOCKS;
-        if (block >= present) return;
-        const int64_t index = row * ROW_BLOCKS + block;
-        const uint32_t barrier = full_barrier(stage);
-        if (part == 0) {
-            copy_bulk(address + block * BLOCK_BYTES, arguments.weight + (index * across + column) * BLOCK_BYTES,
-                      BLOCK_BYTES, barrier, policy);
-        } else if (part == 1) {
-            copy_bulk(address + SCALE_OFFSET + block * copied_scales,
-                      arguments.scale + (index * arguments.groups + group) * (64 * SCALE_BYTES), copied_scales, barrier,
-                      policy);
-        } else if (ZEROS && part == 2) {
-            copy_bulk(address + ZERO_OFFSET + block * copied_zeros,
-                      arguments.zero_point + (index * arguments.groups + group) * 64, copied_zeros, barrier, policy);
-        }
 #else
-        for (int block = 0; block < present; block++) {
-            const int64_t index = row * ROW_BLOCKS + block;
-            const uint8_t* codes = arguments.weight + (index * across + column) * BLOCK_BYTES;
-            const uint8_t* scales = arguments.scale + (index * arguments.groups + group) * (64 * SCALE_BYTES);
-            for (int i = 16 * lane; i < BLOCK_BYTES; i += 512)
-                copy_async16(address + block * BLOCK_BYTES + i, codes + i);
-            for (int i = 16 * lane; i < copied_scales; i += 512)
-                copy_async16(address + SCALE_OFFSET + block * copied_scales + i, scales + i);
-            if constexpr (ZEROS) {
-                const uint8_t* zeros = arguments.zero_point + (index * arguments.groups + group) * 64;
-                for (int i = 16 * lane; i < copied_zeros; i += 512)
-                    copy_async16(address + ZERO_OFFSET + block * copied_zeros + i, zeros + i);
-            }
-        }
+        if (present)
+            for (int i = 16 * lane; i < BLOCK_BYTES; i += 512) copy_async16(to + block * BLOCK_BYTES + i, codes + i);
 #endif
+        if (!present) return;
+        const int group = arguments.group_size > SPAN ? column * COLUMNS / arguments.group_size : column * SPANS;
+        const int64_t first = (int64_t(index) * arguments.groups + group) * 64;
+#pragma unroll
+        for (int i = 16 * lane; i < scale_bytes + zero_bytes; i += 512) {
+            const bool zero = i >= scale_bytes;
+            copy_async16(to + (zero ? ZERO_OFFSET + block * zero_bytes - scale_bytes : SCALE_OFFSET + block * scale_bytes) + i,
+                         zero ? arguments.zero_point + first + i - scale_bytes : arguments.scale + first * SCALE_BYTES + i);
+        }
     }
 
     // Columns beyond the last become 0. Tokens beyond the last are not written: their products go nowhere.
@@ -159,7 +146,7 @@ struct Producer {
         const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
         const uint32_t to = stage_address(stage) + X_OFFSET + 16 * chunk;
         const uint8_t* from = arguments.x + (bytes > 0 ? 2 * first : 0);
-        for (int token = lane / 16; token < arguments.tokens; token += 2)
+        for (int token = 2 * block + lane / 16; token < arguments.tokens; token += 2 * ROW_BLOCKS)
             copy_async16(to + token * X_STRIDE, from + int64_t(token) * arguments.x_stride, bytes);
         copy_async_arrive(full_barrier(stage));
     }
@@ -345,14 +332,17 @@ struct Consumer {
         allow_next_kernel();
         Place place;
         for_each_row(run, [&](int row, int first, int last) {
+            // Past the last row there is nothing in shared memory but what was there.
+            const bool present = (row * ROW_BLOCKS + block) * 64 < arguments.rows;
             clear();
             for (int column = first; column < last; column++) {
                 mbarrier_wait(full_barrier(place.stage), place.parity);
-                multiply(stage_address(place.stage));
+                if (present) multiply(stage_address(place.stage));
                 synchronize_warp();
                 if (lane == 0) mbarrier_arrive(empty_barrier(place.stage));
                 place.advance(arguments.stages);
             }
+            if (!present) return;
             if (last < run.across) return give_away();
             if (first > 0) add(run.owner(row * run.across), block_index());
             store(row);
@@ -360,18 +350,20 @@ struct Consumer {
     }
 };
 
-KERNEL(linear_stream, 32 * (WARPS + 1), 1, Arguments) {
+KERNEL(linear_stream, THREADS, 1, Arguments) {
     if (thread_index() < arguments.stages) {
-        mbarrier_init(full_barrier(thread_index()), FULL_ARRIVALS);
+        mbarrier_init(full_barrier(thread_index()), ROW_BLOCKS * Producer::ARRIVALS);
         mbarrier_init(empty_barrier(thread_index()), WARPS);
         mbarrier_init_fence();
     }
     synchronize();
     const Run run(arguments, block_index());
     const int warp = warp_index();
-    if (warp == WARPS) {
-        Producer{arguments}.produce(run);
+    if (warp >= WARPS) {
+        if constexpr (SHIFTED_REGISTERS) lower_registers<72>();
+        Producer{arguments, warp - WARPS}.produce(run);
     } else {
+        if constexpr (SHIFTED_REGISTERS) raise_registers<216>();
         Consumer{arguments, warp, lane_index()}.consume(run);
     }
 }

@@ -75,7 +75,7 @@ _TensorMap = ctypes.c_uint64 * 16
 
 
 class _Arguments(ctypes.Structure):
-    """`Arguments` of wgmma.cu, less the alignment."""
+    """`Arguments` of wgmma.cu, with the bytes that its alignment adds."""
 
     _fields_ = (
         ("x", _TensorMap),
@@ -88,6 +88,7 @@ class _Arguments(ctypes.Structure):
             (name, ctypes.c_int)
             for name in ("tokens", "rows", "row_blocks", "columns", "groups", "group_size", "width")
         ),
+        ("_padding", ctypes.c_int * 13),
     )
 
 

@@ -28,9 +28,13 @@ DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Arrives at a barrier in any block of the cluster. What others are to see was released by cluster_fence; a form that
+// releases by itself costs a fence of all memory each time, far too much in a loop.
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+
+DEVICE void cluster_fence() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 
 DEVICE void cluster_mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -116,6 +120,7 @@ enum class Wgmma { f16, bf16, s8 };  // operands
 #define TM_OUT_4(c, d, i) "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3])
 #define TM_OUT_16(c, d, i) TM_OUT_4(c, d, i), TM_OUT_4(c, d, i + 4), TM_OUT_4(c, d, i + 8), TM_OUT_4(c, d, i + 12)
 #define TM_OUT_32(c, d, i) TM_OUT_16(c, d, i), TM_OUT_16(c, d, i + 16)
+#define TM_LIST_HALF "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TM_OUT_64(c, d, i) TM_OUT_32(c, d, i), TM_OUT_32(c, d, i + 32)
 #define TM_OUT_128(c, d, i) TM_OUT_64(c, d, i), TM_OUT_64(c, d, i + 64)
 
@@ -138,6 +143,7 @@ enum class Wgmma { f16, bf16, s8 };  // operands
 // and wait after.
 template <Wgmma KIND, int COLUMNS, class D>
 DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    TM_WGMMA_SIZE(32, TM_OUT_16, TM_LIST_HALF, "%16,%17,%18,%19", "%20", "%21")
     TM_WGMMA_SIZE(64, TM_OUT_32, TM_LIST_0, "%32,%33,%34,%35", "%36", "%37")
     TM_WGMMA_SIZE(128, TM_OUT_64, TM_LIST_0 "," TM_LIST_1, "%64,%65,%66,%67", "%68", "%69")
     TM_WGMMA_SIZE(256, TM_OUT_128, TM_LIST_0 "," TM_LIST_1 "," TM_LIST_2 "," TM_LIST_3, "%128,%129,%130,%131", "%132",

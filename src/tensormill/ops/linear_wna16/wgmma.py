@@ -22,6 +22,7 @@ _HEADERS = (
 _X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
 _Y_TYPES = {torch.float16: 0, torch.bfloat16: 1}
 _THREADS = 384
+_SKEW = 2  # stages by which one warpgroup is ahead of the other
 # Of H200: what a multiprocessor reads from the second-level cache in a cycle; what a tile costs beside its products.
 _L2_BYTES = 32.0
 _TILE_CYCLES = 3000.0
@@ -121,6 +122,7 @@ def module(form: Format, tile: Tile) -> Module:
         "STAGE_GROUPS": form.scale_sets,
         "HAS_ZERO": int(form.zero_points),
         "SCALE_TYPE": 2 if form.float_scale else _Y_TYPES[form.y],
+        "RING_SKEW": min(_SKEW, stages - 2),
         "SHARED_BYTES": shared,
     }
     return Module(_FOLDER / "wgmma.cu", defines, _HEADERS)

@@ -26,6 +26,7 @@ from tensormill.errors import BackendError
 from tensormill.roofline import cache_directory
 
 DEVICE_HEADER = Path(__file__).with_name("native") / "device.cuh"
+HOPPER_HEADER = DEVICE_HEADER.with_name("hopper.cuh")
 _LEAST_CAPABILITY = (8, 0)
 _DYNAMIC_SHARED_MEMORY = 48 << 10  # bytes a block gets without asking
 _PORTABLE_CLUSTER = 8  # blocks a cluster has without asking

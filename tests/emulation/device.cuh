@@ -1,8 +1,8 @@
 // The functions of tensormill/native/device.cuh for a C++ compiler: kernels run on the CPU, so that their logic is tested
 // without a GPU. Every CUDA thread is a fiber of one host thread; a fiber runs until it waits for others. Barriers,
 // shuffles, matrix loads and products are collective: the last lane to arrive computes for all. Asynchronous copies
-// happen at once. Clusters of blocks run one after another, in order, so that a block may wait for those before it. Shared
-// memory is poisoned with NaN before each block. What would hang, leave a warp's lanes at different places or reach beyond shared
+// happen at once. Blocks run one after another, in order, so that a block may wait for those before it; those of a
+// cluster run together. Shared memory is poisoned with NaN before each block. What would hang, leave a warp's lanes at different places or reach beyond shared
 // memory is reported.
 #pragma once
 
@@ -63,12 +63,13 @@ struct Barrier {
 struct State {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    std::vector<Barrier> barriers;  // 16 of each block
+    std::vector<Barrier> barriers;  // 16 of a block
+    std::vector<uint8_t> shared;    // of the cluster's blocks
     Barrier cluster_barrier;
-    std::vector<uint8_t> shared;
-    // block_x is the cluster's first; threads are those of a block, shared_size its bytes; current counts all fibers
-    int grid_x, block_x, block_y, cluster, threads, shared_size, current;
+    int grid_x, block_x, block_y, threads, cluster, current;  // the cluster's first block; its current thread
+    int shared_size;                                          // of a block
     uint64_t progress;
+    uint64_t clusters;  // that were started
     void (*kernel)(const void*);
     const void* arguments;
     jmp_buf scheduler;
@@ -76,14 +77,16 @@ struct State {
 };
 inline State state;
 
+inline int block_rank() { return state.current / state.threads; }
+
 inline void yield() {
     if (_setjmp(state.fibers[state.current].resume) == 0) _longjmp(state.scheduler, 1);
 }
 
 [[noreturn]] inline void fail(const char* what) {
     if (!state.error[0])
-        snprintf(state.error, sizeof state.error, "block (%d, %d), thread %d: %s",
-                 state.block_x + state.current / state.threads, state.block_y, state.current % state.threads, what);
+        snprintf(state.error, sizeof state.error, "block (%d, %d), thread %d: %s", state.block_x + block_rank(),
+                 state.block_y, state.current % state.threads, what);
     for (;;) yield();
 }
 
@@ -100,6 +103,7 @@ inline void run_cluster() {
     s.barriers.assign(16 * s.cluster, Barrier{});
     s.cluster_barrier = Barrier{};
     s.warps.assign(s.cluster * s.threads / 32, Warp{});
+    s.clusters++;
     for (Fiber& fiber : s.fibers) fiber.started = fiber.done = false;
     for (;;) {
         static uint64_t before;
@@ -137,8 +141,8 @@ inline const char* run(int grid_x, int grid_y, int threads, int shared, int clus
     s.kernel = kernel, s.arguments = arguments;
     if (threads % 32) return "the block is no whole number of warps";
     if (grid_x % cluster) return "the grid is no whole number of clusters";
-    s.shared.resize(cluster * shared);
-    while ((int)s.fibers.size() < cluster * threads) {
+    s.shared.resize((size_t)shared * cluster);
+    while ((int)s.fibers.size() < threads * cluster) {
         s.fibers.emplace_back();
         s.fibers.back().stack.reset(new char[STACK_BYTES]);
     }
@@ -150,20 +154,23 @@ inline const char* run(int grid_x, int grid_y, int threads, int shared, int clus
     return nullptr;
 }
 
-inline uint8_t* shared_bytes(uint32_t address, int bytes, int rank) {
-    if (address % (bytes < 16 ? bytes : 16)) fail("unaligned access to shared memory");  // wider ones are bulk copies
-    if (address < SHARED_BASE || address + bytes > SHARED_BASE + state.shared_size) fail("outside shared memory");
-    return state.shared.data() + rank * state.shared_size + (address - SHARED_BASE);
-}
+// An address's upper byte is 0 for the block's own shared memory, 1 + rank for that of another block of the cluster.
+constexpr int RANK_SHIFT = 24;
+
 inline uint8_t* shared_bytes(uint32_t address, int bytes) {
-    return shared_bytes(address, bytes, state.current / state.threads);
+    const int rank = address >> RANK_SHIFT ? (int)(address >> RANK_SHIFT) - 1 : block_rank();
+    address &= (1u << RANK_SHIFT) - 1;
+    if (address % (bytes < 16 ? bytes : 16)) fail("unaligned access to shared memory");  // wider ones are bulk copies
+    if (address < SHARED_BASE || (int)(address + bytes) > (int)SHARED_BASE + state.shared_size || rank >= state.cluster)
+        fail("outside shared memory");
+    return state.shared.data() + (size_t)rank * state.shared_size + (address - SHARED_BASE);
 }
 
 // Waits for all lanes of the warp; the last computes from everybody's `in` everybody's `out`.
 template <class In, class Out, class Compute>
 void collective(const In& in, Out& out, Compute compute) {
     static const char tag = 0;  // one per place in the source
-    Warp& warp = state.warps[state.current / 32];  // blocks are whole warps
+    Warp& warp = state.warps[state.current / 32];
     const int lane = state.current % 32;
     if (warp.arrived > 0 && warp.tag != &tag) fail("lanes of a warp meet in different instructions");
     warp.tag = &tag, warp.in[lane] = &in, warp.out[lane] = &out;
@@ -245,12 +252,12 @@ float half_of(uint32_t a, int h) {
 DEVICE int thread_index() { return emulation::state.current % emulation::state.threads; }
 DEVICE int lane_index() { return emulation::state.current % 32; }
 DEVICE int warp_index() { return thread_index() / 32; }
-DEVICE int block_index() { return emulation::state.block_x + emulation::state.current / emulation::state.threads; }
+DEVICE int block_index() { return emulation::state.block_x + emulation::block_rank(); }
 DEVICE int block_index_y() { return emulation::state.block_y; }
 DEVICE int grid_size() { return emulation::state.grid_x; }
 
 namespace emulation {
-inline Barrier& barrier(int id) { return state.barriers[16 * (state.current / state.threads) + id]; }
+inline Barrier& barrier(int id) { return state.barriers[16 * block_rank() + id]; }
 }  // namespace emulation
 DEVICE void synchronize() { emulation::wait(emulation::barrier(0), emulation::state.threads); }
 DEVICE void barrier_sync(int id, int threads) { emulation::wait(emulation::barrier(id), threads); }
@@ -495,24 +502,3 @@ DEVICE void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
             }
     });
 }
-
-// --- clusters
-
-DEVICE int cluster_rank() { return emulation::state.current / emulation::state.threads; }
-DEVICE void cluster_synchronize() {
-    emulation::State& s = emulation::state;
-    emulation::wait(s.cluster_barrier, s.cluster * s.threads);
-}
-DEVICE uint32_t map_shared(uint32_t address, int rank) {
-    if (rank < 0 || rank >= emulation::state.cluster) emulation::fail("a block that is not of the cluster");
-    return address | (uint32_t)(rank + 1) << 24;
-}
-template <class V>
-DEVICE V emulated_cluster_load(uint32_t address) {
-    V value;
-    memcpy(&value, emulation::shared_bytes(address & 0xffffff, sizeof(V), (int)(address >> 24) - 1), sizeof(V));
-    return value;
-}
-DEVICE uint32_t load_cluster(uint32_t address) { return emulated_cluster_load<uint32_t>(address); }
-DEVICE Words2 load_cluster2(uint32_t address) { return emulated_cluster_load<Words2>(address); }
-DEVICE Words4 load_cluster4(uint32_t address) { return emulated_cluster_load<Words4>(address); }

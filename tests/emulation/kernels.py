@@ -7,12 +7,14 @@ import functools
 import hashlib
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from tensormill.cuda import Module
 from tensormill.errors import BackendError
@@ -34,11 +36,14 @@ class EmulatedKernel:
         arguments: ctypes.Structure | bytes,
         *,
         cluster: int = 1,
+        overlap: bool = False,
     ) -> None:
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
-        if isinstance(arguments, bytes):
-            arguments = (ctypes.c_char * len(arguments)).from_buffer_copy(arguments)
-        wrong = self._run(x, y, block, shared, cluster, ctypes.addressof(arguments))
+        given = bytes(arguments)
+        copy = ctypes.create_string_buffer(len(given) + 64)
+        aligned = -(-ctypes.addressof(copy) // 64) * 64  # as tensor maps want it
+        ctypes.memmove(aligned, given, len(given))
+        wrong = self._run(x, y, block, shared, cluster, aligned)
         assert wrong is None, wrong.decode()
 
 
@@ -51,6 +56,14 @@ def emulate(module: Module, name: str) -> EmulatedKernel:
     )
     run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_int] * 5 + [ctypes.c_void_p]
     return EmulatedKernel(run)
+
+
+def emulated_tensor_map(tensor: torch.Tensor, box: tuple[int, int]) -> bytes:
+    """What the emulation takes in the place of `tensormill.cuda.tensor_map`."""
+    rows, columns = tensor.shape
+    size = tensor.element_size()
+    words = (tensor.data_ptr(), columns, rows, tensor.stride(0) * size, size, box[1], box[0])
+    return struct.pack("16Q", *words, *[0] * 9)
 
 
 @functools.cache

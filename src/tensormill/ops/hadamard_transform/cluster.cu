@@ -2,7 +2,7 @@
 // row in shared memory and transforms it there but for two bits of the index; these and the stages across tiles it does
 // for its share of all tiles, which it reads from its neighbours' shared memory. So global memory is read once and
 // written once, and shared memory twice each.
-#include "device.cuh"
+#include "hopper.cuh"
 
 // Given when compiled: IO (float, Half or BFloat16) and LOG_N.
 constexpr int LOG_TILE = 14, TILE = 1 << LOG_TILE, LOG_BLOCKS = LOG_N - LOG_TILE, BLOCKS = 1 << LOG_BLOCKS;
@@ -101,14 +101,14 @@ DEVICE void bits2_to_7(uint32_t tile, int thread) {
 
 // RUN neighbours of another block's tile.
 DEVICE void load_run(uint32_t address, float (&v)[RUN]) {
-    if constexpr (RUN == 1) v[0] = bits_to_float(load_cluster(address));
+    if constexpr (RUN == 1) v[0] = bits_to_float(cluster_load(address));
     if constexpr (RUN == 2) {
-        const Words2 words = load_cluster2(address);
+        const Words2 words = cluster_load2(address);
         v[0] = bits_to_float(words.x), v[1] = bits_to_float(words.y);
     }
 #pragma unroll
     for (int i = 0; i + 3 < RUN; i += 4) {
-        const Words4 words = load_cluster4(address + 4 * i);
+        const Words4 words = cluster_load4(address + 4 * i);
         v[i] = bits_to_float(words.x), v[i + 1] = bits_to_float(words.y);
         v[i + 2] = bits_to_float(words.z), v[i + 3] = bits_to_float(words.w);
     }
@@ -154,7 +154,7 @@ KERNEL(hadamard_cluster, THREADS, 3, Arguments) {
     load_bits0_1_10_to_13(arguments.x + row + rank * (TILE * Row<IO>::BYTES), tile, thread);
     synchronize();
     bits2_to_7(tile, thread);
-    cluster_synchronize();
+    cluster_sync();
     bits8_9_and_store(arguments.y + row, tile, thread, rank, arguments.scale);
-    cluster_synchronize();  // the others may still read this tile
+    cluster_sync();  // the others may still read this tile
 }

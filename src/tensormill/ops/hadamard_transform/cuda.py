@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tensormill.cuda import Kernel, Module, cuda_missing
+from tensormill.cuda import HOPPER_HEADER, Kernel, Module, cuda_missing
 
 LOG_TILE = 14  # elements of a block's tile; up to 16 blocks make a cluster
 _THREADS = 256
@@ -40,7 +40,9 @@ def supports(x: Tensor, scale: float) -> bool:
 @functools.cache
 def module(dtype: torch.dtype, log_n: int) -> Module:
     """The kernel for rows of 2^log_n elements."""
-    return Module(Path(__file__).with_name("cluster.cu"), {"IO": _TYPES[dtype], "LOG_N": log_n})
+    return Module(
+        Path(__file__).with_name("cluster.cu"), {"IO": _TYPES[dtype], "LOG_N": log_n}, (HOPPER_HEADER,)
+    )
 
 
 def launch(kernel: Kernel, x: Tensor, y: Tensor, scale: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tensormill.cuda import Kernel, Module, architecture, capture_number, current_stream, multiprocessors
+from tensormill.ops.linear_wna16 import wgmma
 from tensormill.ops.tiles import COLUMNS, tiled_groups
 
 _FOLDER = Path(__file__).parent
@@ -180,6 +181,10 @@ def linear(
     if flat.shape[0] <= MOST_STREAMED_TOKENS:
         _stream(flat, weight, scale, zero_point, bias, bits, group_size, y)
         return y
+    if architecture(x.device.index) == "sm_90a":
+        bias = None if bias is None else bias.to(x.dtype)
+        y = wgmma.product(flat, weight, scale, zero_point, bias, bits=bits, group_size=group_size)
+        return y.view(*x.shape[:-1], rows)
     parts = zip(flat.split(MOST_STREAMED_TOKENS), y.view(-1, rows).split(MOST_STREAMED_TOKENS), strict=True)
     for tokens, results in parts:
         _stream(tokens, weight, scale, zero_point, bias, bits, group_size, results)

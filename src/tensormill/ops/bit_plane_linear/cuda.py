@@ -1,5 +1,286 @@
-"""Wrapper of the CUDA kernels."""
-def missing():
-    return "no CUDA device"
-def supports(*arguments):
-    return False
+"""The CUDA kernels of Hopper GPUs: `stream.cu` for few tokens, `gemm.cu` for many."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensormill.cuda import DEVICE_HEADER, Module, cuda_missing, multiprocessors, tensor_map
+from tensormill.ops.bit_planes import affine_product
+
+_HEADERS = tuple(DEVICE_HEADER.with_name(name) for name in ("hopper.cuh", "bits.cuh"))
+_OUTPUTS = {torch.int32: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_MOST_SHARED = 227 << 10  # bytes of shared memory of a block
+_MOST_REGISTERS = 200  # 32-bit sums of a thread
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Of `gemm.cu`: consumers of 64 tokens each, rows of a tile, planes of a block, buffers, blocks of a cluster."""
+
+    warpgroups: int
+    rows: int
+    w_planes: int = 1
+    x_planes: int = 1
+    stages: int = 4
+    cluster: int = 1
+
+    @property
+    def stage_bytes(self) -> int:
+        return 128 * (64 * self.x_planes * self.warpgroups + self.w_planes * self.rows)
+
+    @property
+    def shared(self) -> int:
+        return self.stages * self.stage_bytes + 16 * self.rows + 16 * self.stages
+
+    def fits(self, p: int, q: int) -> bool:
+        """Whether it takes p-bit weights and q-bit activations, within registers and shared memory."""
+        registers = (self.w_planes + self.x_planes - 1) * self.rows // 2
+        whole = p % self.w_planes == 0 and q % self.x_planes == 0
+        return whole and registers <= _MOST_REGISTERS and self.shared <= _MOST_SHARED
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Of `stream.cu`: tiles of 16 rows and tokens of a block, its warps, steps along K whose loads are issued at once."""
+
+    row_tiles: int
+    tokens: int
+    warps: int = 8
+    unroll: int = 2
+
+    def fits(self, p: int, q: int) -> bool:
+        """Whether it takes p-bit weights and q-bit activations within registers."""
+        stacked = self.tokens < 8
+        tiles = -(-self.tokens * q // 8) if stacked else self.tokens // 8
+        sums = 4 * self.row_tiles * tiles * (p if stacked else p + q - 1)
+        return sums + 8 * self.row_tiles * p <= _MOST_REGISTERS
+
+
+Config = GemmConfig | StreamConfig
+KINDS: dict[str, type[Config]] = {"gemm": GemmConfig, "stream": StreamConfig}
+
+
+class _Common(ctypes.Structure):
+    _fields_ = [
+        ("y", ctypes.c_void_p),
+        ("x_sums", ctypes.c_void_p),
+        ("weight_sums", ctypes.c_void_p),
+        ("x_scale", ctypes.c_void_p),
+        ("weight_scale", ctypes.c_void_p),
+    ]
+
+
+class _GemmArguments(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_ubyte * 128),
+        ("weight", ctypes.c_ubyte * 128),
+        ("common", _Common),
+        ("tokens", ctypes.c_int),
+        ("rows", ctypes.c_int),
+        ("words", ctypes.c_int),
+        ("x_bits", ctypes.c_int),
+        ("weight_bits", ctypes.c_int),
+        ("affine", ctypes.c_int * 4),
+        ("padding", ctypes.c_int * 13),  # to a multiple of 64 bytes
+    ]
+
+
+class _StreamArguments(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("common", _Common),
+        ("tokens", ctypes.c_int),
+        ("rows", ctypes.c_int),
+        ("words", ctypes.c_int),
+        ("affine", ctypes.c_int * 4),
+    ]
+
+
+def missing() -> str | None:
+    """Why the kernels can't run here, or None."""
+    if (reason := cuda_missing()) is not None:
+        return reason
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "the kernels need a GPU of compute capability 9.0 (Hopper)"
+    return None
+
+
+def supports(
+    x: Tensor,
+    weight: Tensor,
+    x_sums: Tensor,
+    weight_sums: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    length: int,
+    x_format: str,
+    weight_format: str,
+    group_size: int,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether the kernels take the call: one group, and where they are expected to be faster than int8 products."""
+    if x_sums.shape[1] != 1 or x.data_ptr() % 16 or weight.data_ptr() % 16:
+        return False
+    return choose(x.shape[1], weight.shape[1], length, weight.shape[0], x.shape[0]) is not None
+
+
+def bit_plane_linear(
+    x: Tensor,
+    weight: Tensor,
+    x_sums: Tensor,
+    weight_sums: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    length: int,
+    x_format: str,
+    weight_format: str,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.bit_plane_linear`."""
+    config = choose(x.shape[1], weight.shape[1], length, weight.shape[0], x.shape[0])
+    assert config is not None
+    return run(
+        config, x, weight, x_sums, weight_sums, x_scale, weight_scale, length, x_format, weight_format, dtype
+    )
+
+
+def run(
+    config: Config,
+    x: Tensor,
+    weight: Tensor,
+    x_sums: Tensor,
+    weight_sums: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    length: int,
+    x_format: str,
+    weight_format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The product by a given kernel and configuration."""
+    x, weight, x_sums, weight_sums = (t.contiguous() for t in (x, weight, x_sums, weight_sums))
+    (q, tokens, words), (p, rows, _) = x.shape, weight.shape
+    dtype = torch.int32 if x_scale is None else dtype
+    y = torch.empty(tokens, rows, dtype=dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    scales = [None if s is None else s.float().contiguous() for s in (x_scale, weight_scale)]
+    pointers = [None if s is None else s.data_ptr() for s in scales]
+    common = _Common(y.data_ptr(), x_sums.data_ptr(), weight_sums.data_ptr(), *pointers)
+    affine = (ctypes.c_int * 4)(*affine_product(x_format, weight_format, q, p))
+    affine[3] *= length
+    device = x.device.index
+    if isinstance(config, GemmConfig):
+        maps = _plane_map(x, 64 * config.warpgroups), _plane_map(weight, config.rows // config.cluster)
+        arguments = _GemmArguments(*maps, common, tokens, rows, words, q, p, affine)
+        tiles = -(-tokens // (64 * config.warpgroups * config.cluster)) * -(-rows // config.rows)
+        grid = min(tiles, multiprocessors(device) // config.cluster) * config.cluster
+        kernel = _gemm(config, _OUTPUTS[dtype]).kernel("bit_plane_gemm", device)
+        threads = 128 * (config.warpgroups + 1)
+        kernel.launch(grid, threads, config.shared, arguments, overlap=True, cluster=config.cluster)
+        return y
+    arguments = _StreamArguments(x.data_ptr(), weight.data_ptr(), common, tokens, rows, words, affine)
+    grid = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
+    kernel = _stream(config, p, q, _OUTPUTS[dtype]).kernel("bit_plane_stream", device)
+    shared = 64 * config.row_tiles * config.tokens
+    kernel.launch(grid, 32 * config.warps, shared, arguments, overlap=True)
+    return y
+
+
+_maps: dict[tuple[int, int, int, int], Any] = {}
+
+
+def _plane_map(planes: Tensor, box: int) -> Any:
+    """Tensor map of stacked planes; kept, for it describes memory only and outlives the tensor harmlessly."""
+    stacked = planes.view(-1, planes.shape[-1])
+    key = (planes.data_ptr(), *stacked.shape, box)
+    found = _maps.get(key)
+    if found is None:
+        if len(_maps) > 4096:
+            _maps.clear()
+        found = (ctypes.c_ubyte * 128).from_buffer_copy(tensor_map(stacked, (box, 32)))
+        _maps[key] = found
+    return found
+
+
+def gemm_defines(config: GemmConfig, output: int) -> dict[str, int]:
+    return {
+        "WARPGROUPS": config.warpgroups,
+        "BLOCK_ROWS": config.rows,
+        "W_PLANES": config.w_planes,
+        "X_PLANES": config.x_planes,
+        "STAGES": config.stages,
+        "CLUSTER": config.cluster,
+        "OUTPUT": output,
+        "SHARED_BYTES": config.shared,
+    }
+
+
+def stream_defines(config: StreamConfig, p: int, q: int, output: int) -> dict[str, int]:
+    return {
+        "ROW_TILES": config.row_tiles,
+        "TOKENS": config.tokens,
+        "W_BITS": p,
+        "X_BITS": q,
+        "WARPS": config.warps,
+        "UNROLL": config.unroll,
+        "OUTPUT": output,
+    }
+
+
+@functools.cache
+def _tuned() -> dict[str, dict[str, Any]]:
+    """Configurations by `tuning_key`, as `tune` writes them: "kernel", a key of `KINDS`, and its fields."""
+    file = Path(__file__).parent / "tuned" / "sm_90.json"
+    try:
+        return json.loads(file.read_text())["configurations"]
+    except OSError:
+        return {}
+
+
+def tuning_key(tokens: int, rows: int, length: int, p: int, q: int) -> str:
+    """Tokens are rounded up to a power of two, so that neighbouring batches share a configuration."""
+    return f"m{1 << max(0, tokens - 1).bit_length()}/w{p}a{q}/{rows}x{length}"
+
+
+def choose(tokens: int, rows: int, length: int, p: int, q: int) -> Config | None:
+    """The kernel and its configuration for these sizes, or None where int8 products are expected to be faster."""
+    if (found := _tuned().get(tuning_key(tokens, rows, length, p, q))) is not None:
+        return KINDS[found["kernel"]](**{k: v for k, v in found.items() if k != "kernel"}) if "kernel" in found else None
+    return heuristic(tokens, rows, p, q)
+
+
+def heuristic(tokens: int, rows: int, p: int, q: int) -> Config | None:
+    """`choose` for sizes that are not tuned."""
+    if tokens <= 16:
+        width = 1 << max(0, tokens - 1).bit_length()
+        for config in (StreamConfig(1, width), StreamConfig(1, 8), StreamConfig(1, 4), StreamConfig(1, 1)):
+            if config.tokens <= width and config.fits(p, q):
+                return config
+    if p * q > 8 and tokens > 64:
+        return None
+    if tokens <= 64 or rows * tokens <= 132 * 64 * 64:
+        return GemmConfig(1, 64, stages=8)
+    if tokens <= 256 or rows * tokens <= 132 * 128 * 128:
+        return GemmConfig(2, 128, stages=6)
+    return GemmConfig(2, 256)
+
+
+@functools.cache
+def _gemm(config: GemmConfig, output: int) -> Module:
+    return Module(Path(__file__).with_name("gemm.cu"), gemm_defines(config, output), _HEADERS)
+
+
+@functools.cache
+def _stream(config: StreamConfig, p: int, q: int, output: int) -> Module:
+    return Module(Path(__file__).with_name("stream.cu"), stream_defines(config, p, q, output), _HEADERS)

@@ -1,112 +1,129 @@
-// Product of two matrices of bit planes for few tokens (mma.sync b1, and.popc): bound by the bytes of the weights.
+// Product of two matrices of bit planes for few tokens (mma.sync of single bits): bound by the bytes of the weights.
 //
-// A block computes 16 * ROW_TILES features for TOKENS tokens; its WARPS warps share K. A lane reads 16 bytes of a row
-// at a time, straight into the fragments of two m16n8k256 products: the order of K within 512 bits does not matter as
-// long as both operands have the same. Weights are the first operand, so that 16 rows of them meet columns that are
-// tokens. With fewer than eight tokens the columns are (token, activation plane) pairs (STACKED), so that one token's
-// planes fill a product; otherwise a product has one plane of eight tokens, and pairs of planes with equal i + j share
-// accumulators. Warps add up in shared memory: integers, so that the order does not matter.
+// A block computes 16 * ROW_TILES rows of weights for TOKENS tokens; its WARPS warps share K. A lane reads 16 bytes of
+// a row at a time, straight into the fragments of two m16n8k256 products: the order of K within 512 bits does not
+// matter as long as both operands have the same. With fewer than eight tokens the eight columns of a product are
+// (token, activation plane) pairs, so that one token's planes fill a product; otherwise a product has one plane of
+// eight tokens, and pairs of planes with equal i + j share accumulators. Warps add up in shared memory: integers, whose
+// order does not matter.
 //
 // Formats and OUTPUT are as in gemm.cu.
-#include "device.cuh"
-
-namespace {
+#include "bits.cuh"
 
 constexpr int ROWS = 16 * ROW_TILES;
 constexpr bool STACKED = TOKENS < 8;
-constexpr int TILES = STACKED ? (TOKENS * X_BITS + 7) / 8 : TOKENS / 8;  // of eight columns
+constexpr int COLUMNS = STACKED ? TOKENS * X_BITS : TOKENS;  // of products
+constexpr int TILES = (COLUMNS + 7) / 8;
 constexpr int SETS = STACKED ? W_BITS : W_BITS + X_BITS - 1;
-constexpr int B_PLANES = STACKED ? 1 : X_BITS;
+constexpr int PLANES = STACKED ? 1 : X_BITS;  // of activations, that a lane reads for a column
 
-}  // namespace
+constexpr int LOADS_AHEAD = UNROLL;
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    bit_plane_stream(const uint32_t *x, const uint32_t *w, void *y, const int *x_sums, const int *w_sums,
-                     const float *x_scale, const float *w_scale, int tokens, int rows, int words, int alpha, int beta_x,
-                     int beta_w, int gamma) {
-  __shared__ int total[TOKENS][ROWS];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
-  for (int k = threadIdx.x; k < TOKENS * ROWS; k += 32 * WARPS) total[k / ROWS][k % ROWS] = 0;
-  __syncthreads();
+struct Arguments {
+    const uint32_t* x;
+    const uint32_t* weight;
+    void* y;
+    const int* x_sums;
+    const int* weight_sums;
+    const float* x_scale;
+    const float* weight_scale;
+    int tokens, rows, words;
+    int alpha, beta_x, beta_w, gamma;
+};
 
-  // Rows, tokens and columns beyond the end repeat the last one; their results are not written.
-  const uint32_t *w_row[ROW_TILES][2];
-#pragma unroll
-  for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      w_row[r][half] = w + static_cast<int64_t>(min(first_row + 16 * r + 8 * half + g, rows - 1)) * words;
-  const int64_t w_plane = static_cast<int64_t>(rows) * words, x_plane = static_cast<int64_t>(tokens) * words;
-  const uint32_t *x_row[TILES];
-#pragma unroll
-  for (int tile = 0; tile < TILES; ++tile) {
-    const int column = min(8 * tile + g, STACKED ? TOKENS * X_BITS - 1 : TOKENS - 1);
-    const int token = min(first_token + (STACKED ? column / X_BITS : column), tokens - 1);
-    x_row[tile] = x + (STACKED ? column % X_BITS : 0) * x_plane + static_cast<int64_t>(token) * words;
-  }
+KERNEL(bit_plane_stream, 32 * WARPS, 1, Arguments) {
+    const Arguments& p = arguments;
+    const uint32_t total = shared_memory();  // [TOKENS][ROWS]
+    const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
+    const int first_row = block_index() * ROWS, first_token = block_index_y() * TOKENS;
+    for (int k = thread_index(); k < TOKENS * ROWS; k += 32 * WARPS) store_shared(total + 4 * k, 0);
+    synchronize();
 
-  int sum[ROW_TILES][TILES][SETS][4] = {};
-#pragma unroll UNROLL
-  for (int word = 16 * warp + 4 * t; word - 4 * t < words; word += 16 * WARPS) {
-    const bool inside = word < words;
-    uint4 a[ROW_TILES][W_BITS][2];
+    // Rows, tokens and columns beyond the last repeat it; their results are not written.
+    const int64_t w_plane = int64_t(p.rows) * p.words, x_plane = int64_t(p.tokens) * p.words;
+    const uint32_t* w_row[ROW_TILES][2];
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
+    for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-      for (int i = 0; i < W_BITS; ++i)
+        for (int half = 0; half < 2; half++)
+            w_row[r][half] = p.weight + int64_t(min(first_row + 16 * r + 8 * half + g, p.rows - 1)) * p.words;
+    const uint32_t* x_row[TILES];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          a[r][i][half] = inside ? load_global_streamed(w_row[r][half] + i * w_plane + word) : uint4{0, 0, 0, 0};
+    for (int tile = 0; tile < TILES; tile++) {
+        const int column = min(8 * tile + g, COLUMNS - 1);
+        const int token = min(first_token + (STACKED ? column / X_BITS : column), p.tokens - 1);
+        x_row[tile] = p.x + (STACKED ? column % X_BITS : 0) * x_plane + int64_t(token) * p.words;
+    }
+
+    int sum[ROW_TILES][TILES][SETS][4] = {};
+    bool waited = false;
+#pragma unroll LOADS_AHEAD
+    for (int start = 16 * warp; start < p.words; start += 16 * WARPS) {
+        const int word = start + 4 * t;
+        const bool inside = word < p.words;
+        Words4 a[ROW_TILES][W_BITS][2];
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
+        for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-      for (int j = 0; j < B_PLANES; ++j) {
-        const uint4 b = inside ? load_global(x_row[tile] + j * x_plane + word) : uint4{0, 0, 0, 0};
+            for (int i = 0; i < W_BITS; i++)
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r)
+                for (int half = 0; half < 2; half++)
+                    a[r][i][half] = inside ? load_streamed4(w_row[r][half] + i * w_plane + word) : Words4{0, 0, 0, 0};
+        if (!waited) wait_for_previous_kernel(), waited = true;  // weights come before activations are there
 #pragma unroll
-          for (int i = 0; i < W_BITS; ++i) {
-            int(&c)[4] = sum[r][tile][STACKED ? i : i + j];
-            mma_b1(c, a[r][i][0].x, a[r][i][1].x, a[r][i][0].y, a[r][i][1].y, b.x, b.y);
-            mma_b1(c, a[r][i][0].z, a[r][i][1].z, a[r][i][0].w, a[r][i][1].w, b.z, b.w);
-          }
-      }
-  }
+        for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+            for (int j = 0; j < PLANES; j++) {
+                const Words4 x = inside ? load_constant4(x_row[tile] + j * x_plane + word) : Words4{0, 0, 0, 0};
+                const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}};
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+                    for (int i = 0; i < W_BITS; i++) {
+                        const Words4 low = a[r][i][0], high = a[r][i][1];
+                        const uint32_t w[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+                        mma_bits(sum[r][tile][STACKED ? i : i + j], w[0], b[0]);
+                        mma_bits(sum[r][tile][STACKED ? i : i + j], w[1], b[1]);
+                    }
+            }
+    }
+    if (!waited) wait_for_previous_kernel();
+    allow_next_kernel();
 
 #pragma unroll
-  for (int r = 0; r < ROW_TILES; ++r)
+    for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
+        for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        int value = 0;
+            for (int e = 0; e < 4; e++) {
+                uint32_t value = 0;
 #pragma unroll
-        for (int s = SETS - 1; s >= 0; --s) value = 2 * value + sum[r][tile][s][e];
-        const int column = 8 * tile + 2 * t + e % 2, row = 16 * r + 8 * (e / 2) + g;
-        if (STACKED) value <<= column % X_BITS;
-        if (!STACKED || column < TOKENS * X_BITS) atomic_add_shared(&total[STACKED ? column / X_BITS : column][row], value);
-      }
-  __syncthreads();
+                for (int s = SETS - 1; s >= 0; s--) value = 2 * value + sum[r][tile][s][e];
+                const int column = 8 * tile + 2 * t + e % 2, row = 16 * r + 8 * (e / 2) + g;
+                const int token = STACKED ? column / X_BITS : column;
+                if (column < COLUMNS)
+                    add_shared(total + 4 * (token * ROWS + row), STACKED ? value << column % X_BITS : value);
+            }
+    synchronize();
 
-  for (int k = threadIdx.x; k < TOKENS * ROWS; k += 32 * WARPS) {
-    const int m = first_token + k / ROWS, n = first_row + k % ROWS;
-    if (m >= tokens || n >= rows) continue;
-    int exact = alpha * total[k / ROWS][k % ROWS] + gamma;
-    if (beta_x != 0) exact += beta_x * x_sums[m];
-    if (beta_w != 0) exact += beta_w * w_sums[n];
-    const int64_t at = static_cast<int64_t>(m) * rows + n;
+    for (int k = thread_index(); k < TOKENS * ROWS; k += 32 * WARPS) {
+        const int m = first_token + k / ROWS, n = first_row + k % ROWS;
+        if (m >= p.tokens || n >= p.rows) continue;
+        int exact = p.alpha * load_shared(total + 4 * k) + p.gamma;
+        if (p.beta_x != 0) exact += p.beta_x * p.x_sums[m];
+        if (p.beta_w != 0) exact += p.beta_w * p.weight_sums[n];
+        const int64_t at = int64_t(m) * p.rows + n;
 #if OUTPUT == 0
-    static_cast<int *>(y)[at] = exact;
+        ((int*)p.y)[at] = exact;
 #else
-    const float value = static_cast<float>(exact) * (x_scale[m] * w_scale[n]);
+        const float value = float(exact) * (p.x_scale[m] * p.weight_scale[n]);
 #if OUTPUT == 1
-    static_cast<float *>(y)[at] = value;
+        ((float*)p.y)[at] = value;
 #elif OUTPUT == 2
-    static_cast<uint16_t *>(y)[at] = static_cast<uint16_t>(pack_half2(value, 0.0f));
+        ((uint16_t*)p.y)[at] = pack2<Half>(value, 0.0f);
 #else
-    static_cast<uint16_t *>(y)[at] = static_cast<uint16_t>(pack_bfloat162(value, 0.0f));
+        ((uint16_t*)p.y)[at] = pack2<BFloat16>(value, 0.0f);
 #endif
 #endif
-  }
+    }
 }

@@ -228,7 +228,9 @@ def test_and_form(q, p):
 
 def test_compiles():
     x, w = random_planes(3, 200, 2, "bipolar"), random_planes(5, 200, 2, "bipolar", 1)
-    compiled_product = torch.compile(lambda a, b: bit_plane_linear(a, b) + 1, fullgraph=True, backend="aot_eager")
+    compiled_product = torch.compile(
+        lambda a, b: bit_plane_linear(a, b) + 1, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled_product(x, w), bit_plane_linear(x, w) + 1)
 
 
@@ -267,7 +269,9 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("group_size", [-1, 256])
-@pytest.mark.parametrize(("format", "bits"), [("bipolar", 2), ("bipolar", 5), ("signed", 2), ("signed", 8), ("unsigned", 3)])
+@pytest.mark.parametrize(
+    ("format", "bits"), [("bipolar", 2), ("bipolar", 5), ("signed", 2), ("signed", 8), ("unsigned", 3)]
+)
 def test_quantization_error(format, bits, group_size):
     """Mid-rise: no error above the scale. Rounding: none above half of it."""
     x = torch.randn(5, 1000)
@@ -291,7 +295,10 @@ def test_quantization_of_signs():
 def test_quantization_is_homogeneous_and_odd(exponent, seed):
     x = torch.randn(2, 200, generator=torch.Generator().manual_seed(seed))
     for format, bits in (("bipolar", 3), ("signed", 4)):
-        one, other = quantize_bit_planes(x, bits, format), quantize_bit_planes(x * 2.0**exponent, bits, format)
+        one, other = (
+            quantize_bit_planes(x, bits, format),
+            quantize_bit_planes(x * 2.0**exponent, bits, format),
+        )
         assert torch.equal(one.planes, other.planes)
         assert torch.equal(one.scale * 2.0**exponent, other.scale)
         assert torch.equal(quantize_bit_planes(-x, bits, format).integers(), -one.integers())

@@ -7,9 +7,9 @@ import importlib
 
 import pytest
 import torch
-from emulation.kernels import compile_or_skip, disassembly, emulate, resources
+
+from emulation.kernels import emulate
 from tensormill.ops import OPERATORS
-from tensormill.ops.bit_planes import affine_product
 from tensormill.ops.correctness import deviation, upcast
 
 cuda = importlib.import_module("tensormill.ops.bit_plane_linear.cuda")
@@ -47,7 +47,13 @@ def emulation(monkeypatch):
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 3)
 
     def check(config, shape):
-        shape = {"group_size": -1, "weight_format": "bipolar", "x_format": "bipolar", "dtype": "int32", **shape}
+        shape = {
+            "group_size": -1,
+            "weight_format": "bipolar",
+            "x_format": "bipolar",
+            "dtype": "int32",
+            **shape,
+        }
         arguments = OPERATOR.inputs(shape, torch.device("cpu"), torch.Generator().manual_seed(3))
         result = cuda.run(config, *arguments[:9], arguments[10])
         expected = OPERATOR.reference(*upcast(arguments))

@@ -148,7 +148,9 @@ def check_format(format: str, bits: int) -> None:
 def check_group_size(group_size: int) -> None:
     """Raises InvalidArgument unless it is -1 or a positive multiple of 128."""
     if group_size != -1 and (group_size < ROW_BITS or group_size % ROW_BITS):
-        raise InvalidArgument(f"given group_size={group_size}, expected a multiple of {ROW_BITS}, or -1 for whole rows")
+        raise InvalidArgument(
+            f"given group_size={group_size}, expected a multiple of {ROW_BITS}, or -1 for whole rows"
+        )
 
 
 def pack_planes(

@@ -98,9 +98,7 @@ def _sample(
         "dtype": dtype,
     }
     marks = "".join(f"-{value}" for value in more.values())
-    name = (
-        f"m{tokens}-{rows}x{length}-{formats[0]}{weight_bits}-{formats[1]}{x_bits}-g{group_size}-{dtype}{marks}"
-    )
+    name = f"m{tokens}-{rows}x{length}-{formats[0]}{weight_bits}-{formats[1]}{x_bits}-g{group_size}-{dtype}{marks}"
     return Sample(name, {**shape, **more}, kind, benchmark=benchmark, large=large)  # type: ignore[arg-type]
 
 
@@ -129,7 +127,9 @@ def samples() -> list[Sample]:
         for q in (p, 9 - p):
             formats = FORMATS[(p + q) % 3], FORMATS[(2 * p + q) % 3]
             tokens, rows = (7, 1, 17, 9)[(p + 2 * q) % 4], (19, 33, 64, 1)[p % 4]
-            found.append(_sample("ragged", tokens, rows, (129, 255, 256, 31)[(p + 3 * q) % 4], p, q, "int32", formats))
+            found.append(
+                _sample("ragged", tokens, rows, (129, 255, 256, 31)[(p + 3 * q) % 4], p, q, "int32", formats)
+            )
     for p, q in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8)):
         for tokens in (1, 16, 64, 256, 1024, 4096):
             found.append(_sample("typical", tokens, 8192, 8192, p, q, "float16", large=True, benchmark=True))
@@ -246,16 +246,22 @@ def bit_plane_linear(x: BitPlanes, weight: BitPlanes, *, dtype: torch.dtype | No
         given = type(x).__name__, type(weight).__name__
         raise InvalidArgument(f"given {given[0]} and {given[1]}, expected two BitPlanes; see pack_planes")
     if x.length != weight.length:
-        raise InvalidArgument(f"given x with K = {x.length} and weight with K = {weight.length}, expected the same")
+        raise InvalidArgument(
+            f"given x with K = {x.length} and weight with K = {weight.length}, expected the same"
+        )
     if x.planes.device != weight.planes.device:
-        raise InvalidArgument(f"given x on {x.planes.device} and weight on {weight.planes.device}, expected one device")
+        raise InvalidArgument(
+            f"given x on {x.planes.device} and weight on {weight.planes.device}, expected one device"
+        )
     scaled = x.scale is not None and weight.scale is not None
     if dtype is None:
         dtype = torch.float32 if scaled else torch.int32
     if dtype != torch.int32 and dtype not in DTYPES:
         raise InvalidArgument(f"given dtype={dtype}, expected torch.int32, float16, bfloat16 or float32")
     if dtype != torch.int32 and not scaled:
-        raise InvalidArgument(f"given dtype={dtype} and an operand without scales, expected both scaled, or torch.int32")
+        raise InvalidArgument(
+            f"given dtype={dtype} and an operand without scales, expected both scaled, or torch.int32"
+        )
     if dtype == torch.int32:
         x, weight = _whole_rows(x), _whole_rows(weight)
     elif x.group_size != weight.group_size:
@@ -271,7 +277,9 @@ def bit_plane_linear(x: BitPlanes, weight: BitPlanes, *, dtype: torch.dtype | No
 
 def check_sums(length: int, x: BitPlanes, weight: BitPlanes) -> None:
     """Raises InvalidArgument if a sum of `length` products might not fit int32."""
-    largest = max(map(abs, integer_range(x.format, x.bits))) * max(map(abs, integer_range(weight.format, weight.bits)))
+    largest = max(map(abs, integer_range(x.format, x.bits))) * max(
+        map(abs, integer_range(weight.format, weight.bits))
+    )
     if length * largest >= 1 << 31:
         raise InvalidArgument(
             f"given K = {length} with {weight.bits}-bit {weight.format} weights and {x.bits}-bit {x.format} activations,"

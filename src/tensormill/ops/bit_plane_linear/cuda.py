@@ -189,11 +189,11 @@ def run(
         threads = 128 * (config.warpgroups + 1)
         kernel.launch(grid, threads, config.shared, arguments, overlap=True, cluster=config.cluster)
         return y
-    arguments = _StreamArguments(x.data_ptr(), weight.data_ptr(), common, tokens, rows, words, affine)
-    grid = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
+    streamed = _StreamArguments(x.data_ptr(), weight.data_ptr(), common, tokens, rows, words, affine)
+    blocks = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
     kernel = _stream(config, p, q, _OUTPUTS[dtype]).kernel("bit_plane_stream", device)
     shared = 64 * config.row_tiles * config.tokens
-    kernel.launch(grid, 32 * config.warps, shared, arguments, overlap=True)
+    kernel.launch(blocks, 32 * config.warps, shared, streamed, overlap=True)
     return y
 
 
@@ -256,7 +256,11 @@ def tuning_key(tokens: int, rows: int, length: int, p: int, q: int) -> str:
 def choose(tokens: int, rows: int, length: int, p: int, q: int) -> Config | None:
     """The kernel and its configuration for these sizes, or None where int8 products are expected to be faster."""
     if (found := _tuned().get(tuning_key(tokens, rows, length, p, q))) is not None:
-        return KINDS[found["kernel"]](**{k: v for k, v in found.items() if k != "kernel"}) if "kernel" in found else None
+        return (
+            KINDS[found["kernel"]](**{k: v for k, v in found.items() if k != "kernel"})
+            if "kernel" in found
+            else None
+        )
     return heuristic(tokens, rows, p, q)
 
 

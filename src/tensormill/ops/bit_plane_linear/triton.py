@@ -79,7 +79,9 @@ def _gemm_kernel(
                 start = (g * STEPS + step) * BLOCK_K
                 inside_k = start + k < columns  # the last group may be shorter
                 x_tile = tl.load(x_at + start, mask=inside_k[None, :], other=0)
-                dot = tl.dot(x_tile, tl.load(w_at + start, mask=inside_k[:, None], other=0), dot, out_dtype=tl.int32)
+                dot = tl.dot(
+                    x_tile, tl.load(w_at + start, mask=inside_k[:, None], other=0), dot, out_dtype=tl.int32
+                )
             x_sum, w_sum = tl.load(x_sums_ptr + m_in * groups + g), tl.load(w_sums_ptr + n_in * groups + g)
             size = tl.minimum(STEPS * BLOCK_K, length - g * STEPS * BLOCK_K)
             exact = alpha * dot + (beta_x * x_sum)[:, None] + (beta_w * w_sum + gamma * size)[None, :]
@@ -165,5 +167,7 @@ def expand(planes: Tensor, length: int) -> Tensor:
     bits, rows, words = planes.shape
     result = torch.empty(rows, 32 * words, dtype=torch.int8, device=planes.device)
     block = min(64, triton.next_power_of_2(words))
-    _expand_kernel[rows, triton.cdiv(words, block)](planes, result, rows, length, words, bits, block, num_warps=4)
+    _expand_kernel[rows, triton.cdiv(words, block)](
+        planes, result, rows, length, words, bits, block, num_warps=4
+    )
     return result

@@ -67,7 +67,14 @@ def _sample(
     benchmark: bool = False,
     **more: Any,
 ) -> Sample:
-    shape = {"rows": rows, "length": length, "bits": bits, "format": format, "dtype": dtype, "group_size": group_size}
+    shape = {
+        "rows": rows,
+        "length": length,
+        "bits": bits,
+        "format": format,
+        "dtype": dtype,
+        "group_size": group_size,
+    }
     marks = "".join(f"-{key}" if value is True else f"-{value}" for key, value in more.items())
     name = f"{rows}x{length}-{format}{bits}-g{group_size}-{dtype}{marks}"
     return Sample(name, {**shape, **more}, kind, benchmark=benchmark, large=large)  # type: ignore[arg-type]
@@ -93,7 +100,9 @@ def samples() -> list[Sample]:
         _sample("ragged", 3, 5000, 2, "bipolar", "float32", 384),
     ]
     for bits in range(1, 9):
-        format = ("bipolar", "unsigned")[bits % 2] if bits == 1 else ("bipolar", "signed", "unsigned")[bits % 3]
+        format = (
+            ("bipolar", "unsigned")[bits % 2] if bits == 1 else ("bipolar", "signed", "unsigned")[bits % 3]
+        )
         found.append(_sample("ragged", 2, 259, bits, format, "float16"))
     for bits, format in ((1, "bipolar"), (2, "bipolar"), (4, "signed"), (8, "signed")):
         for rows in (16, 4096):
@@ -130,7 +139,9 @@ operator.implementation(
 )
 
 
-def quantize_bit_planes(x: Tensor, bits: int, format: Format = "bipolar", *, group_size: int = -1) -> BitPlanes:
+def quantize_bit_planes(
+    x: Tensor, bits: int, format: Format = "bipolar", *, group_size: int = -1
+) -> BitPlanes:
     """Quantizes each row of x and packs the bit planes.
 
     Codes are computed in float32 and are the same on every device.
@@ -157,7 +168,9 @@ def quantize_bit_planes(x: Tensor, bits: int, format: Format = "bipolar", *, gro
     if format == "signed" and bits == 1:
         raise InvalidArgument("given 1 bit for format 'signed', expected 2 to 8; use 'bipolar' for signs")
     if x.dim() == 0 or not x.is_floating_point() or x.shape[-1] == 0:
-        raise InvalidArgument(f"given x of {x.dtype} and shape {tuple(x.shape)}, expected floats (..., K), K > 0")
+        raise InvalidArgument(
+            f"given x of {x.dtype} and shape {tuple(x.shape)}, expected floats (..., K), K > 0"
+        )
     length = x.shape[-1]
     planes, sums, scale = operator(x.reshape(-1, length), bits, format, group_size)
     return BitPlanes(planes, sums, scale, length, format, group_size)

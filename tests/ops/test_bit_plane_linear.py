@@ -391,7 +391,7 @@ data = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*fp16", "x_sums_ptr": "*i32", 
 for m, n, warps, stages, steps in ((128, 128, 8, 3, 0), (16, 64, 4, 4, 1)):
     check(linear._gemm_kernel, warps, stages, data,
           {"SCALED": True, "STEPS": steps, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 128, "BAND": 8})
-check(linear._expand_kernel, 4, 3, {"planes_ptr": "*i32", "bytes_ptr": "*i8"}, {"BITS": 4, "BLOCK": 64})
+check(linear._expand_kernel, 8, 3, {"planes_ptr": "*i32", "bytes_ptr": "*i8"}, {"BITS": 4, "BLOCK": 256})
 check(quantize._quantize_kernel, 8, 3,
       {"x_ptr": "*bf16", "planes_ptr": "*u8", "sums_ptr": "*i32", "scale_ptr": "*fp32"},
       {"BITS": 2, "FORMAT": 2, "BLOCK": 4096})

@@ -18,19 +18,17 @@ _OFFSET = tl.constexpr(128)
 
 
 @triton.jit
-def _expand_kernel(planes_ptr, bytes_ptr, rows, length, words, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
-    word = start + tl.arange(0, BLOCK)[:, None]
+def _expand_kernel(planes_ptr, bytes_ptr, count, words, length, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]  # among all rows'
     place = tl.arange(0, 32)[None, :]
     code = tl.zeros([BLOCK, 32], tl.int32)
     for j in tl.static_range(BITS):
-        bits = tl.load(planes_ptr + (j * rows + row) * words + word, mask=word < words, other=0)
+        bits = tl.load(planes_ptr + j * count + word, mask=word < count, other=0)
         code += ((bits >> place) & 1) << j
     if BITS == 8:
         code -= _OFFSET
-    column = word * 32 + place
-    code = tl.where(column < length, code, 0)
-    tl.store(bytes_ptr + row * words * 32 + column, code.to(tl.int8), mask=word < words)
+    code = tl.where(word % words * 32 + place < length, code, 0)
+    tl.store(bytes_ptr + word * 32 + place, code.to(tl.int8), mask=word < count)
 
 
 @triton.jit
@@ -166,8 +164,6 @@ def expand(planes: Tensor, length: int) -> Tensor:
     planes = planes.contiguous()
     bits, rows, words = planes.shape
     result = torch.empty(rows, 32 * words, dtype=torch.int8, device=planes.device)
-    block = min(64, triton.next_power_of_2(words))
-    _expand_kernel[rows, triton.cdiv(words, block)](
-        planes, result, rows, length, words, bits, block, num_warps=4
-    )
+    count, block = rows * words, 256
+    _expand_kernel[(triton.cdiv(count, block),)](planes, result, count, words, length, bits, block, num_warps=8)
     return result

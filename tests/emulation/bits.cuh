@@ -50,11 +50,13 @@ DEVICE void wgmma_bits(uint32_t (&d)[COLUMNS / 2], uint64_t a, uint64_t b) {
     });
 }
 
-DEVICE void cluster_mbarrier_arrive_relaxed(uint32_t barrier) { mbarrier_arrive(barrier); }
 DEVICE void add_shared(uint32_t address, uint32_t value) {
     emulated_store(address, emulated_load<uint32_t>(address) + value);
 }
-DEVICE void store_global2(void* address, Words2 value) {
+template <int COUNT>
+DEVICE void wgmma_settle(uint32_t (&)[COUNT]) {}
+DEVICE void store_global2_if(bool condition, void* address, Words2 value) {
+    if (!condition) return;
     if ((uintptr_t)address % 8) emulation::fail("unaligned store");
     memcpy(address, &value, 8);
 }

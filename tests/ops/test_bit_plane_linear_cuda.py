@@ -71,8 +71,7 @@ class _Emulated:
         self.emulated = emulate(self.module, name)
         return self
 
-    def launch(self, grid, block, shared, arguments, *, overlap, cluster=1):
-        assert cluster == 1
+    def launch(self, grid, block, shared, arguments, *, overlap):
         self.emulated.launch(grid[:2] if isinstance(grid, tuple) else grid, block, shared, arguments)
 
 

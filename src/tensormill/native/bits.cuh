@@ -30,15 +30,20 @@ DEVICE void wgmma_bits(uint32_t (&d)[COLUMNS / 2], uint64_t a, uint64_t b) {
     TM_WGMMA_BITS(256, TM_OUT_128, TM_LIST_0 "," TM_LIST_1 "," TM_LIST_2 "," TM_LIST_3, "%128", "%129")
 }
 
-// Arrives at a barrier of another block of the cluster. Orders no memory accesses: for readers that are done.
-DEVICE void cluster_mbarrier_arrive_relaxed(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+// After a wait: keeps the compiler from using the sums before it.
+template <int COUNT>
+DEVICE void wgmma_settle(uint32_t (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(d[i])::"memory");
 }
 DEVICE void add_shared(uint32_t address, uint32_t value) {
     asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
-DEVICE void store_global2(void* address, Words2 value) {
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(value.x), "r"(value.y) : "memory");
+// Where `condition` holds; no branch, so that work around it can overlap.
+DEVICE void store_global2_if(bool condition, void* address, Words2 value) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p st.global.v2.u32 [%0], {%1, %2};\n}" ::"l"(address),
+                 "r"(value.x), "r"(value.y), "r"(int(condition))
+                 : "memory");
 }
 // Weights that are read once: they need no place in the first-level cache.
 DEVICE Words4 load_streamed4(const void* address) {

@@ -23,14 +23,13 @@ _MOST_REGISTERS = 200  # 32-bit sums of a thread
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Of `gemm.cu`: consumers of 64 tokens each, rows of a tile, planes of a block, buffers, blocks of a cluster."""
+    """Of `gemm.cu`: consumers of 64 tokens each, rows of a tile, planes of a block, buffers."""
 
     warpgroups: int
     rows: int
     w_planes: int = 1
     x_planes: int = 1
     stages: int = 4
-    cluster: int = 1
 
     @property
     def stage_bytes(self) -> int:
@@ -181,13 +180,13 @@ def run(
     affine[3] *= length
     device = x.device.index
     if isinstance(config, GemmConfig):
-        maps = _plane_map(x, 64 * config.warpgroups), _plane_map(weight, config.rows // config.cluster)
+        maps = _plane_map(x, 64 * config.warpgroups), _plane_map(weight, config.rows)
         arguments = _GemmArguments(*maps, common, tokens, rows, words, q, p, affine)
-        tiles = -(-tokens // (64 * config.warpgroups * config.cluster)) * -(-rows // config.rows)
-        grid = min(tiles, multiprocessors(device) // config.cluster) * config.cluster
-        kernel = _gemm(config, _OUTPUTS[dtype]).kernel("bit_plane_gemm", device)
+        tiles = -(-tokens // (64 * config.warpgroups)) * -(-rows // config.rows)
+        grid = min(tiles, multiprocessors(device))
+        kernel = _gemm(config, _OUTPUTS[dtype], rows % 4 == 0).kernel("bit_plane_gemm", device)
         threads = 128 * (config.warpgroups + 1)
-        kernel.launch(grid, threads, config.shared, arguments, overlap=True, cluster=config.cluster)
+        kernel.launch(grid, threads, config.shared, arguments, overlap=True)
         return y
     streamed = _StreamArguments(x.data_ptr(), weight.data_ptr(), common, tokens, rows, words, affine)
     blocks = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
@@ -213,15 +212,15 @@ def _plane_map(planes: Tensor, box: int) -> Any:
     return found
 
 
-def gemm_defines(config: GemmConfig, output: int) -> dict[str, int]:
+def gemm_defines(config: GemmConfig, output: int, aligned: bool) -> dict[str, int]:
     return {
         "WARPGROUPS": config.warpgroups,
         "BLOCK_ROWS": config.rows,
         "W_PLANES": config.w_planes,
         "X_PLANES": config.x_planes,
         "STAGES": config.stages,
-        "CLUSTER": config.cluster,
         "OUTPUT": output,
+        "ALIGNED": int(aligned),
         "SHARED_BYTES": config.shared,
     }
 
@@ -281,8 +280,8 @@ def heuristic(tokens: int, rows: int, p: int, q: int) -> Config | None:
 
 
 @functools.cache
-def _gemm(config: GemmConfig, output: int) -> Module:
-    return Module(Path(__file__).with_name("gemm.cu"), gemm_defines(config, output), _HEADERS)
+def _gemm(config: GemmConfig, output: int, aligned: bool) -> Module:
+    return Module(Path(__file__).with_name("gemm.cu"), gemm_defines(config, output, aligned), _HEADERS)
 
 
 @functools.cache

@@ -9,13 +9,13 @@
 //
 // One thread of the last warpgroup keeps a ring of STAGES buffers filled (1024 bits of K of every plane in the block,
 // 128-byte swizzle); WARPGROUPS consumers of 64 tokens each multiply. The kernel is persistent: while consumers write
-// one tile's results, the ring already fills for the next. CLUSTER blocks with neighbouring tokens share their
-// weights: each loads a part and copies it into all.
+// one tile's results, the ring already fills for the next.
 //
 // All formats are affine in the unsigned codes: y = alpha U + beta_x sum_k u_x + beta_w sum_k u_w + gamma, in
 // arithmetic modulo 2^32, which is exact because y itself fits.
 //
 // OUTPUT: 0 int32, 1 float32, 2 float16, 3 bfloat16; the last three are scaled by x_scale[m] weight_scale[n].
+// ALIGNED: whether the rows of weights are a multiple of four, so that four columns of y can be written at once.
 #include "bits.cuh"
 
 constexpr int ROWS = BLOCK_ROWS;  // of weights, in a tile
@@ -26,14 +26,14 @@ constexpr int SUMS = ROWS / 2;     // of a thread, in a set
 constexpr int PIECE = 128;         // bytes of a row of a plane in a stage
 constexpr int X_BYTES = X_PLANES * TOKENS * PIECE, W_BYTES = W_PLANES * ROWS * PIECE;
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
-constexpr int COLUMN_OFFSET = STAGES * STAGE_BYTES;              // [2][ROWS] corrections, then as many scales
+constexpr int COLUMN_OFFSET = STAGES * STAGE_BYTES;  // [2][ROWS / 2] times two corrections and two scales
 constexpr int BARRIER_OFFSET = COLUMN_OFFSET + 4 * ROWS * 4;
-constexpr int GROUP = 16 / (WARPGROUPS * CLUSTER);  // token tiles (of the cluster) that go through all rows together
+constexpr int BAND = 16 / WARPGROUPS;  // token tiles that go through all rows together
 static_assert(BARRIER_OFFSET + 16 * STAGES == SHARED_BYTES, "the host's formula differs");
 
 struct Arguments {
     TensorMap x;       // (q tokens, words) int32, boxes of TOKENS x 32
-    TensorMap weight;  // (p rows, words) int32, boxes of ROWS / CLUSTER x 32
+    TensorMap weight;  // (p rows, words) int32, boxes of ROWS x 32
     void* y;
     const int* x_sums;
     const int* weight_sums;
@@ -49,9 +49,9 @@ struct Tile {
 
 // Tiles that run together use few rows of either operand.
 DEVICE Tile tile_at(const Arguments& p, int index, int token_tiles, int row_tiles) {
-    const int band = index / (GROUP * row_tiles), rest = index - band * GROUP * row_tiles;
-    const int height = min(GROUP, token_tiles - band * GROUP);
-    return {(band * GROUP + rest % height) * CLUSTER * TOKENS, rest / height * ROWS};
+    const int band = index / (BAND * row_tiles), rest = index - band * BAND * row_tiles;
+    const int height = min(BAND, token_tiles - band * BAND);
+    return {(band * BAND + rest % height) * TOKENS, rest / height * ROWS};
 }
 
 // Calls body(level, first weight plane, first activation plane) for every block of planes, most significant first;
@@ -67,37 +67,24 @@ DEVICE void for_plane_blocks(const Arguments& p, const Body& body) {
     }
 }
 
-// A warpgroup is done with a stage, in every block that copies into it.
-DEVICE void release(uint32_t empty, int thread) {
-    if constexpr (CLUSTER == 1) {
-        if (thread == 0) mbarrier_arrive(empty);
-    } else {
-        if (thread < CLUSTER) cluster_mbarrier_arrive_relaxed(map_shared(empty, thread));
-    }
-}
-
 KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
     const Arguments& p = arguments;
     const uint32_t base = shared_memory(), full = base + BARRIER_OFFSET, empty = full + 8 * STAGES;
     const int warpgroup = warp_index() / 4, thread = thread_index() % 128;
-    const int member = CLUSTER > 1 ? cluster_rank() : 0;
-    const int token_tiles = (p.tokens + CLUSTER * TOKENS - 1) / (CLUSTER * TOKENS);
+    const int token_tiles = (p.tokens + TOKENS - 1) / TOKENS;
     const int row_tiles = (p.rows + ROWS - 1) / ROWS, tiles = token_tiles * row_tiles;
-    const int first = block_index() / CLUSTER, stride = grid_size() / CLUSTER, chunks = (p.words + 31) / 32;
+    const int chunks = (p.words + 31) / 32;
 
     if (thread_index() == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(full + 8 * s, 1);
-            mbarrier_init(empty + 8 * s, CLUSTER * WARPGROUPS);
+            mbarrier_init(empty + 8 * s, WARPGROUPS);
         }
         mbarrier_init_fence();
         prefetch_tensor_map(&p.x);
         prefetch_tensor_map(&p.weight);
     }
-    if constexpr (CLUSTER > 1)
-        cluster_sync();
-    else
-        synchronize();
+    synchronize();
     wait_for_previous_kernel();
 
     if (warpgroup == WARPGROUPS) {
@@ -105,9 +92,8 @@ KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
         if (thread == 0) {
             int stage = 0;
             uint32_t parity = 1;
-            for (int index = first; index < tiles; index += stride) {
-                Tile tile = tile_at(p, index, token_tiles, row_tiles);
-                tile.token += member * TOKENS;
+            for (int index = block_index(); index < tiles; index += grid_size()) {
+                const Tile tile = tile_at(p, index, token_tiles, row_tiles);
                 for_plane_blocks(p, [&](int, int w_plane, int x_plane) {
                     for (int chunk = 0; chunk < chunks; chunk++) {
                         const uint32_t barrier = full + 8 * stage, x_to = base + stage * STAGE_BYTES;
@@ -118,14 +104,9 @@ KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
                         for (int j = 0; j < X_PLANES; j++)
                             copy_tensor(x_to + j * TOKENS * PIECE, &p.x, 32 * chunk,
                                         (x_plane + j) * p.tokens + tile.token, barrier);
-                        for (int i = 0; i < W_PLANES; i++) {
-                            const int row = (w_plane + i) * p.rows + tile.row + member * (ROWS / CLUSTER);
-                            const uint32_t to = x_to + X_BYTES + (i * ROWS + member * (ROWS / CLUSTER)) * PIECE;
-                            if constexpr (CLUSTER > 1)
-                                copy_tensor_multicast(to, &p.weight, 32 * chunk, row, barrier, (1 << CLUSTER) - 1);
-                            else
-                                copy_tensor(to, &p.weight, 32 * chunk, row, barrier);
-                        }
+                        for (int i = 0; i < W_PLANES; i++)
+                            copy_tensor(x_to + X_BYTES + i * ROWS * PIECE, &p.weight, 32 * chunk,
+                                        (w_plane + i) * p.rows + tile.row, barrier);
                         if (++stage == STAGES) stage = 0, parity ^= 1;
                     }
                 });
@@ -138,15 +119,23 @@ KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
         int stage = 0, buffer = 0;
         uint32_t parity = 0;
         uint32_t sum[SETS][SUMS];
-        for (int index = first; index < tiles; index += stride, buffer ^= 1) {
-            Tile tile = tile_at(p, index, token_tiles, row_tiles);
-            tile.token += member * TOKENS;
-            const uint32_t columns = base + COLUMN_OFFSET + buffer * ROWS * 4, scales = columns + 2 * ROWS * 4;
+        for (int index = block_index(); index < tiles; index += grid_size(), buffer ^= 1) {
+            const Tile tile = tile_at(p, index, token_tiles, row_tiles);
+            const uint32_t columns = base + COLUMN_OFFSET + buffer * ROWS * 8;
+            int own[2];
+            float scale[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int m = tile.token + row_of_lane + 8 * half;
+                own[half] = m < p.tokens && p.beta_x != 0 ? p.beta_x * p.x_sums[m] : 0;
+                scale[half] = OUTPUT != 0 && m < p.tokens ? p.x_scale[m] : 0.0f;
+            }
             for (int c = thread_index(); c < ROWS; c += CONSUMERS) {
                 const int n = tile.row + c;
                 const bool inside = n < p.rows;
-                store_shared(columns + 4 * c, (inside && p.beta_w != 0 ? p.beta_w * p.weight_sums[n] : 0) + p.gamma);
-                if (OUTPUT != 0) store_shared(scales + 4 * c, inside ? float_to_bits(p.weight_scale[n]) : 0);
+                const uint32_t to = columns + 8 * (c & ~1) + 4 * (c & 1);
+                store_shared(to, (inside && p.beta_w != 0 ? p.beta_w * p.weight_sums[n] : 0) + p.gamma);
+                store_shared(to + 8, OUTPUT != 0 && inside ? float_to_bits(p.weight_scale[n]) : 0);
             }
 #pragma unroll
             for (int s = 0; s < SETS; s++)
@@ -157,13 +146,15 @@ KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
             for_plane_blocks(p, [&](int level, int, int) {
                 if (last_level > level) {
                     wgmma_wait<0>();
-                    release(empty + 8 * previous, thread);
+                    if (thread == 0) mbarrier_arrive(empty + 8 * previous);
                     previous = -1;
                     const int shift = last_level - level;
 #pragma unroll
-                    for (int s = 0; s < SETS; s++)
+                    for (int s = 0; s < SETS; s++) {
+                        wgmma_settle(sum[s]);
 #pragma unroll
                         for (int r = 0; r < SUMS; r++) sum[s][r] <<= shift;
+                    }
                 }
                 last_level = level;
                 for (int chunk = 0; chunk < chunks; chunk++) {
@@ -182,78 +173,84 @@ KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
                                                  b + 2 * step + i * (ROWS * PIECE / 16));
                     wgmma_commit();
                     wgmma_wait<1>();
-                    if (previous >= 0) release(empty + 8 * previous, thread);
+                    if (previous >= 0 && thread == 0) mbarrier_arrive(empty + 8 * previous);
                     previous = stage;
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
             });
             wgmma_wait<0>();
-            release(empty + 8 * previous, thread);
+            if (thread == 0) mbarrier_arrive(empty + 8 * previous);
+            wgmma_settle(sum[SETS - 1]);
 #pragma unroll
-            for (int s = SETS - 2; s >= 0; s--)
+            for (int s = SETS - 2; s >= 0; s--) {
+                wgmma_settle(sum[s]);
 #pragma unroll
                 for (int r = 0; r < SUMS; r++) sum[s][r] += sum[s + 1][r] << 1;
+            }
 
             barrier_sync(1, CONSUMERS);  // the columns' corrections and scales are there
+            int remaining[2];  // columns that are written
+            int64_t at[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int m = tile.token + row_of_lane + 8 * half;
-                if (m >= p.tokens && OUTPUT < 2) continue;
-                const bool inside = m < p.tokens;
-                const int own = inside && p.beta_x != 0 ? p.beta_x * p.x_sums[m] : 0;
-                const float scale = OUTPUT != 0 && inside ? p.x_scale[m] : 0.0f;
-                const int64_t at = int64_t(m) * p.rows + tile.row;
+                remaining[half] = m < p.tokens ? p.rows - tile.row : 0;
+                at[half] = int64_t(m) * p.rows + tile.row;
+            }
+#pragma unroll
+            for (int first = 0; first < ROWS / 8; first += 4) {  // four at a time: their latencies overlap
+                Words4 column[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) column[j] = load_shared4(columns + 8 * (8 * (first + j) + pair));
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    uint32_t value[4][2];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const int r = 4 * (first + j) + 2 * half;
+                        value[j][0] = p.alpha * sum[0][r] + own[half] + column[j].x;
+                        value[j][1] = p.alpha * sum[0][r + 1] + own[half] + column[j].y;
+                        if (OUTPUT != 0) {
+                            const float x = float(int(value[j][0])) * (scale[half] * bits_to_float(column[j].z));
+                            const float y = float(int(value[j][1])) * (scale[half] * bits_to_float(column[j].w));
+                            value[j][0] = OUTPUT == 1 ? float_to_bits(x) : pack2<Choose<OUTPUT == 3, BFloat16, Half>>(x, y);
+                            value[j][1] = float_to_bits(y);
+                        }
+                    }
+                    const int c = 8 * first + pair;
 #if OUTPUT < 2
-                uint32_t* out = (uint32_t*)p.y + at;
+                    uint32_t* out = (uint32_t*)p.y + at[half];
 #pragma unroll
-                for (int j = 0; j < ROWS / 8; j++) {
-                    const int c = 8 * j + pair, n = tile.row + c;
-                    const Words2 add = load_shared2(columns + 4 * c);
-                    Words2 value = {p.alpha * sum[0][4 * j + 2 * half] + own + add.x,
-                                    p.alpha * sum[0][4 * j + 2 * half + 1] + own + add.y};
-                    if (OUTPUT == 1) {
-                        const Words2 by = load_shared2(scales + 4 * c);
-                        value.x = float_to_bits(float(int(value.x)) * (scale * bits_to_float(by.x)));
-                        value.y = float_to_bits(float(int(value.y)) * (scale * bits_to_float(by.y)));
+                    for (int j = 0; j < 4; j++) {
+                        if constexpr (ALIGNED) {
+                            store_global2_if(c + 8 * j < remaining[half], out + c + 8 * j, {value[j][0], value[j][1]});
+                        } else {
+                            if (c + 8 * j < remaining[half]) out[c + 8 * j] = value[j][0];
+                            if (c + 8 * j + 1 < remaining[half]) out[c + 8 * j + 1] = value[j][1];
+                        }
                     }
-                    if (p.rows % 2 == 0 && n < p.rows) {
-                        store_global2(out + c, value);
-                    } else {
-                        if (n < p.rows) out[c] = value.x;
-                        if (n + 1 < p.rows) out[c + 1] = value.y;
-                    }
-                }
 #else
-                using Y = Choose<OUTPUT == 2, Half, BFloat16>;
-                uint16_t* out = (uint16_t*)p.y + at;
-                const bool odd = lane & 1;
+                    uint16_t* out = (uint16_t*)p.y + at[half];
+                    const bool odd = lane & 1;
+                    if constexpr (ALIGNED) {
 #pragma unroll
-                for (int j = 0; j < ROWS / 8; j += 2) {
-                    uint32_t word[2];
-#pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        const int c = 8 * (j + k) + pair, r = 4 * (j + k) + 2 * half;
-                        const Words2 add = load_shared2(columns + 4 * c), by = load_shared2(scales + 4 * c);
-                        word[k] = pack2<Y>(
-                            float(int(p.alpha * sum[0][r] + own + add.x)) * (scale * bits_to_float(by.x)),
-                            float(int(p.alpha * sum[0][r + 1] + own + add.y)) * (scale * bits_to_float(by.y)));
-                    }
-                    // Neighbouring lanes trade words, so that each writes four columns, and a warp whole sectors.
-                    const uint32_t other = shuffle_xor(odd ? word[0] : word[1], 1);
-                    const Words2 value = {odd ? other : word[0], odd ? word[1] : other};
-                    const int c = odd ? 8 * (j + 1) + pair - 2 : 8 * j + pair, n = tile.row + c;
-                    if (!inside) continue;
-                    if (p.rows % 4 == 0 && n < p.rows) {
-                        store_global2(out + c, value);
+                        for (int j = 0; j < 4; j += 2) {
+                            // Neighbouring lanes trade words, so that each writes four columns, and a warp whole sectors.
+                            const uint32_t low = value[j][0], high = value[j + 1][0];
+                            const uint32_t other = shuffle_xor(odd ? low : high, 1);
+                            const int to = c + 8 * j + (odd ? 6 : 0);
+                            store_global2_if(to < remaining[half], out + to, {odd ? other : low, odd ? high : other});
+                        }
                     } else {
-                        const uint32_t both[2] = {value.x, value.y};
-                        for (int e = 0; e < 4; e++)
-                            if (n + e < p.rows) out[c + e] = both[e / 2] >> 16 * (e % 2);
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            if (c + 8 * j < remaining[half]) out[c + 8 * j] = value[j][0];
+                            if (c + 8 * j + 1 < remaining[half]) out[c + 8 * j + 1] = value[j][0] >> 16;
+                        }
                     }
-                }
 #endif
+                }
             }
         }
     }
-    if constexpr (CLUSTER > 1) cluster_sync();  // no block ends while others arrive at its barriers
 }

@@ -1,8 +1,8 @@
 // The functions of tensormill/native/device.cuh for a C++ compiler: kernels run on the CPU, so that their logic is tested
 // without a GPU. Every CUDA thread is a fiber of one host thread; a fiber runs until it waits for others. Barriers,
 // shuffles, matrix loads and products are collective: the last lane to arrive computes for all. Asynchronous copies
-// happen at once. Blocks run one after another, in order, so that a block may wait for those before it. Shared memory is
-// poisoned with NaN before each block. What would hang, leave a warp's lanes at different places or reach beyond shared
+// happen at once. Blocks run one after another, in order, so that a block may wait for those before it; those of a
+// cluster run together. Shared memory is poisoned with NaN before each block. What would hang, leave a warp's lanes at different places or reach beyond shared
 // memory is reported.
 #pragma once
 
@@ -22,8 +22,9 @@
 // NAME_run returns what went wrong, or null.
 #define KERNEL(NAME, THREADS, BLOCKS, ARGUMENTS)                                                                  \
     void NAME(const ARGUMENTS& arguments);                                                                        \
-    extern "C" const char* NAME##_run(int grid_x, int grid_y, int threads, int shared, const void* arguments) {   \
-        return emulation::run(grid_x, grid_y, threads, shared,                                                    \
+    extern "C" const char* NAME##_run(int grid_x, int grid_y, int threads, int shared, int cluster,               \
+                                      const void* arguments) {                                                    \
+        return emulation::run(grid_x, grid_y, threads, shared, cluster,                                           \
                               [](const void* p) { NAME(*static_cast<const ARGUMENTS*>(p)); }, arguments);         \
     }                                                                                                             \
     void NAME(const ARGUMENTS& arguments)
@@ -62,10 +63,13 @@ struct Barrier {
 struct State {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    Barrier barriers[16];
-    std::vector<uint8_t> shared;
-    int grid_x, block_x, block_y, threads, current;
+    std::vector<Barrier> barriers;  // 16 of a block
+    std::vector<uint8_t> shared;    // of the cluster's blocks
+    Barrier cluster_barrier;
+    int grid_x, block_x, block_y, threads, cluster, current;  // the cluster's first block; its current thread
+    int shared_size;                                          // of a block
     uint64_t progress;
+    uint64_t clusters;  // that were started
     void (*kernel)(const void*);
     const void* arguments;
     jmp_buf scheduler;
@@ -73,14 +77,16 @@ struct State {
 };
 inline State state;
 
+inline int block_rank() { return state.current / state.threads; }
+
 inline void yield() {
     if (_setjmp(state.fibers[state.current].resume) == 0) _longjmp(state.scheduler, 1);
 }
 
 [[noreturn]] inline void fail(const char* what) {
     if (!state.error[0])
-        snprintf(state.error, sizeof state.error, "block (%d, %d), thread %d: %s", state.block_x, state.block_y,
-                 state.current, what);
+        snprintf(state.error, sizeof state.error, "block (%d, %d), thread %d: %s", state.block_x + block_rank(),
+                 state.block_y, state.current % state.threads, what);
     for (;;) yield();
 }
 
@@ -91,17 +97,19 @@ inline void enter() {
     for (;;) yield();
 }
 
-inline void run_block() {
+inline void run_cluster() {
     State& s = state;
     memset(s.shared.data(), 0xff, s.shared.size());
-    memset(s.barriers, 0, sizeof s.barriers);
-    s.warps.assign(s.threads / 32, Warp{});
+    s.barriers.assign(16 * s.cluster, Barrier{});
+    s.cluster_barrier = Barrier{};
+    s.warps.assign(s.cluster * s.threads / 32, Warp{});
+    s.clusters++;
     for (Fiber& fiber : s.fibers) fiber.started = fiber.done = false;
     for (;;) {
         static uint64_t before;
         static bool alive;
         before = s.progress, alive = false;
-        for (s.current = 0; s.current < s.threads; s.current++) {
+        for (s.current = 0; s.current < s.cluster * s.threads; s.current++) {
             if (s.fibers[s.current].done) continue;
             alive = true;
             if (_setjmp(s.scheduler) == 0) {
@@ -125,29 +133,37 @@ inline void run_block() {
     }
 }
 
-inline const char* run(int grid_x, int grid_y, int threads, int shared, void (*kernel)(const void*),
+inline const char* run(int grid_x, int grid_y, int threads, int shared, int cluster, void (*kernel)(const void*),
                        const void* arguments) {
     State& s = state;
     s.error[0] = 0;
-    s.grid_x = grid_x, s.threads = threads, s.kernel = kernel, s.arguments = arguments;
+    s.grid_x = grid_x, s.threads = threads, s.cluster = cluster, s.shared_size = shared;
+    s.kernel = kernel, s.arguments = arguments;
     if (threads % 32) return "the block is no whole number of warps";
-    s.shared.resize(shared);
-    while ((int)s.fibers.size() < threads) {
+    if (grid_x % cluster) return "the grid is no whole number of clusters";
+    s.shared.resize((size_t)shared * cluster);
+    while ((int)s.fibers.size() < threads * cluster) {
         s.fibers.emplace_back();
         s.fibers.back().stack.reset(new char[STACK_BYTES]);
     }
     for (s.block_y = 0; s.block_y < grid_y; s.block_y++)
-        for (s.block_x = 0; s.block_x < grid_x; s.block_x++) {
-            run_block();
+        for (s.block_x = 0; s.block_x < grid_x; s.block_x += cluster) {
+            run_cluster();
             if (s.error[0]) return s.error;
         }
     return nullptr;
 }
 
+// An address's upper byte is 0 for the block's own shared memory, 1 + rank for that of another block of the cluster.
+constexpr int RANK_SHIFT = 24;
+
 inline uint8_t* shared_bytes(uint32_t address, int bytes) {
+    const int rank = address >> RANK_SHIFT ? (int)(address >> RANK_SHIFT) - 1 : block_rank();
+    address &= (1u << RANK_SHIFT) - 1;
     if (address % (bytes < 16 ? bytes : 16)) fail("unaligned access to shared memory");  // wider ones are bulk copies
-    if (address < SHARED_BASE || address + bytes > SHARED_BASE + state.shared.size()) fail("outside shared memory");
-    return state.shared.data() + (address - SHARED_BASE);
+    if (address < SHARED_BASE || (int)(address + bytes) > (int)SHARED_BASE + state.shared_size || rank >= state.cluster)
+        fail("outside shared memory");
+    return state.shared.data() + (size_t)rank * state.shared_size + (address - SHARED_BASE);
 }
 
 // Waits for all lanes of the warp; the last computes from everybody's `in` everybody's `out`.
@@ -191,28 +207,28 @@ inline void check_phase(Mbarrier& barrier) {
 }
 
 // float16 and bfloat16 from their number of mantissa bits and exponent bias.
-template <int MANTISSA, int BIAS>
+template <int MANTISSA_BITS, int EXPONENT_BIAS>
 struct Format {
     static float widen(uint32_t bits) {
-        const uint32_t exponent = (bits & 0x7fff) >> MANTISSA, fraction = bits & ((1u << MANTISSA) - 1);
+        const uint32_t exponent = (bits & 0x7fff) >> MANTISSA_BITS, fraction = bits & ((1u << MANTISSA_BITS) - 1);
         float value;
-        if (exponent == 2 * BIAS + 1)
+        if (exponent == 2 * EXPONENT_BIAS + 1)
             value = fraction ? NAN : INFINITY;
         else if (exponent == 0)
-            value = ldexpf((float)fraction, 1 - BIAS - MANTISSA);
+            value = ldexpf((float)fraction, 1 - EXPONENT_BIAS - MANTISSA_BITS);
         else
-            value = ldexpf((float)(fraction + (1u << MANTISSA)), (int)exponent - BIAS - MANTISSA);
+            value = ldexpf((float)(fraction + (1u << MANTISSA_BITS)), (int)exponent - EXPONENT_BIAS - MANTISSA_BITS);
         return bits & 0x8000 ? -value : value;
     }
     static uint32_t round(double value) {
-        const uint32_t sign = signbit(value) ? 0x8000 : 0, infinity = (2 * BIAS + 1) << MANTISSA;
+        const uint32_t sign = signbit(value) ? 0x8000 : 0, infinity = (2 * EXPONENT_BIAS + 1) << MANTISSA_BITS;
         const double magnitude = fabs(value);
         if (isnan(value)) return 0x7fff;
-        if (magnitude < ldexp(1, 1 - BIAS)) return sign | (uint32_t)nearbyint(ldexp(magnitude, BIAS + MANTISSA - 1));
-        if (magnitude >= ldexp(1, BIAS + 1)) return sign | infinity;
+        if (magnitude < ldexp(1, 1 - EXPONENT_BIAS)) return sign | (uint32_t)nearbyint(ldexp(magnitude, EXPONENT_BIAS + MANTISSA_BITS - 1));
+        if (magnitude >= ldexp(1, EXPONENT_BIAS + 1)) return sign | infinity;
         const int exponent = ilogb(magnitude);
-        const uint32_t rounded = (uint32_t)nearbyint(ldexp(magnitude, MANTISSA - exponent));
-        return sign | (((uint32_t)(exponent + BIAS) << MANTISSA) + rounded - (1u << MANTISSA));
+        const uint32_t rounded = (uint32_t)nearbyint(ldexp(magnitude, MANTISSA_BITS - exponent));
+        return sign | (((uint32_t)(exponent + EXPONENT_BIAS) << MANTISSA_BITS) + rounded - (1u << MANTISSA_BITS));
     }
 };
 template <class T>
@@ -233,16 +249,19 @@ float half_of(uint32_t a, int h) {
 
 }  // namespace emulation
 
-DEVICE int thread_index() { return emulation::state.current; }
+DEVICE int thread_index() { return emulation::state.current % emulation::state.threads; }
 DEVICE int lane_index() { return emulation::state.current % 32; }
-DEVICE int warp_index() { return emulation::state.current / 32; }
-DEVICE int block_index() { return emulation::state.block_x; }
+DEVICE int warp_index() { return thread_index() / 32; }
+DEVICE int block_index() { return emulation::state.block_x + emulation::block_rank(); }
 DEVICE int block_index_y() { return emulation::state.block_y; }
 DEVICE int grid_size() { return emulation::state.grid_x; }
 
-DEVICE void synchronize() { emulation::wait(emulation::state.barriers[0], emulation::state.threads); }
-DEVICE void barrier_sync(int id, int threads) { emulation::wait(emulation::state.barriers[id], threads); }
-DEVICE void barrier_arrive(int id, int threads) { emulation::arrive(emulation::state.barriers[id], threads); }
+namespace emulation {
+inline Barrier& barrier(int id) { return state.barriers[16 * block_rank() + id]; }
+}  // namespace emulation
+DEVICE void synchronize() { emulation::wait(emulation::barrier(0), emulation::state.threads); }
+DEVICE void barrier_sync(int id, int threads) { emulation::wait(emulation::barrier(id), threads); }
+DEVICE void barrier_arrive(int id, int threads) { emulation::arrive(emulation::barrier(id), threads); }
 DEVICE void synchronize_warp() {
     int none = 0;
     emulation::collective(none, none, [](const int* const*, int* const*) {});

@@ -7,12 +7,14 @@ import functools
 import hashlib
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from tensormill.cuda import Module
 from tensormill.errors import BackendError
@@ -26,9 +28,21 @@ class EmulatedKernel:
     def __init__(self, run: ctypes._CFuncPtr) -> None:
         self._run = run
 
-    def launch(self, grid: int | tuple[int, int], block: int, shared: int, arguments: ctypes.Structure) -> None:
+    def launch(
+        self,
+        grid: int | tuple[int, int],
+        block: int,
+        shared: int,
+        arguments: ctypes.Structure,
+        *,
+        cluster: int = 1,
+    ) -> None:
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
-        wrong = self._run(x, y, block, shared, ctypes.addressof(arguments))
+        size = ctypes.sizeof(arguments)
+        copy = ctypes.create_string_buffer(size + 64)
+        aligned = -(-ctypes.addressof(copy) // 64) * 64  # as tensor maps want it
+        ctypes.memmove(aligned, ctypes.addressof(arguments), size)
+        wrong = self._run(x, y, block, shared, cluster, aligned)
         assert wrong is None, wrong.decode()
 
 
@@ -36,9 +50,19 @@ def emulate(module: Module, name: str) -> EmulatedKernel:
     """The kernel `name` of a module, to be launched on CPU tensors' addresses; skips where there is no g++."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    run = getattr(_library(module.source, tuple(sorted(module.defines.items())), module.headers), f"{name}_run")
-    run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_int] * 4 + [ctypes.c_void_p]
+    run = getattr(
+        _library(module.source, tuple(sorted(module.defines.items())), module.headers), f"{name}_run"
+    )
+    run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_int] * 5 + [ctypes.c_void_p]
     return EmulatedKernel(run)
+
+
+def emulated_tensor_map(tensor: torch.Tensor, box: tuple[int, int]) -> bytes:
+    """What the emulation takes in the place of `tensormill.cuda.tensor_map`."""
+    rows, columns = tensor.shape
+    size = tensor.element_size()
+    words = (tensor.data_ptr(), columns, rows, tensor.stride(0) * size, size, box[1], box[0])
+    return struct.pack("16Q", *words, *[0] * 9)
 
 
 @functools.cache
@@ -110,5 +134,3 @@ def _cuobjdump() -> str:
     if not shipped.is_file():
         pytest.skip("no cuobjdump")
     return str(shipped)
-
-

@@ -10,9 +10,9 @@ import torch
 from emulation.kernels import compile_or_skip, emulate, resources
 from tensormill.cuda import DEVICE_HEADER, Module
 from tensormill.errors import BackendError
-from tensormill.ops.linear_wna16 import tiles
+from tensormill.ops import tiles
 
-HEADER = Path(tiles.__file__).with_name("dequantize.cuh")
+HEADER = Path(tiles.__file__).parent / "linear_wna16" / "dequantize.cuh"
 
 
 class Arguments(ctypes.Structure):

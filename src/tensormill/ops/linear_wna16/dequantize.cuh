@@ -1,4 +1,4 @@
-// Codes of a lane in the tiled layout (tiles.py describes it) become exact 16-bit integers q - z.
+// Codes of a lane in the tiled layout (ops/tiles.py describes it) become exact 16-bit integers q - z.
 //
 // One logical operation puts a code into the mantissa of a number of known exponent: 1024 + 2^p q in float16 for a code
 // at bit p of a half word, 128 + 2^p q in bfloat16. One subtraction (p = 0) or one multiply-add by 2^-p then gives

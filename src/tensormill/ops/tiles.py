@@ -14,7 +14,7 @@ Lane 4 g + t holds 32 codes of rows g and g + 8:
 Register i = 4 s + r with its codes in lanes of L bits (16 or 8) becomes a *field*: its codes stand at bit p + L h of a
 word. The L // bits fields that fit a word whole fill words 0 to bits - 1, one word after another. The L % bits bits
 that each word has to spare form, in order, as many codes again: the fields that are left. Nothing is wasted, and most
-codes need one logical operation (`dequantize.cuh`).
+codes need one logical operation (`linear_wna16/dequantize.cuh`).
 
 In memory a tile has the lanes' words in loads as wide as can be: words 0..3 of lane 0, those of lane 1, ..., then
 words 4..7; a remainder as two words a lane, then one.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 
 import pytest
 import torch
 
-from emulation.kernels import emulate
+from emulation.kernels import compile_or_skip, disassembly, emulate, emulated_tensor_map, resources
 from tensormill.ops import OPERATORS
 from tensormill.ops.correctness import deviation, upcast
 
@@ -18,32 +17,13 @@ OPERATOR = OPERATORS["bit_plane_linear"]
 FORMATS = ("unsigned", "signed", "bipolar")
 
 
-class EmulatedMap(ctypes.Structure):
-    """A TensorMap of the emulation, as large as a real one."""
-
-    _fields_ = (
-        ("base", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64),
-        ("box_rows", ctypes.c_int),
-        ("box_bytes", ctypes.c_int),
-        ("element_bytes", ctypes.c_int),
-        ("padding", ctypes.c_ubyte * 92),
-    )
-
-
-def emulated_map(planes: torch.Tensor, box: int) -> ctypes.Array:
-    words = planes.shape[-1]
-    described = EmulatedMap(planes.data_ptr(), planes.shape[0] * planes.shape[1], 4 * words, box, 128, 4)
-    return (ctypes.c_ubyte * 128).from_buffer_copy(bytes(described)[:128])
-
-
 @pytest.fixture
 def emulation(monkeypatch):
     """The wrapper launches the emulation: `(config, shape) -> what is wrong, or None`."""
     for name, module in (("_gemm", cuda._gemm), ("_stream", cuda._stream)):
         monkeypatch.setattr(cuda, name, lambda *a, module=module: _Emulated(module(*a)))
-    monkeypatch.setattr(cuda, "_plane_map", emulated_map)
+    monkeypatch.setattr(cuda, "tensor_map", emulated_tensor_map)
+    monkeypatch.setattr(cuda, "_maps", {})
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 3)
 
     def check(config, shape):
@@ -114,3 +94,22 @@ def test_stream(emulation, config, p, q):
     formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3]}
     assert emulation(config, sizes(config.tokens + 1, 37, 1300, p, q, **formats)) is None
     assert emulation(config, sizes(config.tokens, 32, 130, p, q, dtype="bfloat16")) is None
+
+
+@pytest.mark.parametrize("output", range(4))
+def test_gemm_compiles(output):
+    """Products of single bits from shared memory, nothing spilled, results written eight bytes at a time."""
+    code = compile_or_skip(cuda._gemm(Gemm(2, 256), output, True), "sm_90a")
+    assert resources(code)["bit_plane_gemm"].stack == 0
+    listing = disassembly(code)
+    assert "BGMMA.64x256x256.AND.POPC" in listing and "STG.E.64" in listing
+
+
+@pytest.mark.parametrize(("p", "q"), [(1, 1), (2, 2), (4, 8)])
+def test_stream_compiles(p, q):
+    config = cuda.heuristic(16, 4096, p, q)
+    assert isinstance(config, Stream)
+    code = compile_or_skip(cuda._stream(config, p, q, 2), "sm_90a")
+    assert resources(code)["bit_plane_stream"].stack == 0
+    listing = disassembly(code)
+    assert "BMMA.168256.AND.POPC" in listing and "LDG.E.128" in listing

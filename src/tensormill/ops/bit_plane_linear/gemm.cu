@@ -18,6 +18,12 @@
 // ALIGNED: whether the rows of weights are a multiple of four, so that four columns of y can be written at once.
 #include "bits.cuh"
 
+#if OUTPUT == 3
+using Y = BFloat16;
+#else
+using Y = Half;
+#endif
+
 constexpr int ROWS = BLOCK_ROWS;  // of weights, in a tile
 constexpr int TOKENS = 64 * WARPGROUPS;
 constexpr int CONSUMERS = 128 * WARPGROUPS;  // threads that multiply
@@ -213,7 +219,7 @@ KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
                         if (OUTPUT != 0) {
                             const float x = float(int(value[j][0])) * (scale[half] * bits_to_float(column[j].z));
                             const float y = float(int(value[j][1])) * (scale[half] * bits_to_float(column[j].w));
-                            value[j][0] = OUTPUT == 1 ? float_to_bits(x) : pack2<Choose<OUTPUT == 3, BFloat16, Half>>(x, y);
+                            value[j][0] = OUTPUT == 1 ? float_to_bits(x) : pack2<Y>(x, y);
                             value[j][1] = float_to_bits(y);
                         }
                     }

@@ -98,6 +98,8 @@ def samples() -> list[Sample]:
         _sample("ragged", 7, 333, 1, "bipolar", "float16", 128),
         _sample("ragged", 7, 333, 6, "unsigned", "float32", 256, strided=True),
         _sample("ragged", 3, 5000, 2, "bipolar", "float32", 384),
+        _sample("ragged", 1, 17000, 1, "bipolar", "float32"),
+        _sample("ragged", 1, 17000, 4, "signed", "float16"),
     ]
     for bits in range(1, 9):
         format = (

@@ -22,9 +22,9 @@ def quantize_bit_planes(x: Tensor, bits: int, format: str, group_size: int) -> t
     magnitude = values if format == "unsigned" else values.abs()
     largest = magnitude.amax(-1).clamp_min(0) if step and length else values.new_zeros(rows, groups)
     if format == "unsigned":
-        scale = largest / ((1 << bits) - 1)
+        scale = largest / _number((1 << bits) - 1, largest)
     elif format == "signed":
-        scale = largest / ((1 << (bits - 1)) - 1)
+        scale = largest / _number((1 << (bits - 1)) - 1, largest)
     elif bits == 1:
         count = torch.full((groups,), step, device=x.device)
         count[-1] = length - (groups - 1) * step
@@ -46,3 +46,8 @@ def quantize_bit_planes(x: Tensor, bits: int, format: str, group_size: int) -> t
     packed = codes.to(torch.uint8).view(rows, groups * step)[:, :length]
     planes = pack_codes(packed, bits)
     return planes, code_sums(planes, length, group_size), scale
+
+
+def _number(value: int, like: Tensor) -> Tensor:
+    """As a tensor: on GPUs, dividing by a Python number multiplies with its reciprocal, which rounds twice."""
+    return like.new_full((), value)

@@ -12,7 +12,7 @@ from tensormill.ops import OPERATORS
 from tensormill.ops.correctness import deviation, upcast
 
 cuda = importlib.import_module("tensormill.ops.bit_plane_linear.cuda")
-Gemm, Stream = cuda.GemmConfig, cuda.StreamConfig
+Gemm, Skinny, Stream = cuda.GemmConfig, cuda.SkinnyConfig, cuda.StreamConfig
 OPERATOR = OPERATORS["bit_plane_linear"]
 FORMATS = ("unsigned", "signed", "bipolar")
 
@@ -20,7 +20,7 @@ FORMATS = ("unsigned", "signed", "bipolar")
 @pytest.fixture
 def emulation(monkeypatch):
     """The wrapper launches the emulation: `(config, shape) -> what is wrong, or None`."""
-    for name, module in (("_gemm", cuda._gemm), ("_stream", cuda._stream)):
+    for name, module in (("_gemm", cuda._gemm), ("_skinny", cuda._skinny), ("_stream", cuda._stream)):
         monkeypatch.setattr(cuda, name, lambda *a, module=module: _Emulated(module(*a)))
     monkeypatch.setattr(cuda, "tensor_map", emulated_tensor_map)
     monkeypatch.setattr(cuda, "_maps", {})
@@ -94,6 +94,20 @@ def test_stream(emulation, config, p, q):
     formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3]}
     assert emulation(config, sizes(config.tokens + 1, 37, 1300, p, q, **formats)) is None
     assert emulation(config, sizes(config.tokens, 32, 130, p, q, dtype="bfloat16")) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "p", "q"),
+    [
+        (Skinny(1, 16, stages=3), 3, 1),
+        (Skinny(2, 8, 2, stages=2), 2, 3),
+        (Skinny(1, 64, stages=2), 2, 2),
+    ],
+)
+def test_skinny(emulation, config, p, q):
+    formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3]}
+    assert emulation(config, sizes(config.tokens + 3, 99, 1300, p, q, **formats)) is None
+    assert emulation(config, sizes(1, 130, 100, p, q, dtype="float16")) is None
 
 
 @pytest.mark.parametrize("output", range(4))

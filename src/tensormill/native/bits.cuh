@@ -13,6 +13,8 @@ DEVICE void mma_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 }
 
 #define TM_BITS_LIST_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define TM_BITS_LIST_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define TM_OUT_8(c, d, i) TM_OUT_4(c, d, i), TM_OUT_4(c, d, i + 4)
 #define TM_WGMMA_BITS(N, OUT, LISTS, A, B)                                                                      \
     if constexpr (COLUMNS == N)                                                                                 \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc {" LISTS "}, " A ", " B    \
@@ -24,6 +26,7 @@ DEVICE void mma_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 // Asynchronous: fence before, commit and wait after.
 template <int COLUMNS>
 DEVICE void wgmma_bits(uint32_t (&d)[COLUMNS / 2], uint64_t a, uint64_t b) {
+    TM_WGMMA_BITS(16, TM_OUT_8, TM_BITS_LIST_8, "%8", "%9")
     TM_WGMMA_BITS(32, TM_OUT_16, TM_BITS_LIST_16, "%16", "%17")
     TM_WGMMA_BITS(64, TM_OUT_32, TM_LIST_0, "%32", "%33")
     TM_WGMMA_BITS(128, TM_OUT_64, TM_LIST_0 "," TM_LIST_1, "%64", "%65")

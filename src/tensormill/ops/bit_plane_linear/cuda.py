@@ -1,10 +1,12 @@
-"""The CUDA kernels of Hopper GPUs: `stream.cu` for few tokens, `gemm.cu` for many."""
+"""The CUDA kernels of Hopper GPUs: `stream.cu` for few tokens, `skinny.cu` for dozens, `gemm.cu` for many."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,35 @@ class StreamConfig:
         return sums + 8 * self.row_tiles * p <= _MOST_REGISTERS
 
 
-Config = GemmConfig | StreamConfig
-KINDS: dict[str, type[Config]] = {"gemm": GemmConfig, "stream": StreamConfig}
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """Of `skinny.cu`: consumers of 64 rows each, tokens of a block, planes of weights in a stage, buffers."""
+
+    warpgroups: int
+    tokens: int
+    w_planes: int = 1
+    stages: int = 6
+
+    def columns(self, q: int) -> int:
+        return max(16, 1 << (self.tokens * q - 1).bit_length())
+
+    def shared(self, q: int) -> int:
+        return self.stages * (128 * (64 * self.w_planes * self.warpgroups + self.columns(q)) + 16)
+
+    def fits(self, p: int, q: int) -> bool:
+        """Whether it takes p-bit weights and q-bit activations, within registers and shared memory."""
+        columns = self.columns(q)
+        registers = self.w_planes * columns // 2
+        return (
+            p % self.w_planes == 0
+            and columns <= 256
+            and registers <= 128
+            and self.shared(q) <= _MOST_SHARED
+        )
+
+
+Config = GemmConfig | SkinnyConfig | StreamConfig
+KINDS: dict[str, type[Config]] = {"gemm": GemmConfig, "skinny": SkinnyConfig, "stream": StreamConfig}
 
 
 class _Common(ctypes.Structure):
@@ -178,19 +207,27 @@ def run(
     common = _Common(y.data_ptr(), x_sums.data_ptr(), weight_sums.data_ptr(), *pointers)
     affine = (ctypes.c_int * 4)(*affine_product(x_format, weight_format, q, p))
     affine[3] *= length
-    device = x.device.index
+    device, output = x.device.index, _OUTPUTS[dtype]
+    if isinstance(config, SkinnyConfig):
+        maps = _plane_map(x, config.tokens), _plane_map(weight, 64 * config.warpgroups)
+        arguments = _GemmArguments(*maps, common, tokens, rows, words, q, p, affine)
+        blocks = (-(-rows // (64 * config.warpgroups)), -(-tokens // config.tokens), 1)
+        kernel = _skinny(config, q, output).kernel("bit_plane_skinny", device)
+        threads = 128 * config.warpgroups + 32
+        kernel.launch(blocks, threads, config.shared(q), arguments, overlap=True)
+        return y
     if isinstance(config, GemmConfig):
         maps = _plane_map(x, 64 * config.warpgroups), _plane_map(weight, config.rows)
         arguments = _GemmArguments(*maps, common, tokens, rows, words, q, p, affine)
         tiles = -(-tokens // (64 * config.warpgroups)) * -(-rows // config.rows)
         grid = min(tiles, multiprocessors(device))
-        kernel = _gemm(config, _OUTPUTS[dtype], rows % 4 == 0).kernel("bit_plane_gemm", device)
+        kernel = _gemm(config, output, rows % 4 == 0).kernel("bit_plane_gemm", device)
         threads = 128 * (config.warpgroups + 1)
         kernel.launch(grid, threads, config.shared, arguments, overlap=True)
         return y
     streamed = _StreamArguments(x.data_ptr(), weight.data_ptr(), common, tokens, rows, words, affine)
     blocks = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
-    kernel = _stream(config, p, q, _OUTPUTS[dtype]).kernel("bit_plane_stream", device)
+    kernel = _stream(config, p, q, output).kernel("bit_plane_stream", device)
     shared = 64 * config.row_tiles * config.tokens
     kernel.launch(blocks, 32 * config.warps, shared, streamed, overlap=True)
     return y
@@ -225,6 +262,18 @@ def gemm_defines(config: GemmConfig, output: int, aligned: bool) -> dict[str, in
     }
 
 
+def skinny_defines(config: SkinnyConfig, q: int, output: int) -> dict[str, int]:
+    return {
+        "WARPGROUPS": config.warpgroups,
+        "TOKENS": config.tokens,
+        "X_BITS": q,
+        "W_PLANES": config.w_planes,
+        "STAGES": config.stages,
+        "OUTPUT": output,
+        "SHARED_BYTES": config.shared(q),
+    }
+
+
 def stream_defines(config: StreamConfig, p: int, q: int, output: int) -> dict[str, int]:
     return {
         "ROW_TILES": config.row_tiles,
@@ -238,50 +287,64 @@ def stream_defines(config: StreamConfig, p: int, q: int, output: int) -> dict[st
 
 
 @functools.cache
-def _tuned() -> dict[str, dict[str, Any]]:
-    """Configurations by `tuning_key`, as `tune` writes them: "kernel", a key of `KINDS`, and its fields."""
-    file = Path(__file__).parent / "tuned" / "sm_90.json"
+def _tuned() -> dict[tuple[int, int], dict[int, list[tuple[int, int, dict[str, Any]]]]]:
+    """What `tune` found: by widths (p, q) and tokens, (rows, columns, configuration) for each layer."""
+    found: dict[tuple[int, int], dict[int, list[tuple[int, int, dict[str, Any]]]]] = {}
     try:
-        return json.loads(file.read_text())["configurations"]
+        document = json.loads((Path(__file__).parent / "tuned" / "sm_90.json").read_text())
     except OSError:
-        return {}
+        return found
+    for key, entry in document["configurations"].items():
+        tokens, p, q, rows, columns = map(int, re.findall(r"\d+", key))
+        found.setdefault((p, q), {}).setdefault(tokens, []).append((rows, columns, entry))
+    return found
 
 
 def tuning_key(tokens: int, rows: int, length: int, p: int, q: int) -> str:
-    """Tokens are rounded up to a power of two, so that neighbouring batches share a configuration."""
-    return f"m{1 << max(0, tokens - 1).bit_length()}/w{p}a{q}/{rows}x{length}"
+    return f"m{tokens}/w{p}a{q}/{rows}x{length}"
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(tokens: int, rows: int, length: int, p: int, q: int) -> Config | None:
-    """The kernel and its configuration for these sizes, or None where int8 products are expected to be faster."""
-    if (found := _tuned().get(tuning_key(tokens, rows, length, p, q))) is not None:
-        return (
-            KINDS[found["kernel"]](**{k: v for k, v in found.items() if k != "kernel"})
-            if "kernel" in found
-            else None
-        )
-    return heuristic(tokens, rows, p, q)
+    """The kernel and its configuration for these sizes, or None where int8 products are expected to be faster.
+
+    Tuned for the same widths, the next larger number of tokens and the layer of the most similar size, if there is one.
+    """
+    by_tokens = _tuned().get((p, q), {})
+    if not by_tokens:
+        return heuristic(tokens, rows, p, q)
+    nearest = min(by_tokens, key=lambda count: (count < tokens, abs(count - tokens)))
+    layers = by_tokens[nearest]
+    *_, entry = min(layers, key=lambda r: abs(math.log(r[0] / rows)) + abs(math.log(r[1] / length)))
+    if entry["kernel"] == "int8":
+        return None
+    return KINDS[entry["kernel"]](**{name: value for name, value in entry.items() if name != "kernel"})
 
 
 def heuristic(tokens: int, rows: int, p: int, q: int) -> Config | None:
-    """`choose` for sizes that are not tuned."""
-    if tokens <= 16:
+    """`choose` for widths that are not tuned."""
+    if tokens <= 32:
         width = 1 << max(0, tokens - 1).bit_length()
-        for config in (StreamConfig(1, width), StreamConfig(1, 8), StreamConfig(1, 4), StreamConfig(1, 1)):
-            if config.tokens <= width and config.fits(p, q):
+        for count in (width, 8, 4, 1):
+            config = StreamConfig(1, count)
+            if count <= width and config.fits(p, q):
                 return config
-    if p * q > 8 and tokens > 64:
+    # The ratio of rates is eight; few tokens are bound by bytes.
+    if p * q >= (32 if tokens <= 64 else 12):
         return None
-    if tokens <= 64 or rows * tokens <= 132 * 64 * 64:
-        return GemmConfig(1, 64, stages=8)
-    if tokens <= 256 or rows * tokens <= 132 * 128 * 128:
-        return GemmConfig(2, 128, stages=6)
-    return GemmConfig(2, 256)
+    if tokens <= 128:
+        return GemmConfig(1, 64, 2 if p % 2 == 0 else 1, 2 if q % 2 == 0 else 1, stages=6)
+    return GemmConfig(2, 128, stages=6) if tokens * rows <= 256 * 8192 else GemmConfig(2, 256)
 
 
 @functools.cache
 def _gemm(config: GemmConfig, output: int, aligned: bool) -> Module:
     return Module(Path(__file__).with_name("gemm.cu"), gemm_defines(config, output, aligned), _HEADERS)
+
+
+@functools.cache
+def _skinny(config: SkinnyConfig, q: int, output: int) -> Module:
+    return Module(Path(__file__).with_name("skinny.cu"), skinny_defines(config, q, output), _HEADERS)
 
 
 @functools.cache

@@ -92,6 +92,7 @@ KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
     }
     synchronize();
     wait_for_previous_kernel();
+    allow_next_kernel();
 
     if (warpgroup == WARPGROUPS) {
         lower_registers<40>();

@@ -18,6 +18,9 @@ constexpr int SETS = STACKED ? W_BITS : W_BITS + X_BITS - 1;
 constexpr int PLANES = STACKED ? 1 : X_BITS;  // of activations, that a lane reads for a column
 
 constexpr int LOADS_AHEAD = UNROLL;
+constexpr int THREADS = 32 * WARPS;
+constexpr int RESULTS = (TOKENS * ROWS + THREADS - 1) / THREADS;  // of a thread, all of one row
+static_assert(THREADS % ROWS == 0, "a thread has results of one row");
 
 struct Arguments {
     const uint32_t* x;
@@ -31,12 +34,17 @@ struct Arguments {
     int alpha, beta_x, beta_w, gamma;
 };
 
-KERNEL(bit_plane_stream, 32 * WARPS, 1, Arguments) {
+KERNEL(bit_plane_stream, THREADS, 1, Arguments) {
     const Arguments& p = arguments;
     const uint32_t total = shared_memory();  // [TOKENS][ROWS]
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     const int first_row = block_index() * ROWS, first_token = block_index_y() * TOKENS;
-    for (int k = thread_index(); k < TOKENS * ROWS; k += 32 * WARPS) store_shared(total + 4 * k, 0);
+    for (int k = thread_index(); k < TOKENS * ROWS; k += THREADS) store_shared(total + 4 * k, 0);
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    const int n = first_row + thread_index() % ROWS;  // row of this thread's results
+    const int row_sum = p.beta_w != 0 && n < p.rows ? p.beta_w * p.weight_sums[n] : 0;
+    const float row_scale = OUTPUT != 0 && n < p.rows ? p.weight_scale[n] : 0.0f;
     synchronize();
 
     // Rows, tokens and columns beyond the last repeat it; their results are not written.
@@ -56,7 +64,6 @@ KERNEL(bit_plane_stream, 32 * WARPS, 1, Arguments) {
     }
 
     int sum[ROW_TILES][TILES][SETS][4] = {};
-    bool waited = false;
 #pragma unroll LOADS_AHEAD
     for (int start = 16 * warp; start < p.words; start += 16 * WARPS) {
         const int word = start + 4 * t;
@@ -69,7 +76,6 @@ KERNEL(bit_plane_stream, 32 * WARPS, 1, Arguments) {
 #pragma unroll
                 for (int half = 0; half < 2; half++)
                     a[r][i][half] = inside ? load_streamed4(w_row[r][half] + i * w_plane + word) : Words4{0, 0, 0, 0};
-        if (!waited) wait_for_previous_kernel(), waited = true;  // weights come before activations are there
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -87,9 +93,15 @@ KERNEL(bit_plane_stream, 32 * WARPS, 1, Arguments) {
                     }
             }
     }
-    if (!waited) wait_for_previous_kernel();
-    allow_next_kernel();
 
+    int token_sum[RESULTS];
+    float token_scale[RESULTS];
+#pragma unroll
+    for (int i = 0; i < RESULTS; i++) {
+        const int m = first_token + (thread_index() + i * THREADS) / ROWS;
+        token_sum[i] = p.beta_x != 0 && m < p.tokens ? p.beta_x * p.x_sums[m] : 0;
+        token_scale[i] = OUTPUT != 0 && m < p.tokens ? p.x_scale[m] : 0.0f;
+    }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
@@ -106,17 +118,16 @@ KERNEL(bit_plane_stream, 32 * WARPS, 1, Arguments) {
             }
     synchronize();
 
-    for (int k = thread_index(); k < TOKENS * ROWS; k += 32 * WARPS) {
-        const int m = first_token + k / ROWS, n = first_row + k % ROWS;
-        if (m >= p.tokens || n >= p.rows) continue;
-        int exact = p.alpha * load_shared(total + 4 * k) + p.gamma;
-        if (p.beta_x != 0) exact += p.beta_x * p.x_sums[m];
-        if (p.beta_w != 0) exact += p.beta_w * p.weight_sums[n];
+#pragma unroll
+    for (int i = 0; i < RESULTS; i++) {
+        const int k = thread_index() + i * THREADS, m = first_token + k / ROWS;
+        if (k >= TOKENS * ROWS || m >= p.tokens || n >= p.rows) continue;
+        const int exact = p.alpha * load_shared(total + 4 * k) + token_sum[i] + row_sum + p.gamma;
         const int64_t at = int64_t(m) * p.rows + n;
 #if OUTPUT == 0
         ((int*)p.y)[at] = exact;
 #else
-        const float value = float(exact) * (p.x_scale[m] * p.weight_scale[n]);
+        const float value = float(exact) * (token_scale[i] * row_scale);
 #if OUTPUT == 1
         ((float*)p.y)[at] = value;
 #elif OUTPUT == 2

@@ -165,5 +165,7 @@ def expand(planes: Tensor, length: int) -> Tensor:
     bits, rows, words = planes.shape
     result = torch.empty(rows, 32 * words, dtype=torch.int8, device=planes.device)
     count, block = rows * words, 256
-    _expand_kernel[(triton.cdiv(count, block),)](planes, result, count, words, length, bits, block, num_warps=8)
+    _expand_kernel[(triton.cdiv(count, block),)](
+        planes, result, count, words, length, bits, block, num_warps=8
+    )
     return result

@@ -20,18 +20,19 @@ from tensormill.ops.bit_planes import affine_product
 _HEADERS = tuple(DEVICE_HEADER.with_name(name) for name in ("hopper.cuh", "bits.cuh"))
 _OUTPUTS = {torch.int32: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _MOST_SHARED = 227 << 10  # bytes of shared memory of a block
-_MOST_REGISTERS = 200  # 32-bit sums of a thread
+_MOST_REGISTERS = 200  # of a thread, for sums and weights in `stream.cu`
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Of `gemm.cu`: consumers of 64 tokens each, rows of a tile, planes of a block, buffers."""
+    """Of `gemm.cu`: consumers of 64 tokens each, rows of a tile, planes of a block, buffers, blocks at a time."""
 
     warpgroups: int
     rows: int
     w_planes: int = 1
     x_planes: int = 1
     stages: int = 4
+    blocks: int = 1
 
     @property
     def stage_bytes(self) -> int:
@@ -43,9 +44,11 @@ class GemmConfig:
 
     def fits(self, p: int, q: int) -> bool:
         """Whether it takes p-bit weights and q-bit activations, within registers and shared memory."""
-        registers = (self.w_planes + self.x_planes - 1) * self.rows // 2
+        sums = (self.w_planes + self.x_planes - 1) * self.rows // 2
         whole = p % self.w_planes == 0 and q % self.x_planes == 0
-        return whole and registers <= _MOST_REGISTERS and self.shared <= _MOST_SHARED
+        return (
+            whole and sums <= 128 // self.blocks and self.blocks * (self.shared + 1024) <= _MOST_SHARED + 1024
+        )
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,7 @@ class SkinnyConfig:
         columns = self.columns(q)
         registers = self.w_planes * columns // 2
         return (
-            p % self.w_planes == 0
-            and columns <= 256
-            and registers <= 128
-            and self.shared(q) <= _MOST_SHARED
+            p % self.w_planes == 0 and columns <= 256 and registers <= 128 and self.shared(q) <= _MOST_SHARED
         )
 
 
@@ -220,9 +220,9 @@ def run(
         maps = _plane_map(x, 64 * config.warpgroups), _plane_map(weight, config.rows)
         arguments = _GemmArguments(*maps, common, tokens, rows, words, q, p, affine)
         tiles = -(-tokens // (64 * config.warpgroups)) * -(-rows // config.rows)
-        grid = min(tiles, multiprocessors(device))
+        grid = min(tiles, multiprocessors(device) * config.blocks)
         kernel = _gemm(config, output, rows % 4 == 0).kernel("bit_plane_gemm", device)
-        threads = 128 * (config.warpgroups + 1)
+        threads = 128 * config.warpgroups + 32
         kernel.launch(grid, threads, config.shared, arguments, overlap=True)
         return y
     streamed = _StreamArguments(x.data_ptr(), weight.data_ptr(), common, tokens, rows, words, affine)
@@ -256,6 +256,7 @@ def gemm_defines(config: GemmConfig, output: int, aligned: bool) -> dict[str, in
         "W_PLANES": config.w_planes,
         "X_PLANES": config.x_planes,
         "STAGES": config.stages,
+        "BLOCKS": config.blocks,
         "OUTPUT": output,
         "ALIGNED": int(aligned),
         "SHARED_BYTES": config.shared,

@@ -7,9 +7,10 @@
 // i + j share accumulators, of which there are W_PLANES + X_PLANES - 1 sets. Blocks of one plane each need the fewest
 // registers and allow the largest tile; larger blocks load each plane less often.
 //
-// One thread of the last warpgroup keeps a ring of STAGES buffers filled (1024 bits of K of every plane in the block,
+// One thread of one more warp keeps a ring of STAGES buffers filled (1024 bits of K of every plane in the block,
 // 128-byte swizzle); WARPGROUPS consumers of 64 tokens each multiply. The kernel is persistent: while consumers write
-// one tile's results, the ring already fills for the next.
+// one tile's results, the ring already fills for the next. BLOCKS of them share a multiprocessor: with two, one
+// multiplies while the other writes.
 //
 // All formats are affine in the unsigned codes: y = alpha U + beta_x sum_k u_x + beta_w sum_k u_w + gamma, in
 // arithmetic modulo 2^32, which is exact because y itself fits.
@@ -73,7 +74,7 @@ DEVICE void for_plane_blocks(const Arguments& p, const Body& body) {
     }
 }
 
-KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
+KERNEL(bit_plane_gemm, CONSUMERS + 32, BLOCKS, Arguments) {
     const Arguments& p = arguments;
     const uint32_t base = shared_memory(), full = base + BARRIER_OFFSET, empty = full + 8 * STAGES;
     const int warpgroup = warp_index() / 4, thread = thread_index() % 128;
@@ -95,8 +96,7 @@ KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
     allow_next_kernel();
 
     if (warpgroup == WARPGROUPS) {
-        lower_registers<40>();
-        if (thread == 0) {
+        if (lane_index() == 0) {
             int stage = 0;
             uint32_t parity = 1;
             for (int index = block_index(); index < tiles; index += grid_size()) {
@@ -120,7 +120,6 @@ KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
             }
         }
     } else {
-        raise_registers<232>();
         const int lane = lane_index(), pair = 2 * (lane % 4);
         const int row_of_lane = 64 * warpgroup + 16 * (thread / 32) + lane / 4;
         int stage = 0, buffer = 0;

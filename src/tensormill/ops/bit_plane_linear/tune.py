@@ -49,7 +49,7 @@ OUTPUT = torch.float16
 DEVICE = "cuda"
 
 kernels = importlib.import_module("tensormill.ops.bit_plane_linear.cuda")
-Gemm, Stream = kernels.GemmConfig, kernels.StreamConfig
+Gemm, Skinny, Stream = kernels.GemmConfig, kernels.SkinnyConfig, kernels.StreamConfig
 
 
 def candidates(tokens: int, p: int, q: int) -> list[Any]:
@@ -63,24 +63,37 @@ def candidates(tokens: int, p: int, q: int) -> list[Any]:
             Stream(1, tokens, 4, 2),
         ]
         if tokens > 8:
-            found += [Stream(1, 8, 8, 2), Stream(2, 8, 8, 1)]
-    if 16 <= tokens <= 128:
-        found += [Gemm(1, 64, stages=8), Gemm(1, 64, 2, 2, 6), Gemm(1, 64, 1, 2, 8), Gemm(1, 64, 2, 1, 8)]
-        found += [Gemm(1, 32, stages=8), Gemm(1, 32, 2, 2, 6), Gemm(1, 32, 2, 4, 4), Gemm(1, 32, 1, 4, 6)]
-        found += [Gemm(1, 32, 4, 4, 4), Gemm(1, 32, 1, 8, 3)]
-    if 128 < tokens <= 512:
-        found += [Gemm(2, 64, stages=8), Gemm(1, 128, stages=8), Gemm(2, 64, 2, 2, 4)]
+            found += [Stream(1, 8, 8, 2)]
+    if tokens <= 128:
+        width = max(8, min(64, tokens))
+        half, quarter = max(8, width // 2), max(8, width // 4)
+        found += [
+            Skinny(1, width, 1, 4),
+            Skinny(1, width, 1, 8),
+            Skinny(1, width, 2, 4),
+            Skinny(2, width, 1, 4),
+        ]
+        found += [Skinny(1, half, 1, 6), Skinny(1, half, 2, 4), Skinny(1, quarter, 1, 6)]
+    if 32 < tokens <= 256:
+        found += [
+            Gemm(1, 64, stages=6, blocks=2),
+            Gemm(1, 64, 1, 2, 4, 2),
+            Gemm(1, 64, 2, 2, 6),
+            Gemm(1, 64, 2, 1, 8),
+        ]
     if tokens > 128:
-        found += [Gemm(2, 128, stages=6), Gemm(2, 128, 1, 2, 4), Gemm(2, 128, 2, 1, 4), Gemm(2, 128, 2, 2, 3)]
-        found += [Gemm(2, 256, stages=4)]
+        found += [Gemm(1, 128, stages=8), Gemm(2, 64, 2, 2, 4), Gemm(2, 128, 1, 2, 4), Gemm(2, 128, 2, 1, 4)]
+        found += [Gemm(2, 128, stages=6), Gemm(2, 128, stages=3, blocks=2), Gemm(2, 256, stages=4)]
     return [c for c in dict.fromkeys(found) if c.fits(p, q)]
 
 
 def module(config: Any, p: int, q: int) -> Any:
     output = kernels._OUTPUTS[OUTPUT]
+    if isinstance(config, Gemm):
+        return kernels._gemm(config, output, True)
     return (
-        kernels._gemm(config, output, True)
-        if isinstance(config, Gemm)
+        kernels._skinny(config, q, output)
+        if isinstance(config, Skinny)
         else kernels._stream(config, p, q, output)
     )
 
@@ -98,7 +111,8 @@ def compile_all(cases: Sequence[tuple[int, int, int]], processes: int | None) ->
     jobs = {}
     for tokens, p, q in cases:
         for config in candidates(tokens, p, q):
-            jobs[config if isinstance(config, Gemm) else (config, p, q)] = (config, p, q, target)
+            kernel = module(config, p, q)  # the same object for equal ones
+            jobs[id(kernel)] = (config, p, q, target)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tensormill.ops.bit_plane_linear.tune"])
     with ProcessPoolExecutor(processes or max(1, (os.cpu_count() or 2) - 1), mp_context=context) as pool:

@@ -22,6 +22,7 @@ def emulation(monkeypatch):
     """The wrapper launches the emulation: `(config, shape) -> what is wrong, or None`."""
     for name, module in (("_gemm", cuda._gemm), ("_skinny", cuda._skinny), ("_stream", cuda._stream)):
         monkeypatch.setattr(cuda, name, lambda *a, module=module: _Emulated(module(*a)))
+    monkeypatch.setattr(cuda, "_grouped", lambda *a, module=cuda._grouped: _Emulated(module(*a)))
     monkeypatch.setattr(cuda, "tensor_map", emulated_tensor_map)
     monkeypatch.setattr(cuda, "_maps", {})
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 3)
@@ -35,7 +36,10 @@ def emulation(monkeypatch):
             **shape,
         }
         arguments = OPERATOR.inputs(shape, torch.device("cpu"), torch.Generator().manual_seed(3))
-        result = cuda.run(config, *arguments[:9], arguments[10])
+        if isinstance(config, cuda.GroupedConfig):
+            result = cuda.run_grouped(config, *arguments)
+        else:
+            result = cuda.run(config, *arguments[:9], arguments[10])
         expected = OPERATOR.reference(*upcast(arguments))
         dtype = arguments[4].dtype if arguments[4] is not None else torch.float64
         return deviation(result, expected, OPERATOR.tolerance(dtype, shape))
@@ -108,6 +112,16 @@ def test_skinny(emulation, config, p, q):
     formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3]}
     assert emulation(config, sizes(config.tokens + 3, 99, 1300, p, q, **formats)) is None
     assert emulation(config, sizes(1, 130, 100, p, q, dtype="float16")) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "p", "q", "group_size"),
+    [(cuda.GroupedConfig(1, 8, 4, 1), 2, 4, 128), (cuda.GroupedConfig(2, 16, 2, 2), 1, 2, 256)],
+)
+def test_groups(emulation, config, p, q, group_size):
+    formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3], "group_size": group_size}
+    assert emulation(config, sizes(config.tokens + 1, 37, 1300, p, q, dtype="float32", **formats)) is None
+    assert emulation(config, sizes(1, 16, 640, p, q, dtype="float16", **formats)) is None
 
 
 @pytest.mark.parametrize("output", range(4))

@@ -96,6 +96,21 @@ Config = GemmConfig | SkinnyConfig | StreamConfig
 KINDS: dict[str, type[Config]] = {"gemm": GemmConfig, "skinny": SkinnyConfig, "stream": StreamConfig}
 
 
+@dataclass(frozen=True)
+class GroupedConfig:
+    """Of `stream_grouped.cu`: tiles of 16 rows and tokens of a block, its warps, groups whose loads are issued at once."""
+
+    row_tiles: int
+    tokens: int
+    warps: int = 8
+    unroll: int = 2
+
+    def fits(self, p: int, q: int, group_size: int) -> bool:
+        """Whether it takes p-bit weights and q-bit activations in such groups within registers."""
+        sums = self.row_tiles * self.tokens // 2 * (p + q)
+        return sums + 2 * self.row_tiles * p <= _MOST_REGISTERS // 2 and group_size <= 1024
+
+
 class _Common(ctypes.Structure):
     _fields_ = [
         ("y", ctypes.c_void_p),
@@ -133,6 +148,20 @@ class _StreamArguments(ctypes.Structure):
     ]
 
 
+class _GroupedArguments(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("common", _Common),
+        ("tokens", ctypes.c_int),
+        ("rows", ctypes.c_int),
+        ("words", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("groups", ctypes.c_int),
+        ("affine", ctypes.c_int * 4),
+    ]
+
+
 def missing() -> str | None:
     """Why the kernels can't run here, or None."""
     if (reason := cuda_missing()) is not None:
@@ -155,10 +184,13 @@ def supports(
     group_size: int,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether the kernels take the call: one group, and where they are expected to be faster than int8 products."""
-    if x_sums.shape[1] != 1 or x.data_ptr() % 16 or weight.data_ptr() % 16:
+    """Whether the kernels take the call, and are expected to be faster than int8 products."""
+    if x.data_ptr() % 16 or weight.data_ptr() % 16:
         return False
-    return choose(x.shape[1], weight.shape[1], length, weight.shape[0], x.shape[0]) is not None
+    p, q, tokens = weight.shape[0], x.shape[0], x.shape[1]
+    if x_sums.shape[1] > 1:
+        return choose_grouped(tokens, p, q, group_size) is not None
+    return choose(tokens, weight.shape[1], length, p, q) is not None
 
 
 def bit_plane_linear(
@@ -175,11 +207,15 @@ def bit_plane_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.bit_plane_linear`."""
-    config = choose(x.shape[1], weight.shape[1], length, weight.shape[0], x.shape[0])
+    p, q, tokens = weight.shape[0], x.shape[0], x.shape[1]
+    operands = x, weight, x_sums, weight_sums, x_scale, weight_scale
+    if x_sums.shape[1] > 1:
+        grouped = choose_grouped(tokens, p, q, group_size)
+        assert grouped is not None
+        return run_grouped(grouped, *operands, length, x_format, weight_format, group_size, dtype)
+    config = choose(tokens, weight.shape[1], length, p, q)
     assert config is not None
-    return run(
-        config, x, weight, x_sums, weight_sums, x_scale, weight_scale, length, x_format, weight_format, dtype
-    )
+    return run(config, *operands, length, x_format, weight_format, dtype)
 
 
 def run(
@@ -230,6 +266,39 @@ def run(
     kernel = _stream(config, p, q, output).kernel("bit_plane_stream", device)
     shared = 64 * config.row_tiles * config.tokens
     kernel.launch(blocks, 32 * config.warps, shared, streamed, overlap=True)
+    return y
+
+
+def run_grouped(
+    config: GroupedConfig,
+    x: Tensor,
+    weight: Tensor,
+    x_sums: Tensor,
+    weight_sums: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    length: int,
+    x_format: str,
+    weight_format: str,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The product with scales for groups by a given configuration."""
+    x, weight, x_sums, weight_sums = (t.contiguous() for t in (x, weight, x_sums, weight_sums))
+    (q, tokens, words), (p, rows, _) = x.shape, weight.shape
+    y = torch.empty(tokens, rows, dtype=dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    scales = [s.float().contiguous() for s in (x_scale, weight_scale) if s is not None]
+    common = _Common(y.data_ptr(), x_sums.data_ptr(), weight_sums.data_ptr(), *(s.data_ptr() for s in scales))
+    affine = (ctypes.c_int * 4)(*affine_product(x_format, weight_format, q, p))
+    sizes = tokens, rows, words, length, x_sums.shape[1]
+    arguments = _GroupedArguments(x.data_ptr(), weight.data_ptr(), common, *sizes, affine)
+    blocks = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
+    module = _grouped(config, p, q, group_size // 128, _OUTPUTS[dtype])
+    kernel = module.kernel("bit_plane_stream_grouped", x.device.index)
+    shared = 64 * config.row_tiles * config.tokens * config.warps
+    kernel.launch(blocks, 32 * config.warps, shared, arguments, overlap=True)
     return y
 
 
@@ -322,6 +391,16 @@ def choose(tokens: int, rows: int, length: int, p: int, q: int) -> Config | None
     return KINDS[entry["kernel"]](**{name: value for name, value in entry.items() if name != "kernel"})
 
 
+def choose_grouped(tokens: int, p: int, q: int, group_size: int) -> GroupedConfig | None:
+    """The configuration for scales of groups, or None where int8 products are expected to be faster."""
+    if tokens > 32:
+        return None
+    for config in (GroupedConfig(1, 8 if tokens <= 8 else 16), GroupedConfig(1, 8, unroll=1)):
+        if config.fits(p, q, group_size):
+            return config
+    return None
+
+
 def heuristic(tokens: int, rows: int, p: int, q: int) -> Config | None:
     """`choose` for widths that are not tuned."""
     if tokens <= 32:
@@ -336,6 +415,25 @@ def heuristic(tokens: int, rows: int, p: int, q: int) -> Config | None:
     if tokens <= 128:
         return GemmConfig(1, 64, 2 if p % 2 == 0 else 1, 2 if q % 2 == 0 else 1, stages=6)
     return GemmConfig(2, 128, stages=6) if tokens * rows <= 256 * 8192 else GemmConfig(2, 256)
+
+
+def grouped_defines(config: GroupedConfig, p: int, q: int, pieces: int, output: int) -> dict[str, int]:
+    return {
+        "ROW_TILES": config.row_tiles,
+        "TOKENS": config.tokens,
+        "W_BITS": p,
+        "X_BITS": q,
+        "WARPS": config.warps,
+        "UNROLL": config.unroll,
+        "GROUP_PIECES": pieces,
+        "OUTPUT": output,
+    }
+
+
+@functools.cache
+def _grouped(config: GroupedConfig, p: int, q: int, pieces: int, output: int) -> Module:
+    defines = grouped_defines(config, p, q, pieces, output)
+    return Module(Path(__file__).with_name("stream_grouped.cu"), defines, _HEADERS)
 
 
 @functools.cache

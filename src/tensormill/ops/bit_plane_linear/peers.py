@@ -53,7 +53,7 @@ def _int_mm(*arguments: Any) -> Callable[[], Tensor]:
     wide = _integers(weight, length, weight_format).to(torch.int8).t()
     activations = _integers(x, length, x_format).to(torch.int8)
     if x.is_cuda and activations.shape[0] <= 16:  # the function takes no fewer than 17 rows
-        activations = torch.nn.functional.pad(activations, (0, 0, 0, 17 - activations.shape[0]))
+        activations = torch.nn.functional.pad(activations, (0, 0, 0, 32 - activations.shape[0]))
     return lambda: torch._int_mm(activations, wide)
 
 

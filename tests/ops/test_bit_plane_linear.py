@@ -388,11 +388,11 @@ def check(kernel, warps, stages, types, constants):
 
 data = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*fp16", "x_sums_ptr": "*i32", "w_sums_ptr": "*i32",
         "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32"}
-for m, n, warps, stages, steps in ((128, 128, 8, 3, 0), (16, 64, 4, 4, 1)):
+for m, n, warps, stages, steps in ((128, 128, 8, 3, 0),):
     check(linear._gemm_kernel, warps, stages, data,
           {"SCALED": True, "STEPS": steps, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 128, "BAND": 8})
 check(linear._expand_kernel, 8, 3, {"planes_ptr": "*i32", "bytes_ptr": "*i8"}, {"BITS": 4, "BLOCK": 256})
-for bits, format, block, whole in ((2, 2, 16384, True), (8, 1, 4096, False)):
+for bits, format, block, whole in ((4, 2, 16384, True),):
     check(quantize._quantize_kernel, block // 1024, 3,
           {"x_ptr": "*bf16", "planes_ptr": "*u8", "sums_ptr": "*i32", "scale_ptr": "*fp32"},
           {"BITS": bits, "FORMAT": format, "BLOCK": block, "WHOLE": whole})
@@ -404,7 +404,7 @@ def test_triton_kernels_compile_for_hopper():
     with tempfile.TemporaryDirectory() as folder:
         output = run(COMPILE, TRITON_CACHE_DIR=folder, TRITON_DEFAULT_FP_FUSION="1")
     reports = [json.loads(line) for line in output.splitlines() if re.match(r"\{", line)]
-    assert len(reports) == 5
+    assert len(reports) == 3
     assert reports[0]["wgmma"]
     for report in reports:
         assert report["shared"] <= 227 << 10, report

@@ -70,74 +70,70 @@ def sizes(tokens, rows, length, p, q, **more):
     }
 
 
+# A build of a kernel takes g++ a second: each has one output type, and sizes that need no second one.
 @pytest.mark.parametrize(
-    ("config", "p", "q"),
+    ("config", "p", "q", "rows", "dtype"),
     [
-        (Gemm(1, 32, stages=3), 3, 2),
-        (Gemm(2, 64, stages=2), 1, 1),
-        (Gemm(1, 64, 2, 2, stages=2), 2, 4),
-        (Gemm(2, 32, 1, 2, stages=2), 2, 2),
+        (
+            Gemm(1, 32, stages=3),
+            3,
+            2,
+            99,
+            "int32",
+        ),  # several levels, a ring that wraps, rows in twos and fours
+        (Gemm(2, 64, 2, 2, stages=2), 2, 4, 132, "float16"),  # blocks of planes, two consumers, several tiles
+        (Skinny(1, 16, stages=3), 3, 1, 99, "int32"),
+        (Skinny(2, 8, 2, stages=2), 2, 3, 99, "bfloat16"),
+        (Stream(1, 4, 4, 1), 3, 2, 37, "int32"),
+        (Stream(2, 8, 2), 2, 2, 37, "float32"),
+    ],
+    ids=str,
+)
+def test_kernels(emulation, config, p, q, rows, dtype):
+    formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3], "dtype": dtype}
+    tokens = 70 if isinstance(config, Gemm) else config.tokens + 3
+    assert emulation(config, sizes(tokens, rows, 1300, p, q, **formats)) is None
+    assert emulation(config, sizes(1, rows + 4, 100, p, q, **formats)) is None
+
+
+def test_groups(emulation):
+    config, formats = cuda.GroupedConfig(2, 8, 2, 2), {"weight_format": "bipolar", "x_format": "signed"}
+    formats |= {"group_size": 256, "dtype": "float32"}
+    assert emulation(config, sizes(9, 37, 1300, 2, 3, **formats)) is None
+    assert emulation(config, sizes(1, 16, 640, 2, 3, **formats)) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "instructions"),
+    [
+        (lambda: cuda._gemm(Gemm(2, 256), 2, True), "gemm", ["BGMMA.64x256x256.AND.POPC", "STG.E.64"]),
+        (
+            lambda: cuda._gemm(Gemm(2, 128, stages=3, blocks=2), 2, True),
+            "gemm",
+            ["BGMMA.64x128x256.AND.POPC"],
+        ),
+        (lambda: cuda._skinny(Skinny(1, 16, 2, 4), 4, 2), "skinny", ["BGMMA.64x64x256.AND.POPC"]),
+        (lambda: cuda._stream(Stream(1, 16), 2, 2, 2), "stream", ["BMMA.168256.AND.POPC", "LDG.E.128"]),
+        (
+            lambda: cuda._grouped(cuda.GroupedConfig(1, 8), 2, 8, 1, 2),
+            "stream_grouped",
+            ["BMMA.168128.AND.POPC"],
+        ),
     ],
 )
-def test_gemm(emulation, config, p, q):
-    formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3]}
-    assert emulation(config, sizes(70, 99, 1300, p, q, **formats)) is None
-    assert emulation(config, sizes(1, 68, 100, p, q, dtype="float16")) is None
-
-
-@pytest.mark.parametrize(
-    ("config", "p", "q"),
-    [
-        (Stream(1, 1), 2, 8),
-        (Stream(1, 4, 4, 1), 3, 2),
-        (Stream(2, 8, 2), 2, 2),
-        (Stream(1, 16, 4), 1, 4),
-    ],
-)
-def test_stream(emulation, config, p, q):
-    formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3]}
-    assert emulation(config, sizes(config.tokens + 1, 37, 1300, p, q, **formats)) is None
-    assert emulation(config, sizes(config.tokens, 32, 130, p, q, dtype="bfloat16")) is None
-
-
-@pytest.mark.parametrize(
-    ("config", "p", "q"),
-    [
-        (Skinny(1, 16, stages=3), 3, 1),
-        (Skinny(2, 8, 2, stages=2), 2, 3),
-        (Skinny(1, 64, stages=2), 2, 2),
-    ],
-)
-def test_skinny(emulation, config, p, q):
-    formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3]}
-    assert emulation(config, sizes(config.tokens + 3, 99, 1300, p, q, **formats)) is None
-    assert emulation(config, sizes(1, 130, 100, p, q, dtype="float16")) is None
-
-
-@pytest.mark.parametrize(
-    ("config", "p", "q", "group_size"),
-    [(cuda.GroupedConfig(1, 8, 4, 1), 2, 4, 128), (cuda.GroupedConfig(2, 16, 2, 2), 1, 2, 256)],
-)
-def test_groups(emulation, config, p, q, group_size):
-    formats = {"weight_format": FORMATS[p % 3], "x_format": FORMATS[(p + q) % 3], "group_size": group_size}
-    assert emulation(config, sizes(config.tokens + 1, 37, 1300, p, q, dtype="float32", **formats)) is None
-    assert emulation(config, sizes(1, 16, 640, p, q, dtype="float16", **formats)) is None
-
-
-@pytest.mark.parametrize("output", range(4))
-def test_gemm_compiles(output):
-    """Products of single bits from shared memory, nothing spilled, results written eight bytes at a time."""
-    code = compile_or_skip(cuda._gemm(Gemm(2, 256), output, True), "sm_90a")
-    assert resources(code)["bit_plane_gemm"].stack == 0
+def test_compiles(make, name, instructions):
+    """Native products of single bits, nothing spilled."""
+    code = compile_or_skip(make(), "sm_90a")
+    assert resources(code)[f"bit_plane_{name}"].stack == 0
     listing = disassembly(code)
-    assert "BGMMA.64x256x256.AND.POPC" in listing and "STG.E.64" in listing
+    assert all(instruction in listing for instruction in instructions)
 
 
-@pytest.mark.parametrize(("p", "q"), [(1, 1), (2, 2), (4, 8)])
-def test_stream_compiles(p, q):
-    config = cuda.heuristic(16, 4096, p, q)
-    assert isinstance(config, Stream)
-    code = compile_or_skip(cuda._stream(config, p, q, 2), "sm_90a")
-    assert resources(code)["bit_plane_stream"].stack == 0
-    listing = disassembly(code)
-    assert "BMMA.168256.AND.POPC" in listing and "LDG.E.128" in listing
+def test_choice():
+    """Tuned for the next larger number of tokens and the most similar layer; what fits, for every width."""
+    for p in range(1, 9):
+        for q in range(1, 9):
+            for tokens in (1, 3, 16, 33, 100, 1000, 10000):
+                config = cuda.choose(tokens, 4096, 4096, p, q)
+                assert config is None or config.fits(p, q)
+                assert cuda.choose_grouped(tokens, p, q, 128) is None or tokens <= 32

@@ -14,6 +14,7 @@ from tensormill.ops.correctness import deviation, upcast
 cuda = importlib.import_module("tensormill.ops.bit_plane_linear.cuda")
 Gemm, Skinny, Stream = cuda.GemmConfig, cuda.SkinnyConfig, cuda.StreamConfig
 OPERATOR = OPERATORS["bit_plane_linear"]
+HALF = cuda.Results(output=2, scale=0)
 FORMATS = ("unsigned", "signed", "bipolar")
 
 
@@ -106,16 +107,16 @@ def test_groups(emulation):
 @pytest.mark.parametrize(
     ("make", "name", "instructions"),
     [
-        (lambda: cuda._gemm(Gemm(2, 256), 2, True), "gemm", ["BGMMA.64x256x256.AND.POPC", "STG.E.64"]),
+        (lambda: cuda._gemm(Gemm(2, 256), HALF, True), "gemm", ["BGMMA.64x256x256.AND.POPC", "STG.E.64"]),
         (
-            lambda: cuda._gemm(Gemm(2, 128, stages=3, blocks=2), 2, True),
+            lambda: cuda._gemm(Gemm(2, 128, stages=3, blocks=2), HALF, True),
             "gemm",
             ["BGMMA.64x128x256.AND.POPC"],
         ),
-        (lambda: cuda._skinny(Skinny(1, 16, 2, 4), 4, 2), "skinny", ["BGMMA.64x64x256.AND.POPC"]),
-        (lambda: cuda._stream(Stream(1, 16), 2, 2, 2), "stream", ["BMMA.168256.AND.POPC", "LDG.E.128"]),
+        (lambda: cuda._skinny(Skinny(1, 16, 2, 4), 4, HALF), "skinny", ["BGMMA.64x64x256.AND.POPC"]),
+        (lambda: cuda._stream(Stream(1, 16), 2, 2, HALF), "stream", ["BMMA.168256.AND.POPC", "LDG.E.128"]),
         (
-            lambda: cuda._grouped(cuda.GroupedConfig(1, 8), 2, 8, 1, 2),
+            lambda: cuda._grouped(cuda.GroupedConfig(1, 8), 2, 8, 1, HALF),
             "stream_grouped",
             ["BMMA.168128.AND.POPC"],
         ),

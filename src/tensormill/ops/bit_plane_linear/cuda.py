@@ -18,6 +18,7 @@ from tensormill.cuda import DEVICE_HEADER, Module, cuda_missing, multiprocessors
 from tensormill.ops.bit_planes import affine_product
 
 _HEADERS = tuple(DEVICE_HEADER.with_name(name) for name in ("hopper.cuh", "bits.cuh"))
+_SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OUTPUTS = {torch.int32: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _MOST_SHARED = 227 << 10  # bytes of shared memory of a block
 _MOST_REGISTERS = 200  # of a thread, for sums and weights in `stream.cu`
@@ -238,17 +239,16 @@ def run(
     y = torch.empty(tokens, rows, dtype=dtype, device=x.device)
     if y.numel() == 0:
         return y
-    scales = [None if s is None else s.float().contiguous() for s in (x_scale, weight_scale)]
-    pointers = [None if s is None else s.data_ptr() for s in scales]
-    common = _Common(y.data_ptr(), x_sums.data_ptr(), weight_sums.data_ptr(), *pointers)
+    scales, results = _scales(x_scale, weight_scale, dtype)
+    common = _Common(y.data_ptr(), x_sums.data_ptr(), weight_sums.data_ptr(), *(s.data_ptr() for s in scales))
     affine = (ctypes.c_int * 4)(*affine_product(x_format, weight_format, q, p))
     affine[3] *= length
-    device, output = x.device.index, _OUTPUTS[dtype]
+    device = x.device.index
     if isinstance(config, SkinnyConfig):
         maps = _plane_map(x, config.tokens), _plane_map(weight, 64 * config.warpgroups)
         arguments = _GemmArguments(*maps, common, tokens, rows, words, q, p, affine)
         blocks = (-(-rows // (64 * config.warpgroups)), -(-tokens // config.tokens), 1)
-        kernel = _skinny(config, q, output).kernel("bit_plane_skinny", device)
+        kernel = _skinny(config, q, results).kernel("bit_plane_skinny", device)
         threads = 128 * config.warpgroups + 32
         kernel.launch(blocks, threads, config.shared(q), arguments, overlap=True)
         return y
@@ -257,13 +257,13 @@ def run(
         arguments = _GemmArguments(*maps, common, tokens, rows, words, q, p, affine)
         tiles = -(-tokens // (64 * config.warpgroups)) * -(-rows // config.rows)
         grid = min(tiles, multiprocessors(device) * config.blocks)
-        kernel = _gemm(config, output, rows % 4 == 0).kernel("bit_plane_gemm", device)
+        kernel = _gemm(config, results, rows % 4 == 0).kernel("bit_plane_gemm", device)
         threads = 128 * config.warpgroups + 32
         kernel.launch(grid, threads, config.shared, arguments, overlap=True)
         return y
     streamed = _StreamArguments(x.data_ptr(), weight.data_ptr(), common, tokens, rows, words, affine)
     blocks = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
-    kernel = _stream(config, p, q, output).kernel("bit_plane_stream", device)
+    kernel = _stream(config, p, q, results).kernel("bit_plane_stream", device)
     shared = 64 * config.row_tiles * config.tokens
     kernel.launch(blocks, 32 * config.warps, shared, streamed, overlap=True)
     return y
@@ -289,17 +289,36 @@ def run_grouped(
     y = torch.empty(tokens, rows, dtype=dtype, device=x.device)
     if y.numel() == 0:
         return y
-    scales = [s.float().contiguous() for s in (x_scale, weight_scale) if s is not None]
+    scales, results = _scales(x_scale, weight_scale, dtype)
     common = _Common(y.data_ptr(), x_sums.data_ptr(), weight_sums.data_ptr(), *(s.data_ptr() for s in scales))
     affine = (ctypes.c_int * 4)(*affine_product(x_format, weight_format, q, p))
     sizes = tokens, rows, words, length, x_sums.shape[1]
     arguments = _GroupedArguments(x.data_ptr(), weight.data_ptr(), common, *sizes, affine)
     blocks = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
-    module = _grouped(config, p, q, group_size // 128, _OUTPUTS[dtype])
+    module = _grouped(config, p, q, group_size // 128, results)
     kernel = module.kernel("bit_plane_stream_grouped", x.device.index)
     shared = 64 * config.row_tiles * config.tokens * config.warps
     kernel.launch(blocks, 32 * config.warps, shared, arguments, overlap=True)
     return y
+
+
+@dataclass(frozen=True)
+class Results:
+    """Types of the result and of the scales, as the kernels' macros have them."""
+
+    output: int
+    scale: int
+
+
+def _scales(
+    x_scale: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
+) -> tuple[list[Tensor], Results]:
+    """Contiguous scales of one type, and the types of results and scales."""
+    given = [s for s in (x_scale, weight_scale) if s is not None]
+    if len({s.dtype for s in given}) > 1:
+        given = [s.float() for s in given]
+    scale = _SCALES[given[0].dtype] if given else 0
+    return [s.contiguous() for s in given], Results(_OUTPUTS[dtype], scale)
 
 
 _maps: dict[tuple[int, int, int, int], Any] = {}
@@ -318,7 +337,7 @@ def _plane_map(planes: Tensor, box: int) -> Any:
     return found
 
 
-def gemm_defines(config: GemmConfig, output: int, aligned: bool) -> dict[str, int]:
+def gemm_defines(config: GemmConfig, results: Results, aligned: bool) -> dict[str, int]:
     return {
         "WARPGROUPS": config.warpgroups,
         "BLOCK_ROWS": config.rows,
@@ -326,25 +345,27 @@ def gemm_defines(config: GemmConfig, output: int, aligned: bool) -> dict[str, in
         "X_PLANES": config.x_planes,
         "STAGES": config.stages,
         "BLOCKS": config.blocks,
-        "OUTPUT": output,
+        "OUTPUT": results.output,
+        "SCALE": results.scale,
         "ALIGNED": int(aligned),
         "SHARED_BYTES": config.shared,
     }
 
 
-def skinny_defines(config: SkinnyConfig, q: int, output: int) -> dict[str, int]:
+def skinny_defines(config: SkinnyConfig, q: int, results: Results) -> dict[str, int]:
     return {
         "WARPGROUPS": config.warpgroups,
         "TOKENS": config.tokens,
         "X_BITS": q,
         "W_PLANES": config.w_planes,
         "STAGES": config.stages,
-        "OUTPUT": output,
+        "OUTPUT": results.output,
+        "SCALE": results.scale,
         "SHARED_BYTES": config.shared(q),
     }
 
 
-def stream_defines(config: StreamConfig, p: int, q: int, output: int) -> dict[str, int]:
+def stream_defines(config: StreamConfig, p: int, q: int, results: Results) -> dict[str, int]:
     return {
         "ROW_TILES": config.row_tiles,
         "TOKENS": config.tokens,
@@ -352,7 +373,8 @@ def stream_defines(config: StreamConfig, p: int, q: int, output: int) -> dict[st
         "X_BITS": q,
         "WARPS": config.warps,
         "UNROLL": config.unroll,
-        "OUTPUT": output,
+        "OUTPUT": results.output,
+        "SCALE": results.scale,
     }
 
 
@@ -417,7 +439,7 @@ def heuristic(tokens: int, rows: int, p: int, q: int) -> Config | None:
     return GemmConfig(2, 128, stages=6) if tokens * rows <= 256 * 8192 else GemmConfig(2, 256)
 
 
-def grouped_defines(config: GroupedConfig, p: int, q: int, pieces: int, output: int) -> dict[str, int]:
+def grouped_defines(config: GroupedConfig, p: int, q: int, pieces: int, results: Results) -> dict[str, int]:
     return {
         "ROW_TILES": config.row_tiles,
         "TOKENS": config.tokens,
@@ -426,26 +448,27 @@ def grouped_defines(config: GroupedConfig, p: int, q: int, pieces: int, output: 
         "WARPS": config.warps,
         "UNROLL": config.unroll,
         "GROUP_PIECES": pieces,
-        "OUTPUT": output,
+        "OUTPUT": results.output,
+        "SCALE": results.scale,
     }
 
 
 @functools.cache
-def _grouped(config: GroupedConfig, p: int, q: int, pieces: int, output: int) -> Module:
-    defines = grouped_defines(config, p, q, pieces, output)
+def _grouped(config: GroupedConfig, p: int, q: int, pieces: int, results: Results) -> Module:
+    defines = grouped_defines(config, p, q, pieces, results)
     return Module(Path(__file__).with_name("stream_grouped.cu"), defines, _HEADERS)
 
 
 @functools.cache
-def _gemm(config: GemmConfig, output: int, aligned: bool) -> Module:
-    return Module(Path(__file__).with_name("gemm.cu"), gemm_defines(config, output, aligned), _HEADERS)
+def _gemm(config: GemmConfig, results: Results, aligned: bool) -> Module:
+    return Module(Path(__file__).with_name("gemm.cu"), gemm_defines(config, results, aligned), _HEADERS)
 
 
 @functools.cache
-def _skinny(config: SkinnyConfig, q: int, output: int) -> Module:
-    return Module(Path(__file__).with_name("skinny.cu"), skinny_defines(config, q, output), _HEADERS)
+def _skinny(config: SkinnyConfig, q: int, results: Results) -> Module:
+    return Module(Path(__file__).with_name("skinny.cu"), skinny_defines(config, q, results), _HEADERS)
 
 
 @functools.cache
-def _stream(config: StreamConfig, p: int, q: int, output: int) -> Module:
-    return Module(Path(__file__).with_name("stream.cu"), stream_defines(config, p, q, output), _HEADERS)
+def _stream(config: StreamConfig, p: int, q: int, results: Results) -> Module:
+    return Module(Path(__file__).with_name("stream.cu"), stream_defines(config, p, q, results), _HEADERS)

@@ -15,7 +15,8 @@
 // All formats are affine in the unsigned codes: y = alpha U + beta_x sum_k u_x + beta_w sum_k u_w + gamma, in
 // arithmetic modulo 2^32, which is exact because y itself fits.
 //
-// OUTPUT: 0 int32, 1 float32, 2 float16, 3 bfloat16; the last three are scaled by x_scale[m] weight_scale[n].
+// OUTPUT: 0 int32, 1 float32, 2 float16, 3 bfloat16; the last three are scaled by x_scale[m] weight_scale[n],
+// which are float32, float16 or bfloat16 (SCALE 0, 1, 2).
 // ALIGNED: whether the rows of weights are a multiple of four, so that four columns of y can be written at once.
 #include "bits.cuh"
 
@@ -44,8 +45,8 @@ struct Arguments {
     void* y;
     const int* x_sums;
     const int* weight_sums;
-    const float* x_scale;
-    const float* weight_scale;
+    const void* x_scale;
+    const void* weight_scale;
     int tokens, rows, words, x_bits, weight_bits;
     int alpha, beta_x, beta_w, gamma;
 };
@@ -134,14 +135,14 @@ KERNEL(bit_plane_gemm, CONSUMERS + 32, BLOCKS, Arguments) {
             for (int half = 0; half < 2; half++) {
                 const int m = tile.token + row_of_lane + 8 * half;
                 own[half] = m < p.tokens && p.beta_x != 0 ? p.beta_x * p.x_sums[m] : 0;
-                scale[half] = OUTPUT != 0 && m < p.tokens ? p.x_scale[m] : 0.0f;
+                scale[half] = OUTPUT != 0 && m < p.tokens ? load_float<SCALE>(p.x_scale, m) : 0.0f;
             }
             for (int c = thread_index(); c < ROWS; c += CONSUMERS) {
                 const int n = tile.row + c;
                 const bool inside = n < p.rows;
                 const uint32_t to = columns + 8 * (c & ~1) + 4 * (c & 1);
                 store_shared(to, (inside && p.beta_w != 0 ? p.beta_w * p.weight_sums[n] : 0) + p.gamma);
-                store_shared(to + 8, OUTPUT != 0 && inside ? float_to_bits(p.weight_scale[n]) : 0);
+                store_shared(to + 8, OUTPUT != 0 && inside ? float_to_bits(load_float<SCALE>(p.weight_scale, n)) : 0);
             }
 #pragma unroll
             for (int s = 0; s < SETS; s++)

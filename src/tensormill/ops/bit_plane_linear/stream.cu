@@ -28,8 +28,8 @@ struct Arguments {
     void* y;
     const int* x_sums;
     const int* weight_sums;
-    const float* x_scale;
-    const float* weight_scale;
+    const void* x_scale;
+    const void* weight_scale;
     int tokens, rows, words;
     int alpha, beta_x, beta_w, gamma;
 };
@@ -44,7 +44,7 @@ KERNEL(bit_plane_stream, THREADS, 1, Arguments) {
     allow_next_kernel();
     const int n = first_row + thread_index() % ROWS;  // row of this thread's results
     const int row_sum = p.beta_w != 0 && n < p.rows ? p.beta_w * p.weight_sums[n] : 0;
-    const float row_scale = OUTPUT != 0 && n < p.rows ? p.weight_scale[n] : 0.0f;
+    const float row_scale = OUTPUT != 0 && n < p.rows ? load_float<SCALE>(p.weight_scale, n) : 0.0f;
     synchronize();
 
     // Rows, tokens and columns beyond the last repeat it; their results are not written.
@@ -100,7 +100,7 @@ KERNEL(bit_plane_stream, THREADS, 1, Arguments) {
     for (int i = 0; i < RESULTS; i++) {
         const int m = first_token + (thread_index() + i * THREADS) / ROWS;
         token_sum[i] = p.beta_x != 0 && m < p.tokens ? p.beta_x * p.x_sums[m] : 0;
-        token_scale[i] = OUTPUT != 0 && m < p.tokens ? p.x_scale[m] : 0.0f;
+        token_scale[i] = OUTPUT != 0 && m < p.tokens ? load_float<SCALE>(p.x_scale, m) : 0.0f;
     }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++)

@@ -69,13 +69,13 @@ def candidates(tokens: int, p: int, q: int) -> list[Any]:
 
 
 def module(config: Any, p: int, q: int) -> Any:
-    output = kernels._OUTPUTS[OUTPUT]
+    results = kernels.Results(kernels._OUTPUTS[OUTPUT], 0)
     if isinstance(config, Gemm):
-        return kernels._gemm(config, output, True)
+        return kernels._gemm(config, results, True)
     return (
-        kernels._skinny(config, q, output)
+        kernels._skinny(config, q, results)
         if isinstance(config, Skinny)
-        else kernels._stream(config, p, q, output)
+        else kernels._stream(config, p, q, results)
     )
 
 

@@ -9,13 +9,15 @@
 from tensormill.models.decoding.greedy import GreedyRunner, greedy_tokens
 from tensormill.models.decoding.plain import PlainDecoder
 from tensormill.models.decoding.prepared import PreparedDecoder, prepare_for_decoding, why_not_prepared
-
+from tensormill.models.decoding.speed import DecodingSpeed, compare_decoding
 from tensormill.models.decoding.synthetic import dense_copy, random_llama
 
 __all__ = [
+    "DecodingSpeed",
     "GreedyRunner",
     "PlainDecoder",
     "PreparedDecoder",
+    "compare_decoding",
     "dense_copy",
     "greedy_tokens",
     "prepare_for_decoding",

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensormill.errors import ModelError
 
@@ -28,15 +28,15 @@ class PlainDecoder:
 
     label = "plain"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         taken = inspect.signature(model.forward).parameters
         if "past_key_values" not in taken:
             raise ModelError(
                 f"given a {type(model).__name__}, whose forward takes no past_key_values, expected a causal language "
                 "model of transformers"
             )
-        self.model: Any = model
-        self.config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self.model = model
+        self.config = self.model.config.get_text_config()
         weight = self.model.get_input_embeddings().weight
         self.device, self.dtype = weight.device, weight.dtype
         self.vocabulary = int(self.config.vocab_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -65,7 +64,9 @@ def why_not_prepared(model: nn.Module) -> str | None:
     if getattr(config, "hidden_act", "silu") != "silu":
         return f"its MLP has the activation {config.hidden_act}, not silu"
     kinds = getattr(config, "layer_types", None)
-    windowed = set(kinds) != {"full_attention"} if kinds else getattr(config, "sliding_window", None) is not None
+    windowed = (
+        set(kinds) != {"full_attention"} if kinds else getattr(config, "sliding_window", None) is not None
+    )
     if windowed and (kind != "qwen2" or getattr(config, "use_sliding_window", True)):
         return "some of its attention is over a sliding window"
     rotary = getattr(model.get_submodule("model.rotary_emb"), "rope_type", None)
@@ -249,12 +250,3 @@ class PreparedDecoder:
 def _add_norm(x: Tensor, stream: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     normed, total = add_rms_norm(x, stream, norm.weight, norm.variance_epsilon)
     return normed, total
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes that one decoding step reads of a model's weights: all of them, but of an embedding only single rows."""
-    embedding = cast(Any, model).get_input_embeddings()
-    tied = embedding.weight is getattr(cast(Any, model).get_output_embeddings(), "weight", None)
-    tensors: Sequence[Tensor] = [*model.parameters(), *model.buffers()]
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return total if tied else total - embedding.weight.numel() * embedding.weight.element_size()

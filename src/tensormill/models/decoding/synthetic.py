@@ -90,14 +90,16 @@ def random_llama(
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to(dtype).eval()
+    model = cast(Any, model).to(dtype).eval()
     rotary = type(model.model.rotary_emb)(config=config)  # its angles are computed, not drawn
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and bits is not None and name != "lm_head":
             made = _packed(module, bits, group_size, symmetric, dtype, device, generator)
             model.set_submodule(name, made)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
-            module.weight = nn.Parameter(_normal(module.weight, dtype, device, generator), requires_grad=False)
+            module.weight = nn.Parameter(
+                _normal(module.weight, dtype, device, generator), requires_grad=False
+            )
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
             ones = torch.ones(module.weight.shape, dtype=dtype, device=device)
             module.weight = nn.Parameter(ones, requires_grad=False)
@@ -115,7 +117,9 @@ def dense_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, LinearWNA16):
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear = nn.Linear(
+                module.in_features, module.out_features, module.bias is not None, device="meta"
+            )
             kind = module.weight_scale.dtype if dtype is None else dtype
             linear.weight = nn.Parameter(module.dequantize(kind), requires_grad=False)
             if module.bias is not None:
@@ -135,7 +139,9 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
-def _normal(like: Tensor, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator) -> Tensor:
+def _normal(
+    like: Tensor, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
+) -> Tensor:
     """Weights that keep the size of activations; in half precision from the start, to be quick on a GPU."""
     drawn = torch.empty(like.shape, dtype=dtype, device=device).normal_(generator=generator)
     return drawn.mul_(like.shape[1] ** -0.5)
@@ -153,7 +159,12 @@ def _packed(
     rows, columns = linear.out_features, linear.in_features
     groups = 1 if group_size == -1 else columns // group_size
     words = torch.randint(
-        -(1 << 31), 1 << 31, (rows, packed_width(columns, bits)), dtype=torch.int32, device=device, generator=generator
+        -(1 << 31),
+        1 << 31,
+        (rows, packed_width(columns, bits)),
+        dtype=torch.int32,
+        device=device,
+        generator=generator,
     )
     # Uniform codes have the standard deviation 2^bits / sqrt(12).
     size = math.sqrt(12.0) / 2**bits * columns**-0.5

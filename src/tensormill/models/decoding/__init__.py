@@ -6,7 +6,7 @@
 - `random_llama` makes a model of any size in seconds, for where none is at hand.
 """
 
-from tensormill.models.decoding.greedy import GreedyRunner, greedy_tokens
+from tensormill.models.decoding.greedy import GreedyRunner, greedy_tokens, stream_greedy
 from tensormill.models.decoding.plain import PlainDecoder
 from tensormill.models.decoding.prepared import PreparedDecoder, prepare_for_decoding, why_not_prepared
 from tensormill.models.decoding.speed import DecodingSpeed, compare_decoding
@@ -22,5 +22,6 @@ __all__ = [
     "greedy_tokens",
     "prepare_for_decoding",
     "random_llama",
+    "stream_greedy",
     "why_not_prepared",
 ]

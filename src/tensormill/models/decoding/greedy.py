@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +45,11 @@ class GreedyRunner:
         capacity: tokens of a sequence, the prompt's included.
         graph: capture a CUDA graph; None does where there is a GPU.
         compile: compile the step with torch.compile (once, for tens of seconds).
+        repetition_penalty: divides the positive logits of tokens that are there already, and multiplies the negative
+            ones (Keskar et al., CTRL, 2019, arXiv 1909.05858); 1 is none.
+
+    Raises:
+        InvalidArgument: a batch, capacity or penalty that can't be.
 
     Attributes:
         captured: whether steps are replays of a graph.
@@ -51,8 +57,17 @@ class GreedyRunner:
     """
 
     def __init__(
-        self, decoder: Decoder, batch: int, capacity: int, *, graph: bool | None = None, compile: bool = False
+        self,
+        decoder: Decoder,
+        batch: int,
+        capacity: int,
+        *,
+        graph: bool | None = None,
+        compile: bool = False,
+        repetition_penalty: float = 1.0,
     ) -> None:
+        if not repetition_penalty > 0:
+            raise InvalidArgument(f"given repetition_penalty {repetition_penalty}, expected one above 0")
         if batch < 1 or capacity < 2:
             raise InvalidArgument(f"given batch {batch} and capacity {capacity}, expected at least 1 and 2")
         device = decoder.device
@@ -62,6 +77,11 @@ class GreedyRunner:
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
         self._length = 0
+        self._penalty = repetition_penalty
+        size = (batch, decoder.vocabulary)
+        self._present = (
+            None if repetition_penalty == 1 else torch.zeros(size, dtype=torch.bool, device=device)
+        )
         self._fixed = device.type == "cuda"
         self._step = torch.compile(decoder.step, dynamic=False) if compile else decoder.step
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -88,7 +108,9 @@ class GreedyRunner:
                 f"given prompts of shape {tuple(prompt.shape)}, expected ({self.batch}, 1 to {self.capacity - 1})"
             )
         logits = self.decoder.prefill(prompt, self._cache)
-        chosen = logits.argmax(-1, keepdim=True)
+        if self._present is not None:
+            self._present.zero_().scatter_(1, prompt, True)
+        chosen = self._choose(logits)
         self._tokens[:, :length] = prompt
         self._tokens[:, length : length + 1] = chosen
         self._token.copy_(chosen)
@@ -116,9 +138,19 @@ class GreedyRunner:
     @torch.no_grad()
     def _advance(self, length: int | None) -> None:
         logits = self._step(self._token, self._position, self._cache, length)
-        self._token.copy_(logits.argmax(-1, keepdim=True))
+        self._token.copy_(self._choose(logits))
         self._position.add_(1)
         self._tokens.index_copy_(1, self._position, self._token)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """(batch, 1), the most likely tokens."""
+        if self._present is None:
+            return logits.argmax(-1, keepdim=True)
+        wide = logits.float()
+        lowered = torch.where(wide < 0, wide * self._penalty, wide / self._penalty)
+        chosen = torch.where(self._present, lowered, wide).argmax(-1, keepdim=True)
+        self._present.scatter_(1, chosen, True)
+        return chosen
 
     def _capture(self) -> None:
         # Kernels are compiled, and libraries set up, by a prefill and steps that are forgotten again.
@@ -166,9 +198,51 @@ def greedy_tokens(
             f"given prompts of shape {tuple(prompt.shape)} and {new_tokens} new tokens, expected (batch, length) and "
             "at least 1"
         )
-    decoder: Decoder = prepare_for_decoding(model) if why_not_prepared(model) is None else PlainDecoder(model)
+    decoder = decoder_of(model)
     batch, length = prompt.shape
     runner = GreedyRunner(decoder, batch, length + new_tokens, graph=graph, compile=compile)
     runner.prefill(prompt.to(decoder.device))
     runner.decode(new_tokens - 1)
     return runner.tokens()
+
+
+def stream_greedy(
+    model: nn.Module,
+    prompt: Tensor,
+    new_tokens: int,
+    *,
+    stop: Collection[int] = (),
+    repetition_penalty: float = 1.0,
+) -> Iterator[int]:
+    """The most likely continuation of one prompt, each token as soon as it is known.
+
+    Args:
+        model: as for `greedy_tokens`.
+        prompt: (length,) int64.
+        new_tokens: tokens at most.
+        stop: tokens that end the sequence; they are given too.
+        repetition_penalty: see `GreedyRunner`.
+
+    Raises:
+        InvalidArgument: an empty prompt, or no token asked for.
+    """
+    if prompt.dim() != 1 or prompt.numel() < 1 or new_tokens < 1:
+        raise InvalidArgument(
+            f"given a prompt of shape {tuple(prompt.shape)} and {new_tokens} new tokens, expected (length,) and at least 1"
+        )
+    decoder = decoder_of(model)
+    capacity = prompt.numel() + new_tokens
+    runner = GreedyRunner(decoder, 1, capacity, repetition_penalty=repetition_penalty)
+    runner.prefill(prompt.to(decoder.device)[None])
+    for _ in range(new_tokens - 1):
+        token = int(runner.tokens()[0, -1])
+        yield token
+        if token in stop:
+            return
+        runner.decode(1)
+    yield int(runner.tokens()[0, -1])
+
+
+def decoder_of(model: nn.Module) -> Decoder:
+    """The model prepared for decoding where that can be done, else as transformers computes it."""
+    return prepare_for_decoding(model) if why_not_prepared(model) is None else PlainDecoder(model)

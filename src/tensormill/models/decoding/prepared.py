@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,10 +12,8 @@ from torch import Tensor, nn
 
 from tensormill.errors import ModelError
 from tensormill.models.decoding.stacking import stacked
-from tensormill.ops.add_rms_norm import operator as add_rms_norm
-from tensormill.ops.gated_silu import operator as gated_silu
+from tensormill.ops import OPERATORS
 from tensormill.ops.linear_wna16.module import LinearWNA16
-from tensormill.ops.rotate_heads import operator as rotate_heads
 
 #: Architectures whose blocks are computed as `PreparedDecoder` does.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -141,6 +140,13 @@ class PreparedDecoder:
         self.kv_heads = int(config.num_key_value_heads)
         norms = [layer.get_submodule("input_layernorm") for layer in layers] + [body.get_submodule("norm")]
         self._first_norm = norms[0]
+        names = ("add_rms_norm", "rotate_heads", "gated_silu")
+        fused: list[Callable[..., Any]] = [OPERATORS[name] for name in names]
+        if (
+            self.device.type == "cpu"
+        ):  # no kernels of ours: asking for one at every call would cost as much as the call
+            fused = [OPERATORS[name].reference for name in names]
+        self._add_rms_norm, self._rotate_heads, self._gated_silu = fused
         self._blocks = [self._block(layer, after) for layer, after in zip(layers, norms[1:], strict=True)]
 
     def _block(self, layer: nn.Module, after: nn.Module) -> _Block:
@@ -236,17 +242,16 @@ class PreparedDecoder:
             if block.query_norm is not None and block.key_norm is not None:
                 parts = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
                 heads = torch.cat([block.query_norm(parts[0]), block.key_norm(parts[1]), parts[2]], dim=2)
-            heads = rotate_heads(heads, cosine, sine, rotated)
+            heads = self._rotate_heads(heads, cosine, sine, rotated)
             fresh = heads[:, :, self.heads :].view(batch, length, 2, self.kv_heads, self.head_dim)
             kept.index_copy_(3, positions, fresh.permute(0, 2, 3, 1, 4))
             mixed = block.output(attend(heads[:, :, : self.heads], kept).reshape(batch, length, -1))
-            x, stream = _add_norm(mixed, stream, block.norm)
-            x = block.down(gated_silu(block.gate_up(x)))
-            x, stream = _add_norm(x, stream, block.next_norm)
+            x, stream = self._add_norm(mixed, stream, block.norm)
+            x = block.down(self._gated_silu(block.gate_up(x)))
+            x, stream = self._add_norm(x, stream, block.next_norm)
         logits: Tensor = self._head(x[:, -1])
         return logits
 
-
-def _add_norm(x: Tensor, stream: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    normed, total = add_rms_norm(x, stream, norm.weight, norm.variance_epsilon)
-    return normed, total
+    def _add_norm(self, x: Tensor, stream: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        normed, total = self._add_rms_norm(x, stream, norm.weight, norm.variance_epsilon)
+        return normed, total

@@ -53,14 +53,15 @@ class DecodingReport:
 
         columns = self._columns()
         for batch, length in dict.fromkeys((row.batch, row.prompt_tokens) for row in self.rows):
-            table = Table(box=None, padding=(0, 2, 0, 0))
-            table.add_column(f"batch {batch}, {length} prompt tokens", no_wrap=True, min_width=30)
+            table = Table(box=None, padding=(0, 1, 0, 0))
+            table.add_column("")
             for column in columns[3:]:
-                table.add_column(column, justify="right")
+                table.add_column(column, justify="right", no_wrap=True)
             for row in self.rows:
                 if (row.batch, row.prompt_tokens) == (batch, length):
                     cells = self._cells(row)
                     table.add_row(cells[0], *cells[3:])
+            console.print(f"\nbatch {batch}, prompts of {length} tokens", highlight=False)
             console.print(table)
         for note in self.notes():
             console.print(note, style="dim", markup=False, highlight=False)
@@ -68,10 +69,10 @@ class DecodingReport:
     def notes(self) -> list[str]:
         """What a reader must know to read the table."""
         notes = [
-            "prefill/s and decode/s: tokens per second of all sequences; first token: from prompts to first new tokens",
+            "first: from the prompts to the first new tokens; prefill/s, decode/s: tokens per second of all sequences",
             "prepared: stacked projections, fused norms, rotary embedding and gate; plain: transformers' own forward "
             "with SDPA and a static cache",
-            "limit: the weights and the cache read once per step, at the measured bandwidth",
+            "limit: share of the speed at which the weights and the cache can be read once per step",
         ]
         if any(row.captured for row in self.rows):
             notes.append("every step is the replay of a CUDA graph" + self._uncaptured())
@@ -100,9 +101,9 @@ class DecodingReport:
     def _columns(self) -> list[str]:
         first = self.rows[0].name
         memory = ["memory"] if any(row.peak_memory_bytes is not None for row in self.rows) else []
-        against = [f"{first} is faster"] if any(row.name != first for row in self.rows) else []
+        against = [f"{first} faster"] if any(row.name != first for row in self.rows) else []
         return [
-            "", "batch", "prompt", "first token", "prefill/s", "decode/s", "step", "of limit", *against, "weights", *memory
+            "", "batch", "prompt", "first", "prefill/s", "decode/s", "step", "limit", *against, "weights", *memory
         ]  # fmt: skip
 
     def _cells(self, row: DecodingSpeed) -> list[str]:
@@ -111,12 +112,12 @@ class DecodingReport:
             "": _label(row),
             "batch": str(row.batch),
             "prompt": str(row.prompt_tokens),
-            "first token": f"{format_value(row.first_token_seconds * 1e3)} ms",
+            "first": f"{format_value(row.first_token_seconds * 1e3)} ms",
             "prefill/s": format_value(row.prefill),
             "decode/s": format_value(row.decode, 4),
             "step": f"{format_value(row.step_seconds * 1e3)} ms",
-            "of limit": "-" if row.of_the_limit is None else f"{row.of_the_limit:.0%}",
-            f"{first.name} is faster": "" if row is first else f"{first.decode / row.decode:.2f}x",
+            "limit": "-" if row.of_the_limit is None else f"{row.of_the_limit:.0%}",
+            f"{first.name} faster": "" if row is first else f"{first.decode / row.decode:.2f}x",
             "weights": _bytes(row.model_bytes),
             "memory": "-" if row.peak_memory_bytes is None else _bytes(row.peak_memory_bytes),
         }

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tensormill.cli.app import Device, Json, app, print_json, resolve_device
-from tensormill.cli.compress import Dtype, dtype_named, widths
+from tensormill.cli.compress import Dtype, dtype_named
 from tensormill.cli.progress import progress_bar
 from tensormill.errors import InvalidArgument
 
@@ -70,7 +70,7 @@ def bench_model(
     if page is not None:
         check_files(page.parent, [page.name], overwrite=overwrite)
     where = resolve_device(device)
-    sizes, lengths = widths(batch, "--batch"), widths(prompt_tokens, "--prompt-tokens")
+    sizes, lengths = _numbers(batch, "--batch"), _numbers(prompt_tokens, "--prompt-tokens")
     if threads is not None:
         torch.set_num_threads(threads)
     warn_if_busy()
@@ -132,6 +132,13 @@ def bench_model(
         console.print(f"not prepared: {refused}", markup=False, style="dim")
     if page is not None:
         console.print(f"Page: {page}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise InvalidArgument(f"{option} {text!r} given, expected numbers such as 1,16") from None
 
 
 def _weights(bits: int | None, group_size: int, symmetric: bool, lm_head_bits: int | None) -> str:

@@ -140,13 +140,7 @@ class PreparedDecoder:
         self.kv_heads = int(config.num_key_value_heads)
         norms = [layer.get_submodule("input_layernorm") for layer in layers] + [body.get_submodule("norm")]
         self._first_norm = norms[0]
-        names = ("add_rms_norm", "rotate_heads", "gated_silu")
-        fused: list[Callable[..., Any]] = [OPERATORS[name] for name in names]
-        if (
-            self.device.type == "cpu"
-        ):  # no kernels of ours: asking for one at every call would cost as much as the call
-            fused = [OPERATORS[name].reference for name in names]
-        self._add_rms_norm, self._rotate_heads, self._gated_silu = fused
+        self._steps = _Steps.chosen(self.device, self.dtype)
         self._blocks = [self._block(layer, after) for layer, after in zip(layers, norms[1:], strict=True)]
 
     def _block(self, layer: nn.Module, after: nn.Module) -> _Block:
@@ -235,6 +229,8 @@ class PreparedDecoder:
     ) -> Tensor:
         batch, length = tokens.shape
         rotated = self.heads + self.kv_heads
+        # The compiler fuses the definitions with what is around them; kernels it leaves as they are.
+        steps = _DEFINITIONS if torch.compiler.is_compiling() else self._steps
         stream = self._embedding(tokens)
         x = self._first_norm(stream)
         for block, kept in zip(self._blocks, cache.layers, strict=True):
@@ -242,16 +238,41 @@ class PreparedDecoder:
             if block.query_norm is not None and block.key_norm is not None:
                 parts = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
                 heads = torch.cat([block.query_norm(parts[0]), block.key_norm(parts[1]), parts[2]], dim=2)
-            heads = self._rotate_heads(heads, cosine, sine, rotated)
+            heads = steps.rotate_heads(heads, cosine, sine, rotated)
             fresh = heads[:, :, self.heads :].view(batch, length, 2, self.kv_heads, self.head_dim)
             kept.index_copy_(3, positions, fresh.permute(0, 2, 3, 1, 4))
             mixed = block.output(attend(heads[:, :, : self.heads], kept).reshape(batch, length, -1))
-            x, stream = self._add_norm(mixed, stream, block.norm)
-            x = block.down(self._gated_silu(block.gate_up(x)))
-            x, stream = self._add_norm(x, stream, block.next_norm)
+            x, stream = _add_norm(steps.add_rms_norm, mixed, stream, block.norm)
+            x = block.down(steps.gated_silu(block.gate_up(x)))
+            x, stream = _add_norm(steps.add_rms_norm, x, stream, block.next_norm)
         logits: Tensor = self._head(x[:, -1])
         return logits
 
-    def _add_norm(self, x: Tensor, stream: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        normed, total = self._add_rms_norm(x, stream, norm.weight, norm.variance_epsilon)
-        return normed, total
+
+def _add_norm(
+    add_rms_norm: Callable[..., Any], x: Tensor, stream: Tensor, norm: Any
+) -> tuple[Tensor, Tensor]:
+    normed, total = add_rms_norm(x, stream, norm.weight, norm.variance_epsilon)
+    return normed, total
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What computes the steps between the matrix products."""
+
+    add_rms_norm: Callable[..., Any]
+    rotate_heads: Callable[..., Any]
+    gated_silu: Callable[..., Any]
+
+    @classmethod
+    def chosen(cls, device: torch.device, dtype: torch.dtype) -> _Steps:
+        """The implementations that take such tensors, chosen once: a choice per call would cost a CPU as much."""
+        row, heads = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((1, 2), (1, 1, 1, 2)))
+        return cls(
+            OPERATORS["add_rms_norm"].select(row, row, row[0], 1e-5).function,
+            OPERATORS["rotate_heads"].select(heads, row, row, 1).function,
+            OPERATORS["gated_silu"].select(row).function,
+        )
+
+
+_DEFINITIONS = _Steps(*(OPERATORS[name].reference for name in ("add_rms_norm", "rotate_heads", "gated_silu")))

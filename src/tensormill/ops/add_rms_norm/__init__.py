@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tensormill.errors import InvalidArgument
-from tensormill.operator import Operator, Sample, Shape, triton_missing
+from tensormill.operator import Operator, Sample, Shape, native_missing, triton_missing
 from tensormill.ops.add_rms_norm.reference import reference
 from tensormill.roofline import Cost
 
@@ -67,6 +67,13 @@ operator = Operator(
         _sample("large", "extreme", 2, 257, "float32", 1e15),
     ],
     reduction=lambda shape: shape["hidden_size"],
+)
+operator.implementation(
+    "cpu",
+    devices=("cpu",),
+    entry="tensormill.ops.add_rms_norm.cpu:add_rms_norm",
+    supports=lambda x, residual, weight, eps: x.dtype in (torch.float32, torch.bfloat16),
+    missing=native_missing("tensormill.ops.add_rms_norm._cpu"),
 )
 operator.implementation(
     "triton",

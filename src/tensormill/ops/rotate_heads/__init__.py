@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensormill.errors import InvalidArgument
-from tensormill.operator import Operator, Sample, Shape, triton_missing
+from tensormill.operator import Operator, Sample, Shape, native_missing, triton_missing
 from tensormill.ops.rotate_heads.reference import reference
 from tensormill.roofline import Cost
 
@@ -73,6 +73,13 @@ operator = Operator(
         _sample("empty", "tiny", 0, 4, 3, 2, 8, "float32"),
         _sample("large", "extreme", 2, 3, 5, 4, 16, "float32", 1e30),
     ],
+)
+operator.implementation(
+    "cpu",
+    devices=("cpu",),
+    entry="tensormill.ops.rotate_heads.cpu:rotate_heads",
+    supports=lambda x, cosine, sine, rotated: x.dtype in (torch.float32, torch.bfloat16),
+    missing=native_missing("tensormill.ops.rotate_heads._cpu"),
 )
 operator.implementation(
     "triton",

@@ -92,15 +92,16 @@ from tensormill.ops.rotate_heads import triton as rotary
 def build(kernel, pointers, scalars, constants):
     signature = {name: "*bf16" for name in pointers} | scalars | {name: "constexpr" for name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    return {"target": ".target sm_90" in built.asm["ptx"], "shared": built.metadata.shared}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "launch_pdl": True})
+    waits = "griddepcontrol.wait" in built.asm["ptx"]
+    return {"target": ".target sm_90" in built.asm["ptx"] and waits, "shared": built.metadata.shared}
 
 print(json.dumps([
-    build(norm._kernel, ("x", "residual", "weight", "y", "total"), {"N": "i32", "eps": "fp32"}, {"BLOCK": 4096}),
-    build(gate._kernel, ("x", "y"), {"N": "i32"}, {"BLOCK": 1024}),
+    build(norm._kernel, ("x", "residual", "weight", "y", "total"), {"N": "i32", "eps": "fp32"}, {"BLOCK": 4096, "OVERLAP": True}),
+    build(gate._kernel, ("x", "y"), {"N": "i32"}, {"BLOCK": 1024, "OVERLAP": True}),
     build(rotary._kernel, ("x", "cosine", "sine", "y"),
-          {"length": "i32", "heads": "i32", "rotated": "i32", "row_stride": "i32"},
-          {"HALF": 64, "BLOCK_D": 64, "BLOCK_H": 8}),
+          {"length": "i32", "heads": "i32", "rotated": "i32"},
+          {"HALF": 64, "BLOCK_D": 64, "BLOCK_H": 8, "OVERLAP": True}),
 ]))
 """
 

@@ -6,13 +6,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tensormill.ops.overlap import overlap_options
 
 
 @triton.jit
-def _kernel(x, residual, weight, y, total, N, eps, BLOCK: tl.constexpr):
+def _kernel(x, residual, weight, y, total, N, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * N
     column = tl.arange(0, BLOCK)
     mask = column < N
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     summed = tl.load(x + start + column, mask=mask, other=0.0).to(tl.float32)
     summed += tl.load(residual + start + column, mask=mask, other=0.0).to(tl.float32)
@@ -33,6 +39,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         return y, total
     block = triton.next_power_of_2(columns)
     _kernel[(x.numel() // columns,)](
-        x, residual, weight, y, total, columns, eps, BLOCK=block, num_warps=min(16, max(1, block // 512))
+        x,
+        residual,
+        weight,
+        y,
+        total,
+        columns,
+        eps,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+        **overlap_options(x),
     )
     return y, total

@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tensormill.ops.overlap import overlap_options
 
 
 @triton.jit
@@ -17,10 +20,10 @@ def _kernel(
     length,
     heads,
     rotated,
-    row_stride,
     HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -28,8 +31,11 @@ def _kernel(
     mask = (head < heads)[:, None] & (column < HALF)[None, :]
     inside = column < HALF
     place = head[:, None] * (2 * HALF) + column[None, :]
-    left = tl.load(x + row * row_stride + place, mask=mask, other=0.0).to(tl.float32)
-    right = tl.load(x + row * row_stride + place + HALF, mask=mask, other=0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    left = tl.load(x + row * (heads * 2 * HALF) + place, mask=mask, other=0.0).to(tl.float32)
+    right = tl.load(x + row * (heads * 2 * HALF) + place + HALF, mask=mask, other=0.0).to(tl.float32)
     table = (row % length) * (2 * HALF) + column
     turned = (head < rotated)[:, None]
     cosine_left = tl.load(cosine + table, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -55,7 +61,8 @@ def rotate_heads(x: Tensor, cosine: Tensor, sine: Tensor, rotated: int) -> Tenso
     block_d = triton.next_power_of_2(head_dim // 2)
     block_h = max(1, min(triton.next_power_of_2(heads), 512 // block_d))
     _kernel[(batch * length, triton.cdiv(heads, block_h))](
-        x, cosine, sine, y, length, heads, rotated, heads * head_dim,
+        x, cosine, sine, y, length, heads, rotated,
         HALF=head_dim // 2, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
+        **overlap_options(x),
     )  # fmt: skip
     return y

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
@@ -17,7 +13,7 @@ from hypothesis import strategies as st
 
 from emulation.kernels import compile_or_skip, emulate, resources
 from tensormill.errors import InvalidArgument
-from tensormill.operator import interpreting, use_implementation
+from tensormill.operator import interpreting
 from tensormill.ops import OPERATORS, decode_attention
 from tensormill.ops.correctness import deviation, upcast
 from tensormill.ops.decode_attention.cache import KVCache

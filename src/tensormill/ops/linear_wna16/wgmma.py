@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tensormill.cuda import Module, multiprocessors, tensor_map
+from tensormill.cuda import HOPPER_HEADER, Module, multiprocessors, tensor_map
 from tensormill.ops.tiles import tiled_groups
 
 _FOLDER = Path(__file__).parent

@@ -28,6 +28,10 @@ DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same in two halves, with work between them.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 // Arrives at a barrier in any block of the cluster. What others are to see was released by cluster_fence; a form that
 // releases by itself costs a fence of all memory each time, far too much in a loop.
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) {

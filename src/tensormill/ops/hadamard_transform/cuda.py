@@ -12,8 +12,9 @@ from torch import Tensor
 from tensormill.cuda import HOPPER_HEADER, Kernel, Module, cuda_missing
 
 LOG_TILE = 14  # elements of a block's tile; up to 16 blocks make a cluster
-_THREADS = 256
-_SHARED = (4 << LOG_TILE) + (16 << (LOG_TILE - 8))  # bytes of a tile, 16 more after every 256 elements
+_THREADS = 512
+# A tile in float32 with 16 bytes more after every 128 elements, and a barrier; beside the tile that arrives.
+_SHARED = (4 << LOG_TILE) + (16 << (LOG_TILE - 7)) + 8
 _TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 
@@ -21,6 +22,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int),
         ("scale", ctypes.c_float),
     )
 
@@ -45,11 +47,14 @@ def module(dtype: torch.dtype, log_n: int) -> Module:
     )
 
 
-def launch(kernel: Kernel, x: Tensor, y: Tensor, scale: float) -> None:
-    """Transform the rows of contiguous x into y."""
+def launch(kernel: Kernel, x: Tensor, y: Tensor, scale: float, clusters: int | None = None) -> None:
+    """Transform the rows of contiguous x into y with `clusters` clusters at a time; None: as many as fit."""
     blocks = x.shape[-1] >> LOG_TILE
-    arguments = _Arguments(x.data_ptr(), y.data_ptr(), scale)
-    kernel.launch(x.numel() // x.shape[-1] * blocks, _THREADS, _SHARED, arguments, cluster=blocks)
+    rows = x.numel() // x.shape[-1]
+    shared = _SHARED + (x.element_size() << LOG_TILE)
+    clusters = kernel.active_clusters(_THREADS, shared, blocks) if clusters is None else clusters
+    arguments = _Arguments(x.data_ptr(), y.data_ptr(), rows, scale)
+    kernel.launch(min(rows, clusters) * blocks, _THREADS, shared, arguments, cluster=blocks)
 
 
 def hadamard_transform(x: Tensor, scale: float) -> Tensor:

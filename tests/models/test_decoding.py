@@ -256,6 +256,8 @@ def test_refusals():
         runner.decode(3)
     with pytest.raises(InvalidArgument, match="capacity"):
         GreedyRunner(runner.decoder, 1, 1)
+    with pytest.raises(InvalidArgument, match="GPU"):
+        GreedyRunner(runner.decoder, 1, 8, graph=True)
     with pytest.raises(InvalidArgument, match="llama-8b"):
         random_llama("llama-9b")
     with pytest.raises(InvalidArgument, match="group_size"):

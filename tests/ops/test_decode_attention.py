@@ -508,7 +508,7 @@ for bits, paged, rows, head_dim in ((16, 64, 4, 128), (4, 0, 4, 128), (16, 0, 4,
                  "K1": rest, "V0": first, "V1": rest, "KEY_BITS": bits, "KEY_GROUPS": 1, "KEY_OFFSET": bits < 16,
                  "VALUE_BITS": bits, "VALUE_GROUPS": 1, "VALUE_OFFSET": bits < 16, "SHARED": False, "PAGE": paged,
                  "WINDOW": False, "CAPPED": False, "COMPUTE": tl.float16, "ASSEMBLY": True, "PRECISION": "tf32",
-                 "BATCH_PAD": 2, "BLOCK_M": 16, "BLOCK_N": config.block_tokens, "STAGES": config.stages, "OVERLAP": True}
+                 "BATCH_PAD": 2, "BLOCK_M": 16, "BLOCK_N": config.block_tokens, "STAGES": config.stages}
     stored = {16: "*fp16", 8: "*i8", 4: "*u8"}[bits]
     pointers = {"lengths": "*i32", "block_table": "*i32", "partial": "*fp32", "statistics": "*fp32",
                 "key": stored, "value": stored}

@@ -148,10 +148,10 @@ class GreedyRunner:
     def _choose(self, logits: Tensor) -> Tensor:
         """(batch, 1), the most likely tokens."""
         if self._present is None:
-            return _largest(logits)
+            return logits.argmax(-1, keepdim=True)
         wide = logits.float()
         lowered = torch.where(wide < 0, wide * self._penalty, wide / self._penalty)
-        chosen = _largest(torch.where(self._present, lowered, wide))
+        chosen = torch.where(self._present, lowered, wide).argmax(-1, keepdim=True)
         self._present.scatter_(1, chosen, True)
         return chosen
 
@@ -174,17 +174,6 @@ class GreedyRunner:
         except RuntimeError as error:
             torch.cuda.synchronize()
             self.why_not_captured = str(error).strip().splitlines()[0]
-
-
-def _largest(logits: Tensor) -> Tensor:
-    """(batch, 1), where each row's first largest value is; in two steps, since one would keep one processor busy."""
-    batch, count = logits.shape
-    width = next((w for w in (512, 256, 128, 64) if count % w == 0), count)
-    if not logits.is_cuda or width == count:
-        return logits.argmax(-1, keepdim=True)
-    values, places = logits.view(batch, -1, width).max(-1)
-    part = values.argmax(-1, keepdim=True)
-    return places.gather(1, part) + part * width
 
 
 def greedy_tokens(

@@ -27,11 +27,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tensormill.operator import interpreting
 from tensormill.ops.decode_attention.storage import bits_of
-from tensormill.ops.overlap import overlap_options
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST_SCALE = tl.constexpr(2.0**-100)  # a value's scale of 0 counts as this in the running maximum
@@ -301,11 +299,7 @@ def _attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     # [M] rows are (head of the group, new token); pieces of a head's channels are K0 + K1 and V0 + V1 elements
     # (bytes for 4 bits, with low and high nibbles as separate pieces).
     ROWS: tl.constexpr = GROUP * QUERIES
@@ -527,12 +521,8 @@ def _merge_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Output of one (sequence, head, new token) from its partial results, BLOCK_S at a time."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     ROWS: tl.constexpr = GROUP * QUERIES
     counts, _, _ = _tile_counts(lengths, batch, span, BATCH_PAD, BLOCK_N)
     ends = tl.cumsum(counts, 0)
@@ -772,7 +762,6 @@ def run(
             BLOCK_M=block_m,
             BLOCK_N=config.block_tokens,
             STAGES=config.stages,
-            **overlap_options(query),
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -822,7 +811,6 @@ def merge(
         BLOCK_N=block_tokens,
         BLOCK_D=block_d,
         BLOCK_S=16,
-        **overlap_options(output),
         num_warps=4,
     )
 

@@ -406,7 +406,8 @@ def test_clusters_emulated(dtype, log_n):
     x = torch.randn(2, 1 << log_n).to(dtype)
     y = torch.full_like(x, float("nan"))
     scale = 0.3 * 2.0 ** (-log_n / 2)
-    clusters.launch(emulate(clusters.module(dtype, log_n), "hadamard_cluster"), x, y, scale)
+    kernel = emulate(clusters.module(dtype, log_n), "hadamard_cluster")
+    clusters.launch(kernel, x, y, scale)
     expected = operator.reference(x.double(), scale)
     assert deviation(y, expected, operator.tolerance(dtype, {})) is None
 

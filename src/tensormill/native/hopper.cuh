@@ -55,22 +55,9 @@ DEVICE void cluster_store(uint32_t address, Words4 value) {
 }
 
 // What another block of the cluster has in shared memory.
-DEVICE uint32_t cluster_load(uint32_t address) {
-    uint32_t d;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(d) : "r"(address) : "memory");
-    return d;
-}
 DEVICE Words2 cluster_load2(uint32_t address) {
     Words2 d;
     asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(address) : "memory");
-    return d;
-}
-DEVICE Words4 cluster_load4(uint32_t address) {
-    Words4 d;
-    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
-                 : "r"(address)
-                 : "memory");
     return d;
 }
 

@@ -19,8 +19,9 @@ _HEADERS = (_FOLDER / "dequantize.cuh",)
 _ACTIVATIONS = {torch.float16: "Half", torch.bfloat16: "BFloat16"}
 _KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
-# Tokens that `stream.cu` takes at a time.
+# Tokens that `stream.cu` takes at a time, and how many before Hopper, where registers can't be shifted between warps.
 MOST_STREAMED_TOKENS = 32
+_MOST_STREAMED_TOKENS_BEFORE_HOPPER = 16
 _MOST_STAGES = 16
 # Units of a block from which on its ring of stages takes all shared memory, not half of it. With few units, all that the
 # next kernel loads ahead delays the last sums of this one: 12.4 instead of 15.2 us at 15 units, but 66 instead of 60 us
@@ -193,13 +194,19 @@ def linear(
     if y.numel() == 0:
         return y
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
-    if flat.shape[0] <= MOST_STREAMED_TOKENS:
+    most = _most_streamed_tokens(x.device.index)
+    if flat.shape[0] <= most:
         _stream(flat, weight, scale, zero_point, bias, bits, group_size, y)
         return y
-    parts = zip(flat.split(MOST_STREAMED_TOKENS), y.view(-1, rows).split(MOST_STREAMED_TOKENS), strict=True)
-    for tokens, results in parts:
+    for tokens, results in zip(flat.split(most), y.view(-1, rows).split(most), strict=True):
         _stream(tokens, weight, scale, zero_point, bias, bits, group_size, results)
     return y
+
+
+@functools.cache
+def _most_streamed_tokens(device: int) -> int:
+    before = architecture(device) in _BEFORE_HOPPER
+    return _MOST_STREAMED_TOKENS_BEFORE_HOPPER if before else MOST_STREAMED_TOKENS
 
 
 _planned: dict[tuple[Any, ...], tuple[Plan, Kernel, bool]] = {}

@@ -26,8 +26,10 @@ from tensormill.errors import BackendError
 from tensormill.roofline import cache_directory
 
 DEVICE_HEADER = Path(__file__).with_name("native") / "device.cuh"
+HOPPER_HEADER = DEVICE_HEADER.with_name("hopper.cuh")
 _LEAST_CAPABILITY = (8, 0)
 _DYNAMIC_SHARED_MEMORY = 48 << 10  # bytes a block gets without asking
+_PORTABLE_CLUSTER = 8  # blocks a cluster has without asking
 
 
 def cuda_missing() -> str | None:
@@ -125,6 +127,7 @@ class _Configuration(ctypes.Structure):
 
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
+_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # of CUlaunchAttributeID
 
 
@@ -177,7 +180,7 @@ class Kernel:
             arguments: the kernel's struct, or its bytes; copied.
             overlap: the kernel may start before the one before it has ended (programmatic dependent launch,
                 sm_90): it calls `wait_for_previous_kernel` before it touches what that one reads or writes.
-            cluster: blocks of a cluster along the grid's first dimension.
+            cluster: blocks of a cluster along the grid's first dimension, up to 16.
 
         Raises:
             BackendError: the driver refuses.
@@ -214,6 +217,12 @@ class Kernel:
             attributes[count].id = _PROGRAMMATIC_STREAM_SERIALIZATION
             attributes[count].value[0] = 1
             count += 1
+        if cluster > _PORTABLE_CLUSTER:
+            with torch.cuda.device(self.device):
+                _check(
+                    _driver().cuFuncSetAttribute(self._function, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
+                    self.name,
+                )
         if cluster > 1:
             attributes[count].id = _CLUSTER_DIMENSION
             attributes[count].value[:3] = [cluster, 1, 1]

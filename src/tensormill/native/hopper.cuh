@@ -54,6 +54,13 @@ DEVICE void cluster_store(uint32_t address, Words4 value) {
                  : "memory");
 }
 
+// What another block of the cluster has in shared memory.
+DEVICE Words2 cluster_load2(uint32_t address) {
+    Words2 d;
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(address) : "memory");
+    return d;
+}
+
 // --- tensor copies
 
 // As copy_tensor, into every block of the cluster whose bit is set in `blocks`, at the same address and barrier.
@@ -105,6 +112,7 @@ DEVICE uint64_t wgmma_descriptor(uint32_t address) {
 
 enum class Wgmma { f16, bf16, s8 };  // operands
 
+#define TM_LIST_HALF "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TM_LIST_0                                                                                           \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
     "%28,%29,%30,%31"
@@ -148,4 +156,26 @@ DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool 
     TM_WGMMA_SIZE(128, TM_OUT_64, TM_LIST_0 "," TM_LIST_1, "%64,%65,%66,%67", "%68", "%69")
     TM_WGMMA_SIZE(256, TM_OUT_128, TM_LIST_0 "," TM_LIST_1 "," TM_LIST_2 "," TM_LIST_3, "%128,%129,%130,%131", "%132",
                   "%133")
+}
+
+// --- wgmma of a B that is contiguous along its columns
+
+// Operand of K rows of COLUMNS 16-bit elements, as boxes of rows of 128 bytes, swizzled, `stride` bytes from one box of
+// 64 columns to the next; groups of eight rows are 1024 bytes apart.
+DEVICE uint64_t wgmma_descriptor_transposed(uint32_t address, uint32_t stride) {
+    return wgmma_descriptor(address) & ~(uint64_t(0x3FFF) << 16) | uint64_t(stride >> 4) << 16;
+}
+
+#define TM_WGMMA_TRANSPOSED(N, OUT, LISTS, A, B, SCALE)                                         \
+    if constexpr (COLUMNS == N) {                                                                \
+        TM_WGMMA_CASE(#N, f16, "k16.f32.f16.f16", "f", OUT, LISTS, A, B, SCALE, ", 1, 1, 1")    \
+        TM_WGMMA_CASE(#N, bf16, "k16.f32.bf16.bf16", "f", OUT, LISTS, A, B, SCALE, ", 1, 1, 1") \
+    }
+
+// d (64 x COLUMNS) += A B, as `wgmma`, with B of 16 rows of COLUMNS 16-bit elements.
+template <Wgmma KIND, int COLUMNS>
+DEVICE void wgmma_transposed(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    TM_WGMMA_TRANSPOSED(128, TM_OUT_64, TM_LIST_0 "," TM_LIST_1, "%64,%65,%66,%67", "%68", "%69")
+    TM_WGMMA_TRANSPOSED(256, TM_OUT_128, TM_LIST_0 "," TM_LIST_1 "," TM_LIST_2 "," TM_LIST_3, "%128,%129,%130,%131",
+                        "%132", "%133")
 }

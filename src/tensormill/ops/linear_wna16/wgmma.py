@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tensormill.cuda import DEVICE_HEADER, Kernel, Module, multiprocessors, tensor_map
+from tensormill.cuda import HOPPER_HEADER, Kernel, Module, multiprocessors, tensor_map
 from tensormill.ops.tiles import tiled_groups
 
 _FOLDER = Path(__file__).parent
 _HEADERS = (
-    DEVICE_HEADER.with_name("hopper.cuh"),
+    HOPPER_HEADER,
     _FOLDER / "dequantize.cuh",
     _FOLDER.parent / "linear_wna8" / "dequantize_bytes.cuh",
 )

@@ -16,13 +16,14 @@ from tensormill.errors import InvalidArgument
 from tensormill.operator import Operator, Sample, interpreting, native_missing, triton_missing
 from tensormill.ops.bit_packing import packed_width
 from tensormill.ops.dequantize_wna16 import reference
+from tensormill.ops.tiles import can_tile, tiled_group_shape, tiled_shape
 from tensormill.roofline import Cost
 
 SCHEMA = (
     "(Tensor weight, Tensor scale, Tensor? zero_point, int in_features, int bits, int group_size, str layout,"
     " ScalarType dtype) -> Tensor"
 )
-LAYOUTS = ("packed",)
+LAYOUTS = ("packed", "tiled")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Shape = Mapping[str, Any]
@@ -42,7 +43,7 @@ def check_weight(
     group_size: int,
     layout: str,
 ) -> None:
-    """Raise `InvalidArgument` unless these describe a packed weight of `in_features` columns."""
+    """Raise `InvalidArgument` unless these describe a weight of `in_features` columns in that layout."""
     if layout not in LAYOUTS:
         raise InvalidArgument(f"given layout={layout!r}, expected one of {list(LAYOUTS)}")
     if not 1 <= bits <= 8:
@@ -56,13 +57,20 @@ def check_weight(
             f"given weight of {weight.dtype} and shape {tuple(weight.shape)}, expected packed int32 words"
             " (N, words); pack codes with tensormill.ops.bit_packing.pack_bits"
         )
-    words = packed_width(in_features, bits)
+    tiled = layout == "tiled"
+    if tiled and not can_tile(in_features, group_size):
+        raise InvalidArgument(
+            f"given group_size={group_size}, expected 32, 64, a multiple of 128 or -1 for the tiled layout"
+        )
+    words = tiled_shape(weight.shape[0], in_features, bits)[1] if tiled else packed_width(in_features, bits)
     if weight.shape[1] != words:
         raise InvalidArgument(
             f"given weight with {weight.shape[1]} words a row, expected {words} for {in_features} input"
             f" features of {bits} bits; check bits and the last dimension of x"
         )
     expected = (weight.shape[0], num_groups(in_features, group_size))
+    if tiled:
+        expected = tiled_group_shape(weight.shape[0], in_features, group_size)
     if tuple(scale.shape) != expected or not scale.is_floating_point():
         raise InvalidArgument(
             f"given scale of {scale.dtype} and shape {tuple(scale.shape)}, expected a float tensor of shape"
@@ -271,7 +279,7 @@ def dequantize_wna16(
         in_features: K.
         bits: width of a code, 1 to 8.
         group_size: columns that share a scale, -1 for the whole row; the last group may be shorter.
-        layout: "packed".
+        layout: "packed", or "tiled" for what `linear_wna16.tiles.tile_weight` makes of these.
         dtype: of the result; the product is computed in float32.
 
     Returns:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tensormill.ops.bit_packing import unpack_bits
+from tensormill.ops.tiles import untile_weight
 
 
 def dequantize_wna16(
@@ -27,12 +28,16 @@ def dequantize_wna16(
         in_features: K.
         bits: width of a code, 1 to 8.
         group_size: columns that share a scale, -1 for the whole row; the last group may be shorter.
-        layout: "packed", the only one.
+        layout: "packed", or "tiled" for the form that `untile_weight` undoes.
         dtype: of the result.
 
     Returns:
         (N, K) of `dtype`.
     """
+    if layout == "tiled":
+        weight, scale, zero_point = untile_weight(
+            weight, scale, zero_point, in_features=in_features, bits=bits, group_size=group_size
+        )
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     codes = unpack_bits(weight, bits, in_features).to(compute)
     columns = torch.arange(in_features, device=weight.device)

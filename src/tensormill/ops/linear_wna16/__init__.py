@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensormill.cuda import cuda_missing
 from tensormill.errors import InvalidArgument
 from tensormill.operator import Operator, Sample, native_missing, triton_missing
+from tensormill.ops import tiles
 from tensormill.ops.dequantize_wna16 import check_weight, make_weight, weight_bytes
 from tensormill.ops.linear_wna16 import peers, reference
 from tensormill.roofline import Cost
@@ -178,6 +180,43 @@ def _supports(
     return layout == "packed" and x.shape[-1] > 0 and all(t.dtype in DTYPES for t in floats)
 
 
+def _cuda_supports(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> bool:
+    floats = (scale,) if bias is None else (scale, bias)
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return layout == "tiled" and half and x.shape[-1] > 0 and all(t.dtype in DTYPES for t in floats)
+
+
+def _tiled(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> tuple[Any, ...]:
+    """Arguments with the weight in the tiled layout, where it has one."""
+    if layout == "packed" and tiles.can_tile(x.shape[-1], group_size):
+        weight, scale, zero_point = tiles.tile_weight(
+            weight, scale, zero_point, in_features=x.shape[-1], bits=bits, group_size=group_size
+        )
+        layout = "tiled"
+        if weight.is_cuda:
+            # Kernels may read weights before the kernel ahead of them has ended.
+            torch.cuda.current_stream(weight.device).synchronize()
+    return x, weight, scale, zero_point, bias, bits, group_size, layout
+
+
 operator = Operator(
     "linear_wna16",
     schema=SCHEMA,
@@ -197,6 +236,14 @@ operator.implementation(
     entry="tensormill.ops.linear_wna16.cpu:linear",
     supports=_supports,
     missing=native_missing("tensormill.ops.linear_wna16._cpu"),
+)
+operator.implementation(
+    "cuda",
+    devices=("cuda",),
+    entry="tensormill.ops.linear_wna16.cuda:linear",
+    supports=_cuda_supports,
+    missing=cuda_missing,
+    prepare=_tiled,
 )
 operator.implementation(
     "triton",
@@ -232,7 +279,8 @@ def linear_wna16(
         bias: (N,) float, or None.
         bits: width of a code, 1 to 8.
         group_size: columns that share a scale, -1 for the whole row; the last group may be shorter.
-        layout: "packed".
+        layout: "packed", or "tiled" for what `tiles.tile_weight` makes of weight, scale and zero_point: the order
+            that the CUDA kernels want.
 
     Returns:
         (..., N) in x's dtype.

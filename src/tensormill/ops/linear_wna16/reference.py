@@ -28,7 +28,7 @@ def linear_wna16(
         bias: (N,) float, or None.
         bits: width of a code, 1 to 8.
         group_size: columns that share a scale, -1 for the whole row; the last group may be shorter.
-        layout: "packed".
+        layout: "packed", or "tiled" for the form that `tiles.tile_weight` makes.
 
     Returns:
         (..., N) in x's dtype.

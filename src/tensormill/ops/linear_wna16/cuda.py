@@ -1,0 +1,256 @@
+"""CUDA kernels: weights in the tiled layout, streamed through shared memory to the tensor cores."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensormill.cuda import Kernel, Module, architecture, capture_number, current_stream, multiprocessors
+from tensormill.ops.linear_wna16 import wgmma
+from tensormill.ops.tiles import COLUMNS, tiled_groups
+
+_FOLDER = Path(__file__).parent
+_HEADERS = (_FOLDER / "dequantize.cuh",)
+_ACTIVATIONS = {torch.float16: "Half", torch.bfloat16: "BFloat16"}
+_KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
+
+# Tokens up to which `stream.cu` is used.
+MOST_STREAMED_TOKENS = 64
+_MOST_STAGES = 16
+_BARRIER_BYTES = 256
+_ONE_GROUP = 1 << 30  # a group size beyond any row
+# Shared memory of a block that kernels may use, by architecture.
+_SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_120a": 99 << 10}
+_MOST_SHARED_BYTES = 227 << 10
+_BEFORE_HOPPER = ("sm_80", "sm_86", "sm_87", "sm_89")
+
+
+# The struct of `stream.cu`: weight, scale, zero_point, bias, x, y, workspace; tokens, rows, columns, x_stride, groups,
+# group_size, stages.
+_ARGUMENTS = struct.Struct("7P7i4x")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How `stream.cu` runs.
+
+    Attributes:
+        defines: its macros.
+        grid, block, shared: blocks, threads of a block, bytes of shared memory.
+        workspace: elements of the workspace.
+        sizes: the integers of its arguments.
+    """
+
+    defines: tuple[tuple[str, int | str], ...]
+    grid: int
+    block: int
+    shared: int
+    workspace: int
+    sizes: tuple[int, ...]
+
+    def arguments(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor,
+        workspace: Tensor,
+    ) -> bytes:
+        """The kernel's struct; x is `aligned`."""
+        tokens, rows, columns, groups, group_size, stages = self.sizes
+        return _ARGUMENTS.pack(
+            weight.data_ptr(),
+            scale.data_ptr(),
+            0 if zero_point is None else zero_point.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            workspace.data_ptr(),
+            tokens,
+            rows,
+            columns,
+            2 * x.stride(0),
+            groups,
+            group_size,
+            stages,
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tiles of `stream.cu`: 64 `row_blocks` rows a unit, 16 `row_tiles` rows a warp, `resident` blocks at a time on a
+    multiprocessor, `shares` of its shared memory."""
+
+    row_blocks: int = 4
+    row_tiles: int = 2
+    resident: int = 1
+    shares: int = 1
+
+
+def choose_shape(tokens: int, rows: int, columns: int) -> Shape:
+    return Shape()
+
+
+def plan(
+    tokens: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    zeros: bool,
+    multiprocessors: int,
+    shared: int,
+    shape: Shape | None = None,
+) -> Plan:
+    """The plan for a product of `tokens` with a weight (rows, columns) on a GPU of so many multiprocessors, with
+    `shared` bytes of shared memory each."""
+    shape = choose_shape(tokens, rows, columns) if shape is None else shape
+    one_group = group_size == -1 or group_size >= columns
+    span = min(COLUMNS if one_group else group_size, COLUMNS)
+    padded_tokens = next(n for n in (8, 16, 32, 64) if tokens <= n)
+    scale_bytes = 4 if scale_dtype == torch.float32 else 2
+    stage = shape.row_blocks * (1024 * bits + 64 * COLUMNS // span * (scale_bytes + zeros))
+    stage += padded_tokens * (2 * COLUMNS + 16)
+    units = -(-rows // (64 * shape.row_blocks)) * -(-columns // COLUMNS)
+    grid = min(multiprocessors * shape.resident, units)
+    # 1024 bytes of every block are the system's.
+    fitting = ((shared + 1024) // shape.shares - 1024 - _BARRIER_BYTES) // stage
+    stages = max(1, min(_MOST_STAGES, fitting, -(-units // grid)))
+    defines = (
+        ("WEIGHT_BITS", bits),
+        ("ACTIVATION", _ACTIVATIONS[dtype]),
+        ("TOKENS", padded_tokens),
+        ("ROW_BLOCKS", shape.row_blocks),
+        ("ROW_TILES", shape.row_tiles),
+        ("SPAN", span),
+        ("ZEROS", int(zeros)),
+        ("SCALE", _KINDS[scale_dtype]),
+        ("BIAS", 0 if bias_dtype is None else _KINDS[bias_dtype]),
+    )
+    group_size = _ONE_GROUP if one_group else group_size
+    return Plan(
+        defines,
+        grid,
+        32 * (4 * shape.row_blocks // shape.row_tiles + shape.row_blocks),
+        _BARRIER_BYTES + stages * stage,
+        grid * 64 * shape.row_blocks * padded_tokens,
+        (tokens, rows, columns, tiled_groups(columns, group_size), group_size, stages),
+    )
+
+
+@functools.cache
+def stream_module(defines: tuple[tuple[str, int | str], ...]) -> Module:
+    return Module(_FOLDER / "stream.cu", dict(defines), _HEADERS)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x (tokens, K), copied unless its rows are contiguous, aligned to 16 bytes and whole multiples of them apart."""
+    if (x.stride(1) == 1 or x.shape[1] == 1) and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    wide = x.new_empty(x.shape[0], -(-x.shape[1] // 8) * 8)[:, : x.shape[1]]
+    return wide.copy_(x)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    """See `reference.linear_wna16`; for layout "tiled"."""
+    rows, columns = weight.shape[0], x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], rows))
+    if y.numel() == 0:
+        return y
+    flat = x if x.dim() == 2 else x.reshape(-1, columns)
+    if flat.shape[0] <= MOST_STREAMED_TOKENS:
+        _stream(flat, weight, scale, zero_point, bias, bits, group_size, y)
+        return y
+    if architecture(x.device.index) == "sm_90a":
+        bias = None if bias is None else bias.to(x.dtype)
+        y = wgmma.product(flat, weight, scale, zero_point, bias, bits=bits, group_size=group_size)
+        return y.view(*x.shape[:-1], rows)
+    parts = zip(flat.split(MOST_STREAMED_TOKENS), y.view(-1, rows).split(MOST_STREAMED_TOKENS), strict=True)
+    for tokens, results in parts:
+        _stream(tokens, weight, scale, zero_point, bias, bits, group_size, results)
+    return y
+
+
+_planned: dict[tuple[Any, ...], tuple[Plan, Kernel, bool]] = {}
+
+
+def _stream(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    y: Tensor,
+) -> None:
+    device = x.device.index
+    bias_dtype = None if bias is None else bias.dtype
+    what = (*x.shape, weight.shape[0], bits, group_size, x.dtype, scale.dtype, bias_dtype, zero_point is None)
+    key = (device, what)
+    found = _planned.get(key)
+    if found is None:
+        target = architecture(device)
+        made = plan(
+            x.shape[0],
+            weight.shape[0],
+            x.shape[1],
+            bits,
+            group_size,
+            x.dtype,
+            scale.dtype,
+            bias_dtype,
+            zero_point is not None,
+            multiprocessors(device),
+            _SHARED_BYTES.get(target, _MOST_SHARED_BYTES),
+        )
+        overlap = target not in _BEFORE_HOPPER
+        found = made, stream_module(made.defines).kernel("linear_stream", device), overlap
+        _planned[key] = found
+    made, kernel, overlap = found
+    x = aligned(x)
+    partial = workspace(x.device, made.workspace)
+    given = made.arguments(x, weight, scale, zero_point, bias, y, partial)
+    kernel.launch(made.grid, made.block, made.shared, given, overlap=overlap)
+
+
+_workspaces: dict[tuple[Any, ...], Tensor] = {}
+
+
+def workspace(device: torch.device, elements: int) -> Tensor:
+    """Memory for partial sums, all bits set (`EMPTY`), which kernels leave as they found it.
+
+    Kernels of one stream run one after another and share it. A CUDA graph that is being captured gets its own, filled
+    when the graph starts, since it may run beside others.
+    """
+    stream = current_stream(device.index)
+    key = (device.index, stream, capture_number(stream))
+    found = _workspaces.get(key)
+    if found is None or found.numel() < elements:
+        if key[2]:  # earlier captures on this stream are over
+            for old in [k for k in _workspaces if k[:2] == key[:2] and k[2] not in (0, key[2])]:
+                del _workspaces[old]
+        elements = max(elements, 1 << 20)
+        found = torch.full((elements,), -1, dtype=torch.int32, device=device)
+        _workspaces[key] = found
+    return found

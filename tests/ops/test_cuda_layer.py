@@ -1,0 +1,118 @@
+"""The pieces that kernels in CUDA C++ are made of: the emulation, run-time compilation, decoding of tiled weights."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from emulation.kernels import compile_or_skip, emulate, resources
+from tensormill.cuda import DEVICE_HEADER, Module
+from tensormill.errors import BackendError
+from tensormill.ops import tiles
+
+HEADER = Path(tiles.__file__).parent / "linear_wna16" / "dequantize.cuh"
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("registers", ctypes.c_void_p))
+
+
+# One tile: every lane writes its 16 registers of A fragments.
+DECODE = """
+#include "dequantize.cuh"
+struct Arguments { const uint32_t* words; const uint8_t* zeros; uint32_t* registers; };
+KERNEL(decode, 32, 1, Arguments) {
+    const int lane = lane_index();
+    for (int i = lane; i < 32 * WEIGHT_BITS; i += 32) store_shared(shared_memory() + 4 * i, arguments.words[i]);
+    synchronize();
+    uint32_t words[WEIGHT_BITS];
+    load_tile<WEIGHT_BITS>(shared_memory(), lane, words);
+#if ZEROS
+    const ZeroPoint<WEIGHT_BITS, ACTIVATION> low(arguments.zeros[lane / 4]), high(arguments.zeros[lane / 4 + 8]);
+#else
+    const ZeroPoint<WEIGHT_BITS, ACTIVATION> low, high;
+#endif
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        uint32_t a[4];
+        dequantize<WEIGHT_BITS, ACTIVATION>(words, step, low, high, a);
+        for (int r = 0; r < 4; r++) arguments.registers[16 * lane + 4 * step + r] = a[r];
+    }
+}
+"""
+
+
+def decode_module(folder: Path, bits: int, dtype: torch.dtype, zeros: bool) -> Module:
+    source = folder / "decode.cu"
+    source.write_text(DECODE)
+    kind = "BFloat16" if dtype == torch.bfloat16 else "Half"
+    return Module(source, {"WEIGHT_BITS": bits, "ACTIVATION": kind, "ZEROS": int(zeros)}, [HEADER])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_decoding_is_exact(bits, dtype, tmp_path):
+    """Fragments hold q - z exactly, where the PTX manual says that they lie, for every code and zero point."""
+    for zeros in (False, True):
+        kernel = emulate(decode_module(tmp_path, bits, dtype, zeros), "decode")
+        for _ in range(4):
+            codes = torch.randint(0, 1 << bits, (16, 64), dtype=torch.uint8)
+            codes[:, 0], codes[:, 1] = 0, (1 << bits) - 1
+            zero = torch.randint(0, 1 << bits, (16,), dtype=torch.uint8)
+            zero[0], zero[1] = 0, (1 << bits) - 1
+            words = tiles._tile_codes(codes, bits, "f16")[0, : 32 * bits].contiguous()
+            registers = torch.zeros(32, 4, 4, dtype=torch.int32)
+            given = Arguments(words.data_ptr(), zero.data_ptr(), registers.data_ptr())
+            kernel.launch(1, 32, 128 * bits, given)
+            subtracted = zero if zeros else torch.full((16,), 1 << (bits - 1))
+            expected = codes.float() - subtracted.float()[:, None]
+            pairs = registers.view(dtype).view(32, 4, 4, 2).float()  # [lane, step, register, half]
+            for lane in range(32):
+                g, t = divmod(lane, 4)
+                for register in range(4):
+                    row, column = g + 8 * (register & 1), 2 * t + 8 * (register >> 1)
+                    wanted = expected[row].view(4, 16)[:, column : column + 2]
+                    assert torch.equal(pairs[lane, :, register], wanted)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
+def test_decoding_compiles(architecture, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORMILL_CACHE", str(tmp_path))
+    for dtype in (torch.float16, torch.bfloat16):
+        module = decode_module(tmp_path, 3, dtype, True)
+        code = compile_or_skip(module, architecture)
+        assert module.cubin(architecture) == code  # from the cache
+        assert resources(code)["decode"].stack == 0
+
+
+def test_errors_of_a_kernel_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORMILL_CACHE", str(tmp_path))
+    (tmp_path / "fine.cu").write_text('#include "device.cuh"\nKERNEL(fine, 32, 1, int) {}')
+    compile_or_skip(Module(tmp_path / "fine.cu"), "sm_90a")
+    (tmp_path / "wrong.cu").write_text('#include "device.cuh"\nKERNEL(wrong, 32, 1, int) { unknown(); }')
+    with pytest.raises(BackendError, match=r"wrong\.cu does not compile for sm_90a(.|\n)*unknown"):
+        Module(tmp_path / "wrong.cu").cubin("sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("if (thread_index() < 40) synchronize();", "hangs"),
+        ("load_shared(shared_memory() + 256);", "outside shared memory"),
+        ("load_shared4(shared_memory() + 8);", "unaligned"),
+        ("if (lane_index() % 2) synchronize_warp(); else shuffle(1.0f, 0);", "different instructions"),
+        ("mbarrier_init(shared_memory(), 1); mbarrier_wait(shared_memory(), 0);", "hangs"),
+    ],
+)
+def test_emulation_reports(body, message, tmp_path):
+    source = tmp_path / "wrong.cu"
+    source.write_text(f'#include "device.cuh"\nKERNEL(wrong, 64, 1, int) {{ {body} }}')
+    with pytest.raises(AssertionError, match=message):
+        emulate(Module(source), "wrong").launch(2, 64, 256, ctypes.c_int(0))
+
+
+def test_device_header_is_installed():
+    assert DEVICE_HEADER.is_file()

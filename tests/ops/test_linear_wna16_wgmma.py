@@ -1,0 +1,207 @@
+"""The kernel for many tokens, `wgmma.cu`: emulated on the CPU, compiled for sm_90a, and run where there is a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from emulation.kernels import compile_or_skip, disassembly, emulate, emulated_tensor_map, resources
+from tensormill.cuda import Module
+from tensormill.ops.bit_packing import pack_bits
+from tensormill.ops.linear_wna16 import reference, wgmma
+from tensormill.ops.linear_wna16.wgmma import Format, Tile
+from tensormill.ops.tiles import tile_weight
+
+HALF, BFLOAT16, INT8 = torch.float16, torch.bfloat16, torch.int8
+TOLERANCE = {HALF: 6e-4, BFLOAT16: 5e-3}  # relative RMS error
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """`wgmma.product` on CPU tensors, on a machine of four multiprocessors."""
+
+    class Emulated:
+        def __init__(self, form: Format, tile: Tile) -> None:
+            self.module = module(form, tile)
+
+        def kernel(self, name, device):
+            return emulate(self.module, name)
+
+    module = wgmma.module
+    monkeypatch.setattr(wgmma, "module", Emulated)
+    monkeypatch.setattr(wgmma, "tensor_map", emulated_tensor_map)
+    monkeypatch.setattr(wgmma, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(wgmma, "_MAPS", {})
+
+
+def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="cpu", seed=0):
+    """(relative RMS error, largest error relative to the largest result) of random inputs."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    def integers(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator, device=device)
+
+    bits = form.bits
+    groups = 1 if group_size == -1 else -(-columns // group_size)
+    codes = integers(0, 1 << bits, rows, columns).to(torch.uint8)
+    scale = (random(rows, groups).abs() * 0.01 + 0.001).to(torch.float32 if form.float_scale else form.y)
+    zero = integers(0, 1 << bits, rows, groups).to(torch.uint8) if form.zero_points else None
+    bias = random(rows).to(form.y)
+    x_scale = None
+    if form.x == INT8:
+        x, x_scale = integers(-127, 128, tokens, columns).to(INT8), random(tokens).abs() * 0.01
+    else:
+        x = random(tokens, columns).to(form.x)
+    packed = pack_bits(codes, bits)
+    tiled = tile_weight(
+        packed,
+        scale,
+        zero,
+        in_features=columns,
+        bits=bits,
+        group_size=group_size,
+        kind="i8" if form.x == INT8 else "f16",
+    )
+    options = {"bits": bits, "group_size": group_size, "tile": tile, "x_scale": x_scale, "dtype": form.y}
+    y = wgmma.product(x, *tiled, bias, **options).double()
+    wide = x.double() if x_scale is None else x.double() * x_scale[:, None]
+    expected = reference.linear_wna16(
+        wide, packed, scale.double(), zero, bias.double(), bits, group_size, "packed"
+    )
+    assert y.shape == expected.shape
+    wrong = y - expected
+    return (wrong.norm() / expected.norm()).item(), (wrong.abs().max() / expected.abs().max()).item()
+
+
+CASES = {
+    "groups": (100, 328, 464, 128, Format(4, HALF, HALF, 1, False), Tile(256, 128)),
+    "groups of 32, zero points": (
+        130,
+        136,
+        328,
+        32,
+        Format(3, BFLOAT16, BFLOAT16, 2, True),
+        Tile(128, 64, 2),
+    ),
+    "rows, zero points, split by 4": (70, 264, 640, -1, Format(8, HALF, HALF, 0, True), Tile(256, 64, 1, 4)),
+    "cluster and split": (77, 131, 523, 64, Format(4, HALF, HALF, 1, True), Tile(128, 128, 2, 2)),
+    "256 tokens": (257, 200, 200, 128, Format(6, BFLOAT16, BFLOAT16, 1, False), Tile(128, 256, 2)),
+    "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False, True), Tile(128, 256, 2)),
+    "int8, zero points, split": (77, 136, 640, -1, Format(6, INT8, BFLOAT16, 0, True), Tile(256, 64, 1, 2)),
+    "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False, True), Tile(128, 64, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_emulated_kernel_matches_reference(case, emulated):
+    """Ragged in every dimension, several tiles a block, stages that the ring takes several times."""
+    *sizes, form, tile = CASES[case]
+    rms, most = errors(*sizes, form, tile)
+    allowed = TOLERANCE[form.y]
+    assert rms < allowed and most < 3 * allowed, (rms, most)
+
+
+def test_emulated_operator_with_int8(emulated):
+    """Floats are quantized, the packed weight is tiled, leading dimensions stay."""
+    from tensormill.ops.linear_wna8 import reference as definition
+    from tensormill.ops.linear_wna8.cuda import linear
+
+    generator = torch.Generator().manual_seed(1)
+    weight = pack_bits(torch.randint(0, 16, (136, 200), generator=generator, dtype=torch.uint8), 4)
+    x = torch.randn(2, 35, 200, generator=generator).half()
+    arguments = (x, None, weight, torch.rand(136, 1, generator=generator), None, None, 136, 4, -1, -1)
+    y = linear(*arguments, INT8, HALF, "packed").double()
+    expected = definition.linear_wna8(*arguments, INT8, HALF, "packed").double()
+    assert y.shape == expected.shape and (y - expected).norm() < 1e-3 * expected.norm()
+
+
+DECODE = """
+#include "dequantize.cuh"
+#include "dequantize_bytes.cuh"
+struct Arguments { const uint32_t* words; uint32_t* registers; };
+KERNEL(decode, 32, 1, Arguments) {
+    const int lane = lane_index();
+    for (int i = lane; i < 32 * WEIGHT_BITS; i += 32) store_shared(shared_memory() + 4 * i, arguments.words[i]);
+    synchronize();
+    uint32_t words[WEIGHT_BITS], a[4];
+    load_tile<WEIGHT_BITS>(shared_memory(), lane, words);
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+        dequantize_bytes<WEIGHT_BITS>(words, step, a);
+        for (int r = 0; r < 4; r++) arguments.registers[8 * lane + 4 * step + r] = a[r];
+    }
+}
+"""
+
+
+class DecodeArguments(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_void_p), ("registers", ctypes.c_void_p))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bytes_lie_in_the_fragments(bits, tmp_path):
+    source = tmp_path / "decode.cu"
+    source.write_text(DECODE)
+    folder = Path(wgmma.__file__).parent
+    headers = [folder / "dequantize.cuh", folder.parent / "linear_wna8" / "dequantize_bytes.cuh"]
+    kernel = emulate(Module(source, {"WEIGHT_BITS": bits}, headers), "decode")
+    codes = torch.randint(0, 1 << bits, (16, 64), dtype=torch.uint8)
+    words, _, _ = tile_weight(
+        pack_bits(codes, bits), torch.ones(16, 1), None, in_features=64, bits=bits, group_size=-1, kind="i8"
+    )
+    registers = torch.zeros(32, 8, dtype=torch.int32)
+    kernel.launch(1, 32, 128 * bits, DecodeArguments(words.data_ptr(), registers.data_ptr()))
+    found = registers.view(torch.int8).view(8, 4, 2, 2, 2, 4)  # [g, t, step, column half, row half, byte]
+    found = found.permute(4, 0, 2, 3, 1, 5).reshape(16, 64)
+    expected = (codes.int() - (1 << (bits - 1))) << (8 - bits)
+    assert torch.equal(found.int(), expected)
+
+
+COMPILED = {
+    "16 bits": (Format(4, HALF, HALF, 1, True), Tile(256, 128), "HGMMA.64x128x16.F32"),
+    "16 bits, split": (
+        Format(3, BFLOAT16, BFLOAT16, 2, True),
+        Tile(128, 128, 2, 4),
+        "HGMMA.64x128x16.F32.BF16",
+    ),
+    "int8": (Format(6, INT8, HALF, 0, False), Tile(128, 256, 2), "IGMMA.64x256x32.S8.S8"),
+    "int8, groups": (Format(4, INT8, HALF, 1, False), Tile(128, 128, 2), "IGMMA.64x128x32.S8.S8"),
+}
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_for_sm_90a(case):
+    """Without spills, and with products that run while weights are expanded (in one group after another)."""
+    form, tile, instruction = COMPILED[case]
+    cubin = compile_or_skip(wgmma.module(form, tile), "sm_90a")
+    used = resources(cubin)["linear_wgmma"]
+    assert used.registers <= 168 and used.stack == 0
+    lines = disassembly(cubin).splitlines()
+    products = [line for line in lines if "GMMA." in line]
+    assert products and all(instruction in line for line in products)
+    assert any("WARPGROUP.DEPBAR.LE gsb0, 0x1" in line for line in lines)
+
+
+def test_shared_memory_is_enough():
+    for tile in (Tile(256, 128, 2), Tile(128, 256, 2), Tile(128, 128, 2, 4), Tile(256, 128, 1, 2)):
+        for bits in range(1, 9):
+            for x, sets in ((HALF, 2), (INT8, 0)):
+                stages, size = wgmma.shared_bytes(Format(bits, x, HALF, sets, True), tile)
+                assert stages >= 2 and size <= 232448, (tile, bits, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_matches_reference(case):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    *sizes, form, tile = CASES[case]
+    rms, most = errors(*sizes, form, tile, device="cuda")
+    allowed = TOLERANCE[form.y]
+    assert rms < allowed and most < 3 * allowed, (rms, most)

@@ -197,15 +197,6 @@ class Kernel:
         if error:
             _check(error, self.name)
 
-    @functools.cache  # noqa: B019 (kernels live as long as the process)
-    def active_clusters(self, block: int, shared: int, cluster: int) -> int:
-        """How many clusters of blocks the device runs at a time."""
-        count = ctypes.c_int()
-        configuration = self._configure(cluster, block, shared, 0, False, cluster)
-        found = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self._function, configuration)
-        _check(found, self.name)
-        return count.value
-
     def _configure(
         self,
         grid: int | tuple[int, int, int],

@@ -21,26 +21,11 @@ DEVICE uint32_t cluster_rank() { return emulation::block_rank(); }
 DEVICE void cluster_sync() {
     emulation::wait(emulation::state.cluster_barrier, emulation::state.cluster * emulation::state.threads);
 }
-namespace emulation {
-inline std::vector<uint64_t> cluster_generations;  // in which each fiber arrived
-}  // namespace emulation
-DEVICE void cluster_arrive() {
-    emulation::State& s = emulation::state;
-    emulation::cluster_generations.resize(s.fibers.size());
-    emulation::cluster_generations[s.current] = s.cluster_barrier.generation;
-    emulation::arrive(s.cluster_barrier, s.cluster * s.threads);
-}
-DEVICE void cluster_wait() {
-    const uint64_t generation = emulation::cluster_generations[emulation::state.current];
-    while (emulation::state.cluster_barrier.generation == generation) emulation::yield();
-}
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) { mbarrier_arrive(barrier); }
 DEVICE void cluster_fence() {}
 DEVICE void cluster_mbarrier_wait(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
 DEVICE void cluster_store(uint32_t address, Words4 value) { emulated_store(address, value); }
-DEVICE uint32_t cluster_load(uint32_t address) { return emulated_load<uint32_t>(address); }
 DEVICE Words2 cluster_load2(uint32_t address) { return emulated_load<Words2>(address); }
-DEVICE Words4 cluster_load4(uint32_t address) { return emulated_load<Words4>(address); }
 
 namespace emulation {
 // Calls f(element in shared memory, element of the tensor or null) for a box of rows of 128 bytes, swizzled.

@@ -403,11 +403,11 @@ def test_compiles_for_hopper():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("log_n", [15, 16, 17, 18])
 def test_clusters_emulated(dtype, log_n):
-    x = torch.randn(3, 1 << log_n).to(dtype)
+    x = torch.randn(2, 1 << log_n).to(dtype)
     y = torch.full_like(x, float("nan"))
     scale = 0.3 * 2.0 ** (-log_n / 2)
     kernel = emulate(clusters.module(dtype, log_n), "hadamard_cluster")
-    clusters.launch(kernel, x, y, scale, clusters=2)  # of which one has two rows
+    clusters.launch(kernel, x, y, scale)
     expected = operator.reference(x.double(), scale)
     assert deviation(y, expected, operator.tolerance(dtype, {})) is None
 

@@ -28,10 +28,6 @@ DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The same in two halves, with work between them.
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
 // Arrives at a barrier in any block of the cluster. What others are to see was released by cluster_fence; a form that
 // releases by itself costs a fence of all memory each time, far too much in a loop.
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) {
@@ -59,22 +55,9 @@ DEVICE void cluster_store(uint32_t address, Words4 value) {
 }
 
 // What another block of the cluster has in shared memory.
-DEVICE uint32_t cluster_load(uint32_t address) {
-    uint32_t d;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(d) : "r"(address) : "memory");
-    return d;
-}
 DEVICE Words2 cluster_load2(uint32_t address) {
     Words2 d;
     asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(address) : "memory");
-    return d;
-}
-DEVICE Words4 cluster_load4(uint32_t address) {
-    Words4 d;
-    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
-                 : "r"(address)
-                 : "memory");
     return d;
 }
 

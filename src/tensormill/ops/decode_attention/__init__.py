@@ -112,7 +112,9 @@ def _inputs(shape: Shape, device: torch.device, generator: torch.Generator) -> t
     batch, kv_heads, head_dim = shape["batch"], shape["kv_heads"], shape["head_dim"]
     value_dim = shape["value_dim"] or head_dim
     page_size = shape["page_size"]
-    capacity = shape["context"] + (3 if not page_size else 0)
+    capacity = shape["context"]
+    if not page_size and capacity < 4096:
+        capacity += 3  # large ones are as a user would have them
     lengths = torch.tensor(_lengths(shape), dtype=torch.int32, device=device)
     block_table = None
     count = batch

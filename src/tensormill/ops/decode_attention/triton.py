@@ -596,7 +596,7 @@ def configuration(rows: int, head_dim: int, bits: int, paged: bool) -> Config:
         if rows <= 16 and head_dim <= 128:
             return Config(64, 2, stages, 4)
         return Config(64 if rows <= 32 and head_dim <= 128 else 32, 4, stages, 2)
-    return Config(64 if head_dim <= 128 else 32, 4, stages, 2)
+    return Config(64 if head_dim <= 128 and head_dim % 32 == 0 else 32, 4, stages, 2)
 
 
 def pieces(size: int) -> tuple[int, int] | None:

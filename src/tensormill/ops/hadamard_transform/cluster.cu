@@ -1,7 +1,6 @@
 // Walsh-Hadamard transforms that are too long for one block and fit a cluster of blocks: each block transforms a tile of
 // the row in its shared memory, then does the stages across tiles for its share of all of them, which it reads from its
-// neighbours' shared memory. So global memory is read once and written once. A cluster goes through many rows; the next
-// tile arrives while this one is worked on.
+// neighbours' shared memory. So global memory is read once and written once. Two blocks a multiprocessor work in turn.
 #include "hopper.cuh"
 
 // Given when compiled: IO (float, Half or BFloat16) and LOG_N.
@@ -15,20 +14,18 @@ constexpr int PAIRS = HELD / BLOCKS / 2;
 struct Arguments {
     const unsigned char* x;
     unsigned char* y;
-    int rows;
     float scale;
 };
 
-// The tile being worked on has 16 bytes more after every 128 elements, so that a warp's accesses are in different banks.
+// A tile has 16 bytes more after every 128 elements, so that a warp's accesses are in different banks.
 // For i and j without a common bit, place(i | j) is place(i) + place(j).
 DEVICE constexpr uint32_t place(int i) { return 4 * (uint32_t)(i + ((i >> 7) << LOG_VECTOR)); }
-constexpr int WORK_BYTES = 4 * (TILE + (TILE >> 7) * VECTOR);
 
 template <class T>
 struct Row {  // of 16-bit numbers
     static constexpr int BYTES = 2;
-    DEVICE static void load(uint32_t address, float* v) {
-        const Words2 words = load_shared2(address);
+    DEVICE static void load(const unsigned char* x, float* v) {
+        const Words2 words = *(const Words2*)x;
         v[0] = to_float<T>(words.x), v[1] = to_float<T>(words.x >> 16);
         v[2] = to_float<T>(words.y), v[3] = to_float<T>(words.y >> 16);
     }
@@ -37,8 +34,8 @@ struct Row {  // of 16-bit numbers
 template <>
 struct Row<float> {
     static constexpr int BYTES = 4;
-    DEVICE static void load(uint32_t address, float* v) {
-        const Words4 words = load_shared4(address);
+    DEVICE static void load(const unsigned char* x, float* v) {
+        const Words4 words = load_constant4(x);
         v[0] = bits_to_float(words.x), v[1] = bits_to_float(words.y);
         v[2] = bits_to_float(words.z), v[3] = bits_to_float(words.w);
     }
@@ -46,7 +43,6 @@ struct Row<float> {
         *(Words2*)y = Words2{float_to_bits(a), float_to_bits(b)};
     }
 };
-constexpr int TILE_BYTES = TILE * Row<IO>::BYTES;
 
 // Stages for the bits FROM and up of the register's number.
 template <int FROM, int COUNT>
@@ -76,71 +72,53 @@ DEVICE void stages(uint32_t work, int thread) {
     for (int r = 0; r < HELD; ++r) store_shared(at + place(r << LOW), float_to_bits(v[r]));
 }
 
-KERNEL(hadamard_cluster, THREADS, 1, Arguments) {
+KERNEL(hadamard_cluster, THREADS, 2, Arguments) {
     const int thread = thread_index(), rank = (int)cluster_rank();
-    const int cluster = block_index() / BLOCKS, clusters = grid_size() / BLOCKS;
-    const uint32_t arrived = shared_memory(), work = arrived + TILE_BYTES, full = work + WORK_BYTES;
-    const auto fetch = [&](int row) {
-        mbarrier_arrive_expect(full, TILE_BYTES);
-        copy_bulk(arrived, arguments.x + ((int64_t)row * BLOCKS + rank) * TILE_BYTES, TILE_BYTES, full);
-    };
-    if (thread == 0) {
-        mbarrier_init(full, 1);
-        mbarrier_init_fence();
-        if (cluster < arguments.rows) fetch(cluster);
+    const int64_t row = (int64_t)(block_index() / BLOCKS) << LOG_N;
+    const uint32_t work = shared_memory();
+    {
+        const unsigned char* x = arguments.x + (row + rank * TILE + thread * VECTOR) * Row<IO>::BYTES;
+        float v[HELD];
+#pragma unroll
+        for (int j = 0; j < HELD / VECTOR; ++j) Row<IO>::load(x + (j << TOP) * Row<IO>::BYTES, v + j * VECTOR);
+        butterflies<0>(v);
+        const uint32_t at = work + place(thread * VECTOR);
+#pragma unroll
+        for (int j = 0; j < HELD / VECTOR; ++j) {
+            const float* w = v + j * VECTOR;
+            store_shared4(at + place(j << TOP), Words4{float_to_bits(w[0]), float_to_bits(w[1]), float_to_bits(w[2]),
+                                                       float_to_bits(w[3])});
+        }
     }
     synchronize();
-    uint32_t parity = 0;
-    for (int row = cluster; row < arguments.rows; row += clusters, parity ^= 1) {
-        mbarrier_wait(full, parity);
-        {
-            float v[HELD];
+    stages<2, 2>(work, thread);
+    synchronize();
+    stages<6, 7>(work, thread);
+    cluster_sync();
+    // Of every tile the same share. A block reads its own tile first and then the others in an order of its own, so that
+    // they don't all ask the same one: v[t] is tile t ^ rank, which negates the results with an odd number of bits in
+    // t & rank.
+    const int first = (rank * THREADS * PAIRS + thread) * 2;
+    float v[PAIRS][2][BLOCKS];
 #pragma unroll
-            for (int j = 0; j < HELD / VECTOR; ++j)
-                Row<IO>::load(arrived + ((j << TOP) + thread * VECTOR) * Row<IO>::BYTES, v + j * VECTOR);
-            butterflies<0>(v);
-            if (row != cluster) cluster_wait();  // until all have read the tile before
-            const uint32_t at = work + place(thread * VECTOR);
-#pragma unroll
-            for (int j = 0; j < HELD / VECTOR; ++j) {
-                const float* w = v + j * VECTOR;
-                store_shared4(at + place(j << TOP), Words4{float_to_bits(w[0]), float_to_bits(w[1]),
-                                                           float_to_bits(w[2]), float_to_bits(w[3])});
-            }
-        }
-        synchronize();
-        if (thread == 0 && row + clusters < arguments.rows) fetch(row + clusters);
-        stages<2, 2>(work, thread);
-        synchronize();
-        stages<6, 7>(work, thread);
-        cluster_arrive();
-        cluster_wait();
-        // Of every tile the same share. A block reads its own tile first and then the others in an order of its own, so
-        // that they don't all ask the same one: v[t] is tile t ^ rank, which negates the results with an odd number of
-        // bits in t & rank.
-        const int first = (rank * THREADS * PAIRS + thread) * 2;
-        float v[PAIRS][2][BLOCKS];
-#pragma unroll
-        for (int t = 0; t < BLOCKS; ++t) {
-            const uint32_t tile = map_shared(work, t ^ rank);
-#pragma unroll
-            for (int p = 0; p < PAIRS; ++p) {
-                const Words2 words = cluster_load2(tile + place(first + p * 2 * THREADS));
-                v[p][0][t] = bits_to_float(words.x), v[p][1][t] = bits_to_float(words.y);
-            }
-        }
-        cluster_arrive();
-        unsigned char* y = arguments.y + (((int64_t)row << LOG_N) + first) * Row<IO>::BYTES;
+    for (int t = 0; t < BLOCKS; ++t) {
+        const uint32_t tile = map_shared(work, t ^ rank);
 #pragma unroll
         for (int p = 0; p < PAIRS; ++p) {
-            butterflies<0>(v[p][0]);
-            butterflies<0>(v[p][1]);
-#pragma unroll
-            for (int t = 0; t < BLOCKS; ++t) {
-                const float scale = count_bits(t & rank) & 1 ? -arguments.scale : arguments.scale;
-                Row<IO>::store(y + (t * TILE + p * 2 * THREADS) * Row<IO>::BYTES, v[p][0][t] * scale, v[p][1][t] * scale);
-            }
+            const Words2 words = cluster_load2(tile + place(first + p * 2 * THREADS));
+            v[p][0][t] = bits_to_float(words.x), v[p][1][t] = bits_to_float(words.y);
         }
     }
-    if (cluster < arguments.rows) cluster_wait();  // others may still read this block's tile
+    unsigned char* y = arguments.y + (row + first) * Row<IO>::BYTES;
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+        butterflies<0>(v[p][0]);
+        butterflies<0>(v[p][1]);
+#pragma unroll
+        for (int t = 0; t < BLOCKS; ++t) {
+            const float scale = count_bits(t & rank) & 1 ? -arguments.scale : arguments.scale;
+            Row<IO>::store(y + (t * TILE + p * 2 * THREADS) * Row<IO>::BYTES, v[p][0][t] * scale, v[p][1][t] * scale);
+        }
+    }
+    cluster_sync();  // others may still read this block's tile
 }

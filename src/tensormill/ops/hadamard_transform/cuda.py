@@ -13,8 +13,9 @@ from tensormill.cuda import HOPPER_HEADER, Kernel, Module, cuda_missing
 
 LOG_TILE = 14  # elements of a block's tile; up to 16 blocks make a cluster
 _THREADS = 512
-# A tile in float32 with 16 bytes more after every 128 elements, and a barrier; beside the tile that arrives.
-_SHARED = (4 << LOG_TILE) + (16 << (LOG_TILE - 7)) + 8
+_SHARED = (4 << LOG_TILE) + (16 << (LOG_TILE - 7))  # a tile, with 16 bytes more after every 128 elements
+# Fewer elements are faster in many small programs than in few clusters.
+_LEAST_ELEMENTS = 1 << 23
 _TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 
@@ -22,7 +23,6 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
-        ("rows", ctypes.c_int),
         ("scale", ctypes.c_float),
     )
 
@@ -31,12 +31,14 @@ def missing() -> str | None:
     """Why this can't run here, or None."""
     if (reason := cuda_missing()) is not None:
         return reason
-    return None if torch.cuda.get_device_capability() >= (9, 0) else "the GPU has no clusters of blocks"
+    has_clusters = (9, 0) <= torch.cuda.get_device_capability() < (11, 0)
+    return None if has_clusters else "the GPU has no clusters of 16 blocks"
 
 
 def supports(x: Tensor, scale: float) -> bool:
-    """Lengths of 2^15 to 2^18, summed in float32."""
-    return x.dtype in _TYPES and LOG_TILE < x.shape[-1].bit_length() - 1 <= LOG_TILE + 4
+    """Many rows of 2^15 to 2^18 elements, summed in float32."""
+    log_n = x.shape[-1].bit_length() - 1
+    return x.dtype in _TYPES and LOG_TILE < log_n <= LOG_TILE + 4 and x.numel() >= _LEAST_ELEMENTS
 
 
 @functools.cache
@@ -47,14 +49,11 @@ def module(dtype: torch.dtype, log_n: int) -> Module:
     )
 
 
-def launch(kernel: Kernel, x: Tensor, y: Tensor, scale: float, clusters: int | None = None) -> None:
-    """Transform the rows of contiguous x into y with `clusters` clusters at a time; None: as many as fit."""
+def launch(kernel: Kernel, x: Tensor, y: Tensor, scale: float) -> None:
+    """Transform the rows of contiguous x into y."""
     blocks = x.shape[-1] >> LOG_TILE
-    rows = x.numel() // x.shape[-1]
-    shared = _SHARED + (x.element_size() << LOG_TILE)
-    clusters = kernel.active_clusters(_THREADS, shared, blocks) if clusters is None else clusters
-    arguments = _Arguments(x.data_ptr(), y.data_ptr(), rows, scale)
-    kernel.launch(min(rows, clusters) * blocks, _THREADS, shared, arguments, cluster=blocks)
+    arguments = _Arguments(x.data_ptr(), y.data_ptr(), scale)
+    kernel.launch(x.numel() >> LOG_TILE, _THREADS, _SHARED, arguments, cluster=blocks)
 
 
 def hadamard_transform(x: Tensor, scale: float) -> Tensor:

@@ -20,8 +20,9 @@ _HEADERS = (_FOLDER / "dequantize.cuh",)
 _ACTIVATIONS = {torch.float16: "Half", torch.bfloat16: "BFloat16"}
 _KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
-# Tokens up to which `stream.cu` is used.
-MOST_STREAMED_TOKENS = 64
+# Tokens that `stream.cu` takes at a time, and how many before Hopper, where registers can't be shifted between warps.
+MOST_STREAMED_TOKENS = 32
+_MOST_STREAMED_TOKENS_BEFORE_HOPPER = 16
 _MOST_STAGES = 16
 _BARRIER_BYTES = 256
 _ONE_GROUP = 1 << 30  # a group size beyond any row
@@ -32,8 +33,8 @@ _BEFORE_HOPPER = ("sm_80", "sm_86", "sm_87", "sm_89")
 
 
 # The struct of `stream.cu`: weight, scale, zero_point, bias, x, y, workspace; tokens, rows, columns, x_stride, groups,
-# group_size, stages.
-_ARGUMENTS = struct.Struct("7P7i4x")
+# group_size, stages, across, units, larger_blocks.
+_ARGUMENTS = struct.Struct("7P10i")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Plan:
         workspace: Tensor,
     ) -> bytes:
         """The kernel's struct; x is `aligned`."""
-        tokens, rows, columns, groups, group_size, stages = self.sizes
+        tokens, rows, columns, *others = self.sizes
         return _ARGUMENTS.pack(
             weight.data_ptr(),
             scale.data_ptr(),
@@ -78,9 +79,7 @@ class Plan:
             rows,
             columns,
             2 * x.stride(0),
-            groups,
-            group_size,
-            stages,
+            *others,
         )
 
 
@@ -118,14 +117,16 @@ def plan(
     shape = choose_shape(tokens, rows, columns) if shape is None else shape
     one_group = group_size == -1 or group_size >= columns
     span = min(COLUMNS if one_group else group_size, COLUMNS)
-    padded_tokens = next(n for n in (8, 16, 32, 64) if tokens <= n)
+    padded_tokens = next(n for n in (8, 16, 32) if tokens <= n)
     scale_bytes = 4 if scale_dtype == torch.float32 else 2
     stage = shape.row_blocks * (1024 * bits + 64 * COLUMNS // span * (scale_bytes + zeros))
     stage += padded_tokens * (2 * COLUMNS + 16)
-    units = -(-rows // (64 * shape.row_blocks)) * -(-columns // COLUMNS)
+    across = -(-columns // COLUMNS)
+    units = -(-rows // (64 * shape.row_blocks)) * across
     grid = min(multiprocessors * shape.resident, units)
-    # 1024 bytes of every block are the system's.
-    fitting = ((shared + 1024) // shape.shares - 1024 - _BARRIER_BYTES) // stage
+    # What consumers give to each other comes before the stages; 1024 bytes of every block are the system's.
+    before = _BARRIER_BYTES + 4 * shape.row_blocks * 512
+    fitting = ((shared + 1024) // shape.shares - 1024 - before) // stage
     stages = max(1, min(_MOST_STAGES, fitting, -(-units // grid)))
     defines = (
         ("WEIGHT_BITS", bits),
@@ -143,9 +144,19 @@ def plan(
         defines,
         grid,
         32 * (4 * shape.row_blocks // shape.row_tiles + shape.row_blocks),
-        _BARRIER_BYTES + stages * stage,
+        before + stages * stage,
         grid * 64 * shape.row_blocks * padded_tokens,
-        (tokens, rows, columns, tiled_groups(columns, group_size), group_size, stages),
+        (
+            tokens,
+            rows,
+            columns,
+            tiled_groups(columns, group_size),
+            group_size,
+            stages,
+            across,
+            units // grid,
+            units % grid,
+        ),
     )
 
 
@@ -178,17 +189,23 @@ def linear(
     if y.numel() == 0:
         return y
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
-    if flat.shape[0] <= MOST_STREAMED_TOKENS:
+    most = _most_streamed_tokens(x.device.index)
+    if flat.shape[0] <= most:
         _stream(flat, weight, scale, zero_point, bias, bits, group_size, y)
         return y
     if architecture(x.device.index) == "sm_90a":
         bias = None if bias is None else bias.to(x.dtype)
         y = wgmma.product(flat, weight, scale, zero_point, bias, bits=bits, group_size=group_size)
         return y.view(*x.shape[:-1], rows)
-    parts = zip(flat.split(MOST_STREAMED_TOKENS), y.view(-1, rows).split(MOST_STREAMED_TOKENS), strict=True)
-    for tokens, results in parts:
+    for tokens, results in zip(flat.split(most), y.view(-1, rows).split(most), strict=True):
         _stream(tokens, weight, scale, zero_point, bias, bits, group_size, results)
     return y
+
+
+@functools.cache
+def _most_streamed_tokens(device: int) -> int:
+    before = architecture(device) in _BEFORE_HOPPER
+    return _MOST_STREAMED_TOKENS_BEFORE_HOPPER if before else MOST_STREAMED_TOKENS
 
 
 _planned: dict[tuple[Any, ...], tuple[Plan, Kernel, bool]] = {}

@@ -35,6 +35,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(wgmma, "tensor_map", emulated_tensor_map)
     monkeypatch.setattr(wgmma, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(wgmma, "_MAPS", {})
+    monkeypatch.setattr(wgmma, "_plan", wgmma._plan.__wrapped__)
 
 
 def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="cpu", seed=0):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tensormill.errors import ModelError
 from tensormill.models.decoding.stacking import stacked
-from tensormill.ops import OPERATORS, tiles
+from tensormill.ops import OPERATORS
 from tensormill.ops.linear_wna16.module import LinearWNA16
 
 #: Architectures whose blocks are computed as `PreparedDecoder` does.
@@ -139,7 +139,7 @@ class PreparedDecoder:
         layers = cast(nn.ModuleList, body.get_submodule("layers"))
         for module in (*layers.modules(), self._head):
             if type(module) is LinearWNA16:
-                _tile(module, self.dtype)
+                module.to_fastest_layout(self.dtype)
         attention: Any = layers[0].get_submodule("self_attn")
         self.head_dim = int(attention.head_dim)
         self.scale = float(attention.scaling)
@@ -333,14 +333,3 @@ class _Steps:
 
 def _add_norm(steps: _Steps, x: Tensor, stream: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     return steps.add_rms_norm(x, stream, norm.weight, norm.variance_epsilon)
-
-
-def _tile(layer: LinearWNA16, dtype: torch.dtype) -> None:
-    """Brings a layer's weight into the order of the CUDA kernels, where these take it."""
-    x = torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight_packed.device)
-    kernel = OPERATORS["linear_wna16"].find("cuda")
-    if x.is_cuda and kernel.missing() is None and tiles.can_tile(layer.in_features, layer.group_size):
-        layer.to_layout("tiled")
-        tensors = (layer.weight_tiled, layer.weight_scale_tiled, layer.weight_zero_point_tiled, layer.bias)
-        if not kernel.supports(x, *tensors, layer.bits, layer.group_size, "tiled"):
-            layer.to_layout("packed")

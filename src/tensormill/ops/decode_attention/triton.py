@@ -652,7 +652,7 @@ def supports(
 
 @functools.cache
 def _processors(index: int | None) -> int:
-    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+    return 2 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:

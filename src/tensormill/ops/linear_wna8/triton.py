@@ -638,7 +638,6 @@ def prepare(
 ) -> tuple[Any, ...]:
     """The canonical arguments with the weight in planes, and scales and zero points as (G, N)."""
     columns = x.shape[-1]
-    # with room for activations in groups, whichever these are going to be
     width = part_width(bits, segment_size(128, group_size, x_group_size))
     kind = product(bits, x_dtype)
     weight = layouts.to_planes(weight, bits, columns, width, kind == "fp8")
@@ -719,6 +718,8 @@ def run(
     else:
         overlap = False
         x, x_scale = x.contiguous(), x_scale.contiguous()
+        if x.storage_offset() % 16:  # codes are read many at a time
+            x = x.clone()
         if counters is not None:
             counters.zero_()
     segment = segment_size(columns, group_size, x_group_size)

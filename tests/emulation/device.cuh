@@ -502,3 +502,34 @@ DEVICE void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
             }
     });
 }
+
+DEVICE uint32_t load_constant_byte(const uint8_t* address) { return *address; }
+DEVICE uint32_t load_constant_half(const uint16_t* address) { return *address; }
+DEVICE Words2 load_constant2(const void* address) { return *static_cast<const Words2*>(address); }
+DEVICE void prefetch_line(const void*) {}
+template <class T>
+DEVICE void keep(T*&) {}
+DEVICE bool any_lane(bool condition) {
+    bool out;
+    emulation::collective(condition, out, [](const bool* const* in, bool* const* out) {
+        bool any = false;
+        for (int i = 0; i < 32; i++) any |= *in[i];
+        for (int i = 0; i < 32; i++) *out[i] = any;
+    });
+    return out;
+}
+DEVICE uint32_t transpose_matrix(uint32_t a) {
+    uint32_t d;
+    emulation::collective(a, d, [](const uint32_t* const* in, uint32_t* const* out) {
+        for (int lane = 0; lane < 32; lane++) {
+            *out[lane] = 0;
+            for (int h = 0; h < 2; h++) {
+                const int row = 2 * (lane % 4) + h, column = lane / 4;
+                *out[lane] |= (*in[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff) << (16 * h);
+            }
+        }
+    });
+    return d;
+}
+DEVICE float fast_exp2(float a) { return exp2f(a); }
+DEVICE float fast_log2(float a) { return log2f(a); }

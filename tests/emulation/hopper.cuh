@@ -22,8 +22,10 @@ DEVICE void cluster_sync() {
     emulation::wait(emulation::state.cluster_barrier, emulation::state.cluster * emulation::state.threads);
 }
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) { mbarrier_arrive(barrier); }
+DEVICE void cluster_fence() {}
 DEVICE void cluster_mbarrier_wait(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
 DEVICE void cluster_store(uint32_t address, Words4 value) { emulated_store(address, value); }
+DEVICE Words2 cluster_load2(uint32_t address) { return emulated_load<Words2>(address); }
 
 namespace emulation {
 // Calls f(element in shared memory, element of the tensor or null) for a box of rows of 128 bytes, swizzled.
@@ -135,8 +137,10 @@ DEVICE void wgmma_wait() {
     });
 }
 
-template <Wgmma KIND, int COLUMNS, class D>
-DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+namespace emulation {
+// PLACE(descriptor, n, k, size) is where element k of B's column n lies, before the swizzle.
+template <Wgmma KIND, int COLUMNS, class D, class Place>
+void multiply(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, Place place) {
     struct Operands {
         D* d;
         const uint32_t* a;
@@ -146,7 +150,6 @@ DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool 
     emulation::meet(&operands, [=](emulation::Warpgroup& group) {
         std::vector<Operands> all;
         for (const void* operands : group.operands) all.push_back(*static_cast<const Operands*>(operands));
-        const uint32_t start = (b & 0x3fff) << 4, stride = (b >> 32 & 0x3fff) << 4;
         group.open.push_back([=] {
             static float left[64][K], right[COLUMNS][K];
             for (int t = 0; t < 128; t++)
@@ -156,7 +159,7 @@ DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool 
                             emulation::wgmma_element<KIND>(reinterpret_cast<const uint8_t*>(&all[t].a[r]) + SIZE * e);
             for (int n = 0; n < COLUMNS; n++)
                 for (int k = 0; k < K; k++) {
-                    const uint32_t at = start + n / 8 * stride + n % 8 * 128 + k * SIZE;
+                    const uint32_t at = place(b, n, k, SIZE);
                     right[n][k] = emulation::wgmma_element<KIND>(emulation::shared_bytes(at ^ ((at >> 7 & 7) << 4), SIZE));
                 }
             for (int t = 0; t < 128; t++)
@@ -168,5 +171,25 @@ DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool 
                     all[t].d[i] = (accumulate ? all[t].d[i] : D(0)) + D(sum);
                 }
         });
+    });
+}
+inline uint32_t descriptor_field(uint64_t b, int bit) { return (b >> bit & 0x3fff) << 4; }
+}  // namespace emulation
+
+template <Wgmma KIND, int COLUMNS, class D>
+DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    emulation::multiply<KIND, COLUMNS>(d, a, b, accumulate, [](uint64_t b, int n, int k, int size) {
+        return emulation::descriptor_field(b, 0) + n / 8 * emulation::descriptor_field(b, 32) + n % 8 * 128 + k * size;
+    });
+}
+
+DEVICE uint64_t wgmma_descriptor_transposed(uint32_t address, uint32_t stride) {
+    return wgmma_descriptor(address) & ~(uint64_t(0x3FFF) << 16) | uint64_t(stride >> 4) << 16;
+}
+template <Wgmma KIND, int COLUMNS>
+DEVICE void wgmma_transposed(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    emulation::multiply<KIND, COLUMNS>(d, a, b, accumulate, [](uint64_t b, int n, int k, int size) {
+        return emulation::descriptor_field(b, 0) + n / 64 * emulation::descriptor_field(b, 16) +
+               k / 8 * emulation::descriptor_field(b, 32) + k % 8 * 128 + n % 64 * size;
     });
 }

@@ -35,6 +35,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(wgmma, "tensor_map", emulated_tensor_map)
     monkeypatch.setattr(wgmma, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(wgmma, "_MAPS", {})
+    monkeypatch.setattr(wgmma, "_plan", wgmma._plan.__wrapped__)
 
 
 def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="cpu", seed=0):
@@ -50,7 +51,7 @@ def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="
     bits = form.bits
     groups = 1 if group_size == -1 else -(-columns // group_size)
     codes = integers(0, 1 << bits, rows, columns).to(torch.uint8)
-    scale = (random(rows, groups).abs() * 0.01 + 0.001).to(form.y)
+    scale = (random(rows, groups).abs() * 0.01 + 0.001).to(torch.float32 if form.float_scale else form.y)
     zero = integers(0, 1 << bits, rows, groups).to(torch.uint8) if form.zero_points else None
     bias = random(rows).to(form.y)
     x_scale = None
@@ -68,7 +69,7 @@ def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="
         group_size=group_size,
         kind="i8" if form.x == INT8 else "f16",
     )
-    options = {"bits": bits, "group_size": group_size, "tile": tile, "x_scale": x_scale}
+    options = {"bits": bits, "group_size": group_size, "tile": tile, "x_scale": x_scale, "dtype": form.y}
     y = wgmma.product(x, *tiled, bias, **options).double()
     wide = x.double() if x_scale is None else x.double() * x_scale[:, None]
     expected = reference.linear_wna16(
@@ -92,9 +93,9 @@ CASES = {
     "rows, zero points, split by 4": (70, 264, 640, -1, Format(8, HALF, HALF, 0, True), Tile(256, 64, 1, 4)),
     "cluster and split": (77, 131, 523, 64, Format(4, HALF, HALF, 1, True), Tile(128, 128, 2, 2)),
     "256 tokens": (257, 200, 200, 128, Format(6, BFLOAT16, BFLOAT16, 1, False), Tile(128, 256, 2)),
-    "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False), Tile(128, 256, 2)),
+    "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False, True), Tile(128, 256, 2)),
     "int8, zero points, split": (77, 136, 640, -1, Format(6, INT8, BFLOAT16, 0, True), Tile(256, 64, 1, 2)),
-    "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False), Tile(128, 64, 2)),
+    "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False, True), Tile(128, 64, 2)),
 }
 
 
@@ -105,6 +106,20 @@ def test_emulated_kernel_matches_reference(case, emulated):
     rms, most = errors(*sizes, form, tile)
     allowed = TOLERANCE[form.y]
     assert rms < allowed and most < 3 * allowed, (rms, most)
+
+
+def test_emulated_operator_with_int8(emulated):
+    """Floats are quantized, the packed weight is tiled, leading dimensions stay."""
+    from tensormill.ops.linear_wna8 import reference as definition
+    from tensormill.ops.linear_wna8.cuda import linear
+
+    generator = torch.Generator().manual_seed(1)
+    weight = pack_bits(torch.randint(0, 16, (136, 200), generator=generator, dtype=torch.uint8), 4)
+    x = torch.randn(2, 35, 200, generator=generator).half()
+    arguments = (x, None, weight, torch.rand(136, 1, generator=generator), None, None, 136, 4, -1, -1)
+    y = linear(*arguments, INT8, HALF, "packed").double()
+    expected = definition.linear_wna8(*arguments, INT8, HALF, "packed").double()
+    assert y.shape == expected.shape and (y - expected).norm() < 1e-3 * expected.norm()
 
 
 DECODE = """

@@ -396,17 +396,19 @@ DEVICE void wait_for_previous_kernel() {}
 DEVICE void allow_next_kernel() {}
 #endif
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// A warpgroup's limit of registers, a multiple of 8.
+// A warpgroup's limit of registers, a multiple of 8; nothing on chips that can't move it.
 template <int REGISTERS>
 DEVICE void raise_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
 }
 template <int REGISTERS>
 DEVICE void lower_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
 #endif
+}
 
 // --- matrix products of a warp; fragments as in PTX
 
@@ -433,4 +435,49 @@ DEVICE void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
         "{%0, %1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// --- small loads, votes, transposition, special functions, and a hint
+
+// As load_constant, of other sizes.
+DEVICE uint32_t load_constant_byte(const uint8_t* address) {
+    uint32_t d;
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(d) : "l"(address));
+    return d;
+}
+DEVICE uint32_t load_constant_half(const uint16_t* address) {
+    uint16_t d;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(d) : "l"(address));
+    return d;
+}
+DEVICE Words2 load_constant2(const void* address) {
+    Words2 d;
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "l"(address));
+    return d;
+}
+// Brings the 128 bytes around the address into the second-level cache.
+DEVICE void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+// Keeps the compiler from computing the pointer anew wherever it is used, which it does to save registers.
+template <class T>
+DEVICE void keep(T*& pointer) {
+    asm volatile("" : "+l"(pointer));
+}
+// Whether any lane says so.
+DEVICE bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+// An 8x8 matrix of 16-bit numbers, two neighbours of row lane / 4 in each lane, transposed.
+DEVICE uint32_t transpose_matrix(uint32_t a) {
+    uint32_t d;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+// To about 22 bits; subnormal numbers are 0.
+DEVICE float fast_exp2(float a) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+DEVICE float fast_log2(float a) {
+    float d;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
 }

@@ -28,9 +28,13 @@ DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Arrives at a barrier in any block of the cluster. What others are to see was released by cluster_fence; a form that
+// releases by itself costs a fence of all memory each time, far too much in a loop.
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+
+DEVICE void cluster_fence() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 
 DEVICE void cluster_mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -48,6 +52,13 @@ DEVICE void cluster_store(uint32_t address, Words4 value) {
     asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y),
                  "r"(value.z), "r"(value.w)
                  : "memory");
+}
+
+// What another block of the cluster has in shared memory.
+DEVICE Words2 cluster_load2(uint32_t address) {
+    Words2 d;
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(address) : "memory");
+    return d;
 }
 
 // --- tensor copies
@@ -101,6 +112,7 @@ DEVICE uint64_t wgmma_descriptor(uint32_t address) {
 
 enum class Wgmma { f16, bf16, s8 };  // operands
 
+#define TM_LIST_HALF "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TM_LIST_0                                                                                           \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
     "%28,%29,%30,%31"
@@ -116,6 +128,7 @@ enum class Wgmma { f16, bf16, s8 };  // operands
 #define TM_OUT_4(c, d, i) "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3])
 #define TM_OUT_16(c, d, i) TM_OUT_4(c, d, i), TM_OUT_4(c, d, i + 4), TM_OUT_4(c, d, i + 8), TM_OUT_4(c, d, i + 12)
 #define TM_OUT_32(c, d, i) TM_OUT_16(c, d, i), TM_OUT_16(c, d, i + 16)
+#define TM_LIST_HALF "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TM_OUT_64(c, d, i) TM_OUT_32(c, d, i), TM_OUT_32(c, d, i + 32)
 #define TM_OUT_128(c, d, i) TM_OUT_64(c, d, i), TM_OUT_64(c, d, i + 64)
 
@@ -138,8 +151,31 @@ enum class Wgmma { f16, bf16, s8 };  // operands
 // and wait after.
 template <Wgmma KIND, int COLUMNS, class D>
 DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    TM_WGMMA_SIZE(32, TM_OUT_16, TM_LIST_HALF, "%16,%17,%18,%19", "%20", "%21")
     TM_WGMMA_SIZE(64, TM_OUT_32, TM_LIST_0, "%32,%33,%34,%35", "%36", "%37")
     TM_WGMMA_SIZE(128, TM_OUT_64, TM_LIST_0 "," TM_LIST_1, "%64,%65,%66,%67", "%68", "%69")
     TM_WGMMA_SIZE(256, TM_OUT_128, TM_LIST_0 "," TM_LIST_1 "," TM_LIST_2 "," TM_LIST_3, "%128,%129,%130,%131", "%132",
                   "%133")
+}
+
+// --- wgmma of a B that is contiguous along its columns
+
+// Operand of K rows of COLUMNS 16-bit elements, as boxes of rows of 128 bytes, swizzled, `stride` bytes from one box of
+// 64 columns to the next; groups of eight rows are 1024 bytes apart.
+DEVICE uint64_t wgmma_descriptor_transposed(uint32_t address, uint32_t stride) {
+    return wgmma_descriptor(address) & ~(uint64_t(0x3FFF) << 16) | uint64_t(stride >> 4) << 16;
+}
+
+#define TM_WGMMA_TRANSPOSED(N, OUT, LISTS, A, B, SCALE)                                         \
+    if constexpr (COLUMNS == N) {                                                                \
+        TM_WGMMA_CASE(#N, f16, "k16.f32.f16.f16", "f", OUT, LISTS, A, B, SCALE, ", 1, 1, 1")    \
+        TM_WGMMA_CASE(#N, bf16, "k16.f32.bf16.bf16", "f", OUT, LISTS, A, B, SCALE, ", 1, 1, 1") \
+    }
+
+// d (64 x COLUMNS) += A B, as `wgmma`, with B of 16 rows of COLUMNS 16-bit elements.
+template <Wgmma KIND, int COLUMNS>
+DEVICE void wgmma_transposed(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    TM_WGMMA_TRANSPOSED(128, TM_OUT_64, TM_LIST_0 "," TM_LIST_1, "%64,%65,%66,%67", "%68", "%69")
+    TM_WGMMA_TRANSPOSED(256, TM_OUT_128, TM_LIST_0 "," TM_LIST_1 "," TM_LIST_2 "," TM_LIST_3, "%128,%129,%130,%131",
+                        "%132", "%133")
 }

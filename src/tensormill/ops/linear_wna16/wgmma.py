@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tensormill.cuda import DEVICE_HEADER, Module, multiprocessors, tensor_map
+from tensormill.cuda import HOPPER_HEADER, Kernel, Module, multiprocessors, tensor_map
 from tensormill.ops.tiles import tiled_groups
 
 _FOLDER = Path(__file__).parent
 _HEADERS = (
-    DEVICE_HEADER.with_name("hopper.cuh"),
+    HOPPER_HEADER,
     _FOLDER / "dequantize.cuh",
     _FOLDER.parent / "linear_wna8" / "dequantize_bytes.cuh",
 )
 _X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
 _Y_TYPES = {torch.float16: 0, torch.bfloat16: 1}
 _THREADS = 384
+_SKEW = 2  # stages by which one warpgroup is ahead of the other
 # Of H200: what a multiprocessor reads from the second-level cache in a cycle; what a tile costs beside its products.
 _L2_BYTES = 32.0
 _TILE_CYCLES = 3000.0
@@ -45,9 +46,9 @@ class Tile:
     cluster: int = 1
     split: int = 1
 
-    def blocks(self, tokens: int, rows: int) -> int:
-        """Blocks of a product."""
-        return -(-rows // (self.rows * self.cluster)) * -(-tokens // self.tokens) * self.cluster * self.split
+    def count(self, tokens: int, rows: int) -> int:
+        """Tiles of a product, those of a cluster counted as one."""
+        return -(-rows // (self.rows * self.cluster)) * -(-tokens // self.tokens)
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Format:
     Attributes:
         bits: of a weight.
         x: dtype of the activations: float16, bfloat16 or int8.
-        y: dtype of the result, scales and bias: x's, or for int8 x, float16 or bfloat16.
+        y: dtype of the result and bias: x's, or for int8 x, float16 or bfloat16.
         scale_sets: scales of a row in a stage of 128 bytes of x: 0 for one per row, else 1 or 2.
         zero_points: whether there are any.
+        float_scale: whether scales are float32, which they can be for int8 x; otherwise they have y's dtype.
     """
 
     bits: int
@@ -67,33 +69,19 @@ class Format:
     y: torch.dtype
     scale_sets: int
     zero_points: bool
+    float_scale: bool = False
 
 
-_TensorMap = ctypes.c_uint64 * 16
-
-
-class _Arguments(ctypes.Structure):
-    """`Arguments` of wgmma.cu, less the alignment."""
-
-    _fields_ = (
-        ("x", _TensorMap),
-        ("y", _TensorMap),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("weight", "scale", "zero", "bias", "token_scale", "token_sum")
-        ),
-        *(
-            (name, ctypes.c_int)
-            for name in ("tokens", "rows", "row_blocks", "columns", "groups", "group_size", "width")
-        ),
-    )
+# `Arguments` of wgmma.cu, after the two tensor maps: addresses; sizes, and the bytes that the struct's alignment adds.
+_ADDRESSES = struct.Struct("6Q")
+_SIZES = struct.Struct("7i52x")
 
 
 def shared_bytes(form: Format, tile: Tile) -> tuple[int, int]:
     """(stages of the ring, bytes of shared memory): as many stages as fit, as wgmma.cu lays them out."""
     integer = form.x == torch.int8
     blocks = tile.rows // 64
-    sets = blocks * (128 + 64 * (form.zero_points and not integer))
+    sets = blocks * ((256 if form.float_scale else 128) + 64 * (form.zero_points and not integer))
     stage = tile.tokens * 128 + blocks * 512 * form.bits * (2 if integer else 1) + form.scale_sets * sets
     stage = -(-stage // 1024) * 1024
     slice_tokens = tile.tokens // tile.split
@@ -117,6 +105,8 @@ def module(form: Format, tile: Tile) -> Module:
         "K_SPLITS": tile.split,
         "STAGE_GROUPS": form.scale_sets,
         "HAS_ZERO": int(form.zero_points),
+        "SCALE_TYPE": 2 if form.float_scale else _Y_TYPES[form.y],
+        "RING_SKEW": min(_SKEW, stages - 2),
         "SHARED_BYTES": shared,
     }
     return Module(_FOLDER / "wgmma.cu", defines, _HEADERS)
@@ -146,49 +136,126 @@ def product(
     group_size: int,
     tile: Tile | None = None,
     x_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    overlap: bool = True,
 ) -> Tensor:
     """`x W^T + bias` for a tiled weight.
 
     Args:
         x: (M, K) float16 or bfloat16; or int8 codes with `x_scale`.
         weight, scale, zero_point: of `tile_weight`, kind "f16" or, for int8 x, "i8"; N is their first dimension. The
-            scale's dtype is the result's: x's, or for int8 x, float16 or bfloat16.
-        bias: (N,) of the scale's dtype, or None.
+            scale is rounded to x's dtype, unless that is int8.
+        bias: (N,) of the result's dtype, or None.
         bits, group_size: of the weight.
         tile: None chooses.
         x_scale: (M,) float32.
+        dtype: of the result for int8 x, float16 or bfloat16; otherwise it is x's.
+        overlap: the weight was written long ago, so that it may be read before earlier kernels have ended.
 
     Returns:
         (M, N).
     """
+    if x.dtype != torch.int8:
+        dtype = x.dtype
+    assert dtype is not None
+    if scale.dtype != dtype and (x.dtype != torch.int8 or scale.dtype != torch.float32):
+        scale = scale.to(dtype if x.dtype != torch.int8 else torch.float32)
     (tokens, columns), rows = x.shape, weight.shape[0]
-    form = Format(
-        bits, x.dtype, scale.dtype, scale_sets(x.dtype, columns, group_size), zero_point is not None
+    zeros, float_scale = zero_point is not None, scale.dtype == torch.float32
+    made = _plan(
+        x.device.index, tokens, rows, columns, bits, group_size, x.dtype, dtype, zeros, float_scale, tile
     )
     multiple = 16 // x.element_size()  # copies want rows at multiples of 16 bytes
     if x.stride(1) != 1 or x.stride(0) % multiple or x.data_ptr() % 16:
         padded = x.new_empty(tokens, -(-columns // multiple) * multiple)
         padded[:, :columns] = x
         x = padded[:, :columns]
-    y = torch.empty((tokens, -(-rows // 8) * 8), dtype=scale.dtype, device=x.device)[:, :rows]
+    width = -(-rows // 8) * 8
+    y = torch.empty((tokens, width), dtype=dtype, device=x.device)
+    result = y if width == rows else y[:, :rows]
+    summed = x.sum(1, dtype=torch.int32) if zero_point is not None and x_scale is not None else None
+    addresses = _ADDRESSES.pack(
+        weight.data_ptr(),
+        scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if x_scale is None else x_scale.data_ptr(),
+        0 if summed is None else summed.data_ptr(),
+    )
+    maps = _map(x, made.x_box) + _map(result, made.y_box)
+    made.kernel.launch(
+        made.grid,
+        _THREADS,
+        made.shared,
+        maps + addresses + made.sizes,
+        cluster=made.cluster,
+        overlap=overlap,
+    )
+    return result.contiguous()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A launch, less what changes from call to call."""
+
+    kernel: Kernel
+    grid: int
+    cluster: int
+    shared: int
+    x_box: tuple[int, int]
+    y_box: tuple[int, int]
+    sizes: bytes
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: int,
+    tokens: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    x: torch.dtype,
+    y: torch.dtype,
+    zero_points: bool,
+    float_scale: bool,
+    tile: Tile | None,
+) -> _Plan:
+    form = Format(bits, x, y, scale_sets(x, columns, group_size), zero_points, float_scale)
     if tile is None:
-        tile = choose(form, tokens, rows, columns, multiprocessors(x.device.index))
-    summed = x.sum(1, dtype=torch.int32) if x_scale is not None and zero_point is not None else None
-    launch(form, tile, x, weight, scale, zero_point, bias, x_scale, summed, y, group_size)
-    return y.contiguous()
+        tile = choose(form, tokens, rows, columns, multiprocessors(device))
+    sizes = _SIZES.pack(
+        tokens,
+        rows,
+        -(-rows // 64),
+        columns,
+        tiled_groups(columns, group_size),
+        group_size,
+        max(1, 1024 // tile.tokens),
+    )
+    cluster = tile.cluster * tile.split
+    return _Plan(
+        kernel=module(form, tile).kernel("linear_wgmma", device),
+        grid=_clusters(tile, tokens, rows, multiprocessors(device)) * cluster,
+        cluster=cluster,
+        shared=shared_bytes(form, tile)[1],
+        x_box=(tile.tokens // tile.cluster, 128 // x.itemsize),
+        y_box=(tile.tokens // tile.split, 64),
+        sizes=sizes,
+    )
 
 
-_MAPS: dict[tuple[object, ...], ctypes.Array[ctypes.c_uint64]] = {}
+_MAPS: dict[tuple[object, ...], bytes] = {}
 
 
-def _map(tensor: Tensor, box: tuple[int, int]) -> ctypes.Array[ctypes.c_uint64]:
+def _map(tensor: Tensor, box: tuple[int, int]) -> bytes:
     """`tensor_map`, which takes longer than a launch, of a tensor that is often at the same place."""
-    key = (tensor.data_ptr(), tensor.dtype, *tensor.shape, tensor.stride(0), box)
+    key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(0), box)
     found = _MAPS.get(key)
     if found is None:
         if len(_MAPS) >= 4096:
             _MAPS.clear()
-        found = _MAPS[key] = _TensorMap.from_buffer_copy(tensor_map(tensor, box))
+        found = _MAPS[key] = tensor_map(tensor, box)
     return found
 
 
@@ -212,7 +279,9 @@ _TILES = tuple(
 @functools.lru_cache(maxsize=4096)
 def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> Tile:
     """The tile that should be fastest: a model of a block's cycles, times the tiles that each must do."""
-    return min(_tiles(form), key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
+    stages = -(-columns // _stage_columns(form))  # every split needs one
+    tiles = [t for t in _tiles(form) if t.cluster * t.split <= multiprocessors and t.split <= stages]
+    return min(tiles, key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
 
 
 def _tiles(form: Format) -> list[Tile]:
@@ -224,51 +293,30 @@ def _tiles(form: Format) -> list[Tile]:
 
 def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
     """Clock cycles of the product."""
-    integer = form.x == torch.int8
-    stage_columns = 128 if integer else 64
+    stage_columns = _stage_columns(form)
     products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
     copies = (tile.tokens * 128 / tile.cluster + tile.rows * stage_columns * form.bits / 8) / _L2_BYTES
     stages = -(-columns // stage_columns) / tile.split
     tail = _TILE_CYCLES + (tile.split > 1) * _SPLIT_CYCLES
-    together = multiprocessors // (tile.cluster * tile.split) * tile.cluster * tile.split
-    turns = -(-tile.blocks(tokens, rows) // together)
-    return turns * (stages * max(products, copies) + tail)
+    together = multiprocessors // (tile.cluster * tile.split)
+    turns, rest = divmod(tile.count(tokens, rows), together)
+    last = 0.0 if rest == 0 else 0.5 if _halves(tile, rest, together) else 1.0
+    return (turns + last) * (stages * max(products, copies) + tail)
 
 
-def launch(
-    form: Format,
-    tile: Tile,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    token_scale: Tensor | None,
-    token_sum: Tensor | None,
-    y: Tensor,
-    group_size: int,
-) -> None:
-    """Write the product to y (M, N), whose rows, as x's, begin at multiples of 16 bytes."""
-    (tokens, columns), rows = x.shape, y.shape[1]
-    arguments = _Arguments(
-        _map(x, (tile.tokens // tile.cluster, 128 // x.element_size())),
-        _map(y, (tile.tokens // tile.split, 64)),
-        *(
-            None if tensor is None else tensor.data_ptr()
-            for tensor in (weight, scale, zero_point, bias, token_scale, token_sum)
-        ),
-        tokens,
-        rows,
-        -(-rows // 64),
-        columns,
-        tiled_groups(columns, group_size),
-        group_size,
-        max(1, 1024 // tile.tokens),
-    )
-    blocks = tile.blocks(tokens, rows)
-    if tile.split == 1:  # each block takes one tile after another
-        fit = multiprocessors(x.device.index) // tile.cluster * tile.cluster
-        blocks = min(blocks, fit)
-    _, shared = shared_bytes(form, tile)
-    kernel = module(form, tile).kernel("linear_wgmma", x.device.index)
-    kernel.launch(blocks, _THREADS, shared, arguments, cluster=tile.cluster * tile.split)
+def _stage_columns(form: Format) -> int:
+    """Columns in a stage: 128 bytes of x."""
+    return 128 // form.x.itemsize
+
+
+def _halves(tile: Tile, rest: int, clusters: int) -> bool:
+    """Whether the tiles of the last turn are cut in halves, as wgmma.cu does it."""
+    return tile.rows == 256 and tile.split == 1 and 2 * rest <= clusters
+
+
+def _clusters(tile: Tile, tokens: int, rows: int, multiprocessors: int) -> int:
+    """Clusters to launch: for all tiles at once, or as many as fit the GPU and take one tile after another."""
+    count, fitting = tile.count(tokens, rows), multiprocessors // (tile.cluster * tile.split)
+    if tile.split > 1:
+        return count
+    return min(fitting, 2 * count if _halves(tile, count, fitting) else count)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensormill.cuda import cuda_missing
 from tensormill.errors import InvalidArgument
 from tensormill.operator import Operator, Sample, interpreting, triton_missing
 from tensormill.ops.dequantize_wna16 import check_weight, make_weight, num_groups, weight_bytes
@@ -183,13 +184,14 @@ def _triton_supports(
     dtype: torch.dtype,
     layout: str,
 ) -> bool:
-    columns = x.shape[-1]
     floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
     groups = (group_size == -1 or group_size % 32 == 0) and (x_group_size == -1 or x_group_size % 32 == 0)
+    # The kernels also take fp8 and odd widths, but have not been run on a GPU with them as they are now.
+    seen = x_dtype == torch.int8 and (bits in (2, 4, 6, 8) or interpreting())
     return (
         (layout == "packed" or "planes" in layout)
-        and (x_dtype == torch.int8 or not interpreting())
-        and 0 < columns <= 65536
+        and seen
+        and 0 < x.shape[-1] <= 65536
         and groups
         and all(t.dtype in DTYPES for t in floats)
         # Triton's interpreter truncates where bf16 should be rounded.
@@ -197,11 +199,53 @@ def _triton_supports(
     )
 
 
+def _cuda_supports(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    x_group_size: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    layout: str,
+) -> bool:
+    columns = x.shape[-1]
+    floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
+    one_group = group_size == -1 or group_size >= columns
+    return (
+        layout in ("packed", "tiled")
+        and x_dtype == torch.int8
+        and x_group_size == -1
+        and 0 < columns <= 65536
+        and (one_group or (group_size % 128 == 0 and zero_point is None))
+        and dtype in (torch.float16, torch.bfloat16)
+        and all(t.dtype in DTYPES for t in floats)
+    )
+
+
+def _hopper_missing() -> str | None:
+    reason = cuda_missing()
+    if reason is None and torch.cuda.get_device_capability() != (9, 0):
+        reason = "the GPU's compute capability is not 9.0"
+    return reason
+
+
 class _LinearWNA8(Operator):
     """The result's type sets the tolerance, not that of the first tensor, which may be codes."""
 
     def tolerance(self, dtype: torch.dtype, shape: Shape) -> float:
         return super().tolerance(getattr(torch, shape["dtype"]), shape)
+
+
+def _cuda_prepare(*arguments: Any) -> tuple[Any, ...]:
+    from tensormill.ops.linear_wna8.cuda import prepare
+
+    return prepare(*arguments)
 
 
 def _triton_prepare(*arguments: Any) -> tuple[Any, ...]:
@@ -219,6 +263,14 @@ operator = _LinearWNA8(
     inputs=_inputs,
     samples=samples(),
     reduction=lambda shape: shape["in_features"],
+)
+operator.implementation(
+    "cuda",
+    devices=("cuda",),
+    entry="tensormill.ops.linear_wna8.cuda:linear",
+    supports=_cuda_supports,
+    missing=_hopper_missing,
+    prepare=_cuda_prepare,
 )
 operator.implementation(
     "triton",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class LinearWNA8(LinearWNA16):
     def from_wna16(
         cls, layer: LinearWNA16, *, x_dtype: torch.dtype = torch.int8, x_group_size: int = -1
     ) -> LinearWNA8:
-        """The layer with the same weight and bias (shared, not copied) and 8-bit activations.
+        """The layer with the same weight and bias (shared, not copied, unless it is tiled) and 8-bit activations.
 
         Raises:
             InvalidArgument: activations can't be quantized so, or sums might leave 32 bits.
@@ -106,6 +106,18 @@ class LinearWNA8(LinearWNA16):
         arguments[2:5] = weight, scale, zero_point
         arguments[-1] = layout
         return operator(*arguments)  # type: ignore[no-any-return]
+
+    def to_layout(self, layout: Literal["packed", "tiled"]) -> LinearWNA16:
+        """The layer itself for "packed".
+
+        Raises:
+            InvalidArgument: for "tiled", the order for 16-bit activations; `prepare` makes the one for these.
+        """
+        if layout != "packed":
+            raise InvalidArgument(
+                f'given layout={layout!r} for a layer with 8-bit activations, expected "packed"; call prepare()'
+            )
+        return self
 
     def prepare(self) -> None:
         """Bring the weight into the order of the implementation that this device uses, unless it is there."""

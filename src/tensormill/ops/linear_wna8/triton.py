@@ -24,6 +24,7 @@ from torch import Tensor
 from tensormill.operator import interpreting
 from tensormill.ops.linear_wna8 import planes as layouts
 from tensormill.ops.linear_wna8.reference import segment_size
+from tensormill.ops.overlap import overlap_options
 from tensormill.ops.quantize_activations.triton import quantize
 
 _ROWS = tl.constexpr(layouts.ROWS)
@@ -707,7 +708,7 @@ def run(
         grid = (triton.cdiv(tokens, config.block_m), triton.cdiv(out_features, config.block_n), splits)
         tile = config.block_m * config.block_n
     tiles = grid[0] if isinstance(config, GemvConfig) else grid[0] * grid[1]
-    overlap = not interpreting()
+    overlap: bool = overlap_options(x)["OVERLAP"]
     counters = None
     if splits > 1:
         counters = torch.empty(tiles, dtype=torch.int32, device=x.device)

@@ -1,0 +1,159 @@
+"""Decode attention over a latent cache (MLA) in CUDA C++ for sm_90: launches `latent.cu` and `merge.cu`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tensormill.cuda import DEVICE_HEADER, Module, multiprocessors, tensor_map
+from tensormill.ops.decode_attention.cuda import merge, span, workspace
+
+ROWS = 64  # of a block
+TILE = 64  # tokens
+THREADS = 384
+_BOX = (32, 64)
+_LOG2_E = 1.4426950408889634
+_NAMES = {torch.float16: "Half", torch.bfloat16: "BFloat16"}
+_TensorMap = ctypes.c_uint64 * 16
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (
+        ("keys", _TensorMap),
+        *((name, ctypes.c_void_p) for name in ("query", "lengths", "block_table", "partial", "statistics")),
+        *((f"query_stride_{name}", ctypes.c_int64) for name in "bht"),
+        *((name, ctypes.c_int32) for name in ("page_rows", "table_stride", "batch", "span", "window")),
+        *((name, ctypes.c_float) for name in ("factor", "cap")),
+    )
+
+
+def supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    key_scale: Tensor | None,
+    key_offset: Tensor | None,
+    value_scale: Tensor | None,
+    value_offset: Tensor | None,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    value_dim: int,
+    window: int,
+    softcap: float,
+) -> bool:
+    """One latent for all heads, of 512 or 256 channels of values and 64 or more others, in 16 bits."""
+    if value is not None or key_scale is not None or query.dtype not in _NAMES or 0 in key.shape:
+        return False
+    if sinks is not None and sinks.dtype not in (*_NAMES, torch.float32):
+        return False
+    head_dim, row = query.shape[-1], key.stride(2)
+    if value_dim not in (256, 512) or head_dim < value_dim + 64 or head_dim % 64 or head_dim > 640:
+        return False
+    if key.shape[1] != 1 or key.stride(3) != 1 or row % 8 or key.data_ptr() % 16 or key.stride(0) % row:
+        return False
+    if any(stride % 8 for stride in query.stride()[:3]) or query.stride(3) != 1 or query.data_ptr() % 16:
+        return False
+    return block_table is None or key.shape[2] % _BOX[0] == 0
+
+
+def rows_of(key: Tensor) -> Tensor:
+    """The cache's tokens, one after another, as rows: (all, head_dim)."""
+    step = key.stride(0) // key.stride(2)
+    return key.as_strided(((key.shape[0] - 1) * step + key.shape[2], key.shape[3]), (key.stride(2), 1))
+
+
+def defines(
+    query: Tensor, key: Tensor, block_table: Tensor | None, value_dim: int, window: int, softcap: float
+) -> dict[str, int | str]:
+    """The macros of latent.cu for a call."""
+    return {
+        "HEAD_DIM": query.shape[-1],
+        "VALUE_DIM": value_dim,
+        "GROUP": query.shape[1],
+        "QUERIES": query.shape[2],
+        "QUERY_TYPE": _NAMES[query.dtype],
+        "PAGE": 0 if block_table is None else key.shape[2],
+        "WINDOW": int(window > 0),
+        "CAPPED": int(softcap > 0),
+    }
+
+
+@functools.cache
+def module(**defines: int | str) -> Module:
+    """The kernel, with these macros."""
+    headers = [DEVICE_HEADER.with_name("hopper.cuh"), Path(__file__).with_name("work.cuh")]
+    return Module(Path(__file__).with_name("latent.cu"), defines, headers)
+
+
+def arguments(
+    keys: bytes,
+    query: Tensor,
+    key: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    partial: Tensor,
+    statistics: Tensor,
+) -> Arguments:
+    """The kernel's struct; `keys` is the tensor map of `rows_of(key)`. The tensors must outlive it."""
+    pointers = (query, lengths, block_table, partial, statistics)
+    return Arguments(
+        _TensorMap.from_buffer_copy(keys),
+        *(None if x is None else x.data_ptr() for x in pointers),
+        *query.stride()[:3],
+        key.stride(0) // key.stride(2),
+        0 if block_table is None else block_table.stride(0),
+        query.shape[0],
+        span(query, window),
+        window,
+        scale / softcap if softcap else scale * _LOG2_E,
+        softcap * _LOG2_E,
+    )
+
+
+def shared_bytes(head_dim: int) -> int:
+    """Shared memory of a block: four tiles, Q, maxima, barriers."""
+    return 4 * 32 * head_dim * 2 + 64 * (head_dim * 2 + 16) + 2 * 64 * 4 + 8 * 8
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: None,
+    key_scale: None,
+    key_offset: None,
+    value_scale: None,
+    value_offset: None,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    value_dim: int,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """See `tensormill.ops.decode_attention`."""
+    batch, heads, queries, head_dim = query.shape
+    rows = heads * queries
+    output = torch.empty(batch, heads, queries, value_dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
+    if output.numel() == 0:
+        return output, lse
+    device = query.device.index
+    row_blocks = -(-rows // ROWS)
+    programs = max(1, multiprocessors(device) // row_blocks)
+    partial, statistics = workspace(programs + batch, rows, value_dim, query.device)
+    kernel = module(**defines(query, key, block_table, value_dim, window, softcap)).kernel("latent", device)
+    keys = tensor_map(rows_of(key), _BOX)
+    packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, partial, statistics)
+    kernel.launch(programs * row_blocks, THREADS, shared_bytes(head_dim), packed)
+    merge(partial, statistics, lengths, sinks, output, lse, 1, span(query, window), programs, TILE)
+    return output, lse

@@ -58,14 +58,12 @@ DEVICE void wgmma_bits(uint32_t (&d)[COLUMNS / 2], uint64_t a, uint64_t b) {
 template <int COUNT>
 DEVICE void wgmma_settle(uint32_t (&)[COUNT]) {}
 
-template <int TYPE>
-DEVICE float load_float(const void* numbers, int64_t i) {
-    if constexpr (TYPE == 0) return ((const float*)numbers)[i];
-    const uint16_t bits = ((const uint16_t*)numbers)[i];
-    return TYPE == 1 ? to_float<Half>(bits) : to_float<BFloat16>(bits);
-}
 DEVICE void add_shared(uint32_t address, uint32_t value) {
     emulated_store(address, emulated_load<uint32_t>(address) + value);
+}
+DEVICE void store_global2(void* address, Words2 value) {
+    if ((uintptr_t)address % 8) emulation::fail("unaligned store");
+    memcpy(address, &value, 8);
 }
 DEVICE void store_global2_if(bool condition, void* address, Words2 value) {
     if (!condition) return;

@@ -36,7 +36,7 @@ operator = OPERATORS["bit_plane_linear"]
 IMPLEMENTATIONS = [i.name for i in operator.implementations if "cpu" in i.devices and i.missing() is None]
 compiled = pytest.mark.skipif("cpu" not in IMPLEMENTATIONS, reason="the C++ kernels are not built")
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-LENGTHS = (1, 31, 32, 33, 127, 128, 129, 255, 256, 511, 513, 1000)
+LENGTHS = (1, 31, 33, 127, 128, 129, 256, 511, 513)
 
 
 def random_planes(rows: int, length: int, bits: int, format: str, seed: int = 0, **more) -> BitPlanes:
@@ -64,7 +64,7 @@ def words_of(row: list[int]) -> list[int]:
     length=st.integers(1, 300),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_packing_is_a_bijection(bits, format, rows, length, seed):
     low, high = integer_range(format, bits)
     step = step_and_offset(format, bits)[0]
@@ -147,12 +147,12 @@ def test_every_width_and_format():
 
 
 @compiled
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("threads", [2], indirect=True)
 def test_every_length_and_tile(threads):
-    for length, tokens in itertools.product(LENGTHS, (1, 4, 7, 67)):
+    for length, tokens in itertools.product(LENGTHS, (1, 7, 67)):
         x, w = random_planes(tokens, length, 2, "bipolar"), random_planes(33, length, 1, "bipolar", 1)
         expected = (x.integers().double() @ w.integers().double().T).int()
-        for rows in (1, 3, 4, 33):
+        for rows in (3, 33):
             part = pack_planes(w.integers()[:rows], 1, "bipolar")
             with use_implementation(bit_plane_linear="cpu"):
                 assert torch.equal(bit_plane_linear(x, part), expected[:, :rows])
@@ -161,8 +161,9 @@ def test_every_length_and_tile(threads):
 @compiled
 def test_many_tokens_and_planes_by_bytes():
     """Where the CPU's int8 products take over, codes of 8 bits and sums that wrap on the way included."""
-    for (p, q), w_format, x_format in itertools.product(((8, 8), (3, 8), (4, 4)), FORMATS, FORMATS):
-        x, w = random_planes(65, 1029, q, x_format), random_planes(9, 1029, p, w_format, 1)
+    for (p, q), shift in itertools.product(((8, 8), (3, 8), (4, 4)), range(3)):
+        x_format, w_format = FORMATS[shift], FORMATS[(shift + p) % 3]
+        x, w = random_planes(40, 259, q, x_format), random_planes(9, 259, p, w_format, 1)
         with use_implementation(bit_plane_linear="cpu"):
             assert torch.equal(
                 bit_plane_linear(x, w), (x.integers().double() @ w.integers().double().T).int()
@@ -173,7 +174,7 @@ def test_many_tokens_and_planes_by_bytes():
 
 
 @given(length=st.integers(1, 400), seed=st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_signs_are_a_hamming_distance(length, seed):
     """One bit by one bit, bipolar: K - 2 popcount(a XOR b), the form in which binary networks are written."""
     a, b = (random_planes(2, length, 1, "bipolar", seed + i) for i in range(2))
@@ -182,7 +183,7 @@ def test_signs_are_a_hamming_distance(length, seed):
 
 
 @given(p=st.integers(1, 8), q=st.integers(1, 8), seed=st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_symmetry(p, q, seed):
     x, w = random_planes(3, 150, q, "bipolar", seed), random_planes(4, 150, p, "signed", seed + 1)
     assert torch.equal(bit_plane_linear(x, w), bit_plane_linear(w, x).T)
@@ -305,7 +306,7 @@ def test_quantization_of_signs():
 
 
 @given(exponent=st.integers(-60, 60), seed=st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_quantization_is_homogeneous_and_odd(exponent, seed):
     x = torch.randn(2, 200, generator=torch.Generator().manual_seed(seed))
     for format, bits in (("bipolar", 3), ("signed", 4)):
@@ -363,7 +364,7 @@ from tensormill.ops import bit_plane_linear, use_implementation
 from tensormill.ops.bit_planes import pack_planes
 from tensormill.ops.bit_plane_linear.cpu import instruction_set
 torch.manual_seed(0)
-for p, q, length, tokens, rows in itertools.product((1, 2, 3, 8), (1, 4), (1, 128, 129, 1000), (1, 3, 64), (1, 5, 8)):
+for p, q, length, tokens, rows in itertools.product((1, 3, 8), (1, 4), (1, 129, 1000), (1, 64), (5, 8)):
     x = pack_planes(torch.randint(0, 1 << q, (tokens, length)), q, "unsigned")
     w = pack_planes(2 * torch.randint(0, 1 << p, (rows, length)) - (1 << p) + 1, p, "bipolar")
     with use_implementation(bit_plane_linear="cpu"):
@@ -405,11 +406,9 @@ data = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*fp16", "x_sums_ptr": "*i32", 
 for m, n, warps, stages, steps in ((128, 128, 8, 3, 0),):
     check(linear._gemm_kernel, warps, stages, data,
           {"SCALED": True, "STEPS": steps, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 128, "BAND": 8})
-check(linear._expand_kernel, 8, 3, {"planes_ptr": "*i32", "bytes_ptr": "*i8"}, {"BITS": 4, "BLOCK": 256})
-for bits, format, block, whole in ((4, 2, 16384, True),):
-    check(quantize._quantize_kernel, block // 1024, 3,
-          {"x_ptr": "*bf16", "planes_ptr": "*u8", "sums_ptr": "*i32", "scale_ptr": "*fp32"},
-          {"BITS": bits, "FORMAT": format, "BLOCK": block, "WHOLE": whole})
+check(quantize._quantize_kernel, 8, 3,
+      {"x_ptr": "*bf16", "planes_ptr": "*u8", "sums_ptr": "*i32", "scale_ptr": "*fp32"},
+      {"BITS": 2, "FORMAT": 2, "BLOCK": 4096})
 """
 
 
@@ -418,7 +417,7 @@ def test_triton_kernels_compile_for_hopper():
     with tempfile.TemporaryDirectory() as folder:
         output = run(COMPILE, TRITON_CACHE_DIR=folder, TRITON_DEFAULT_FP_FUSION="1")
     reports = [json.loads(line) for line in output.splitlines() if re.match(r"\{", line)]
-    assert len(reports) == 3
+    assert len(reports) == 2
     assert reports[0]["wgmma"]
     for report in reports:
         assert report["shared"] <= 227 << 10, report

@@ -46,16 +46,11 @@ DEVICE void wgmma_settle(uint32_t (&d)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(d[i])::"memory");
 }
-// Element `i` of float32 (0), float16 (1) or bfloat16 (2) numbers.
-template <int TYPE>
-DEVICE float load_float(const void* numbers, int64_t i) {
-    if constexpr (TYPE == 0) return ((const float*)numbers)[i];
-    const uint16_t bits = ((const uint16_t*)numbers)[i];
-    if constexpr (TYPE == 1) return to_float<Half>(bits);
-    return to_float<BFloat16>(bits);
-}
 DEVICE void add_shared(uint32_t address, uint32_t value) {
     asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+DEVICE void store_global2(void* address, Words2 value) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(value.x), "r"(value.y) : "memory");
 }
 // Where `condition` holds; no branch, so that work around it can overlap.
 DEVICE void store_global2_if(bool condition, void* address, Words2 value) {

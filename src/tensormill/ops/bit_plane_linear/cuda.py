@@ -18,7 +18,6 @@ from tensormill.cuda import DEVICE_HEADER, Module, cuda_missing, multiprocessors
 from tensormill.ops.bit_planes import affine_product
 
 _HEADERS = tuple(DEVICE_HEADER.with_name(name) for name in ("hopper.cuh", "bits.cuh"))
-_SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OUTPUTS = {torch.int32: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _MOST_SHARED = 227 << 10  # bytes of shared memory of a block
 _MOST_REGISTERS = 200  # of a thread, for sums and weights in `stream.cu`
@@ -26,14 +25,13 @@ _MOST_REGISTERS = 200  # of a thread, for sums and weights in `stream.cu`
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Of `gemm.cu`: consumers of 64 tokens each, rows of a tile, planes of a block, buffers, blocks at a time."""
+    """Of `gemm.cu`: consumers of 64 tokens each, rows of a tile, planes of a block, buffers."""
 
     warpgroups: int
     rows: int
     w_planes: int = 1
     x_planes: int = 1
     stages: int = 4
-    blocks: int = 1
 
     @property
     def stage_bytes(self) -> int:
@@ -43,13 +41,26 @@ class GemmConfig:
     def shared(self) -> int:
         return self.stages * self.stage_bytes + 16 * self.rows + 16 * self.stages
 
+    @property
+    def sums(self) -> int:
+        """Of a thread."""
+        return (self.w_planes + self.x_planes - 1) * self.rows // 2
+
     def fits(self, p: int, q: int) -> bool:
         """Whether it takes p-bit weights and q-bit activations, within registers and shared memory."""
-        sums = (self.w_planes + self.x_planes - 1) * self.rows // 2
         whole = p % self.w_planes == 0 and q % self.x_planes == 0
-        return (
-            whole and sums <= 128 // self.blocks and self.blocks * (self.shared + 1024) <= _MOST_SHARED + 1024
-        )
+        return whole and self.sums <= _MOST_REGISTERS and self.shared <= _MOST_SHARED
+
+
+@dataclass(frozen=True)
+class OverlappedConfig(GemmConfig):
+    """Of `gemm_overlapped.cu`: as `GemmConfig`, and blocks of a multiprocessor."""
+
+    blocks: int = 1
+
+    def fits(self, p: int, q: int) -> bool:
+        room = self.sums <= 128 // self.blocks and self.blocks * (self.shared + 1024) <= _MOST_SHARED + 1024
+        return room and super().fits(p, q)
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,12 @@ class SkinnyConfig:
 
 
 Config = GemmConfig | SkinnyConfig | StreamConfig
-KINDS: dict[str, type[Config]] = {"gemm": GemmConfig, "skinny": SkinnyConfig, "stream": StreamConfig}
+KINDS: dict[str, type[Config]] = {
+    "gemm": GemmConfig,
+    "overlapped": OverlappedConfig,
+    "skinny": SkinnyConfig,
+    "stream": StreamConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -185,13 +201,10 @@ def supports(
     group_size: int,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether the kernels take the call, and are expected to be faster than int8 products."""
-    if x.data_ptr() % 16 or weight.data_ptr() % 16:
-        return False
-    p, q, tokens = weight.shape[0], x.shape[0], x.shape[1]
-    if x_sums.shape[1] > 1:
-        return choose_grouped(tokens, p, q, group_size) is not None
-    return choose(tokens, weight.shape[1], length, p, q) is not None
+    """Whether the kernels take the call (scales for groups are left to int8 products, for all that was measured)."""
+    aligned = x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    chosen = choose(x.shape[1], weight.shape[1], length, weight.shape[0], x.shape[0])
+    return aligned and x_sums.shape[1] == 1 and chosen is not None
 
 
 def bit_plane_linear(
@@ -208,15 +221,10 @@ def bit_plane_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.bit_plane_linear`."""
-    p, q, tokens = weight.shape[0], x.shape[0], x.shape[1]
-    operands = x, weight, x_sums, weight_sums, x_scale, weight_scale
-    if x_sums.shape[1] > 1:
-        grouped = choose_grouped(tokens, p, q, group_size)
-        assert grouped is not None
-        return run_grouped(grouped, *operands, length, x_format, weight_format, group_size, dtype)
-    config = choose(tokens, weight.shape[1], length, p, q)
+    config = choose(x.shape[1], weight.shape[1], length, weight.shape[0], x.shape[0])
     assert config is not None
-    return run(config, *operands, length, x_format, weight_format, dtype)
+    scales = x_scale, weight_scale
+    return run(config, x, weight, x_sums, weight_sums, *scales, length, x_format, weight_format, dtype)
 
 
 def run(
@@ -239,31 +247,34 @@ def run(
     y = torch.empty(tokens, rows, dtype=dtype, device=x.device)
     if y.numel() == 0:
         return y
-    scales, results = _scales(x_scale, weight_scale, dtype)
+    scales = _float_scales(x_scale, weight_scale)
     common = _Common(y.data_ptr(), x_sums.data_ptr(), weight_sums.data_ptr(), *(s.data_ptr() for s in scales))
     affine = (ctypes.c_int * 4)(*affine_product(x_format, weight_format, q, p))
     affine[3] *= length
-    device = x.device.index
+    device, output = x.device.index, _OUTPUTS[dtype]
     if isinstance(config, SkinnyConfig):
         maps = _plane_map(x, config.tokens), _plane_map(weight, 64 * config.warpgroups)
         arguments = _GemmArguments(*maps, common, tokens, rows, words, q, p, affine)
         blocks = (-(-rows // (64 * config.warpgroups)), -(-tokens // config.tokens), 1)
-        kernel = _skinny(config, q, results).kernel("bit_plane_skinny", device)
+        kernel = _skinny(config, q, output).kernel("bit_plane_skinny", device)
         threads = 128 * config.warpgroups + 32
         kernel.launch(blocks, threads, config.shared(q), arguments, overlap=True)
         return y
     if isinstance(config, GemmConfig):
+        overlapped = isinstance(config, OverlappedConfig)
         maps = _plane_map(x, 64 * config.warpgroups), _plane_map(weight, config.rows)
         arguments = _GemmArguments(*maps, common, tokens, rows, words, q, p, affine)
         tiles = -(-tokens // (64 * config.warpgroups)) * -(-rows // config.rows)
-        grid = min(tiles, multiprocessors(device) * config.blocks)
-        kernel = _gemm(config, results, rows % 4 == 0).kernel("bit_plane_gemm", device)
-        threads = 128 * config.warpgroups + 32
+        name = "bit_plane_gemm_overlapped" if overlapped else "bit_plane_gemm"
+        kernel = _gemm(config, output, overlapped and rows % 4 == 0).kernel(name, device)
+        blocks_at_once = config.blocks if isinstance(config, OverlappedConfig) else 1
+        grid = min(tiles, multiprocessors(device) * blocks_at_once)
+        threads = 128 * config.warpgroups + (32 if overlapped else 128)
         kernel.launch(grid, threads, config.shared, arguments, overlap=True)
         return y
     streamed = _StreamArguments(x.data_ptr(), weight.data_ptr(), common, tokens, rows, words, affine)
     blocks = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
-    kernel = _stream(config, p, q, results).kernel("bit_plane_stream", device)
+    kernel = _stream(config, p, q, output).kernel("bit_plane_stream", device)
     shared = 64 * config.row_tiles * config.tokens
     kernel.launch(blocks, 32 * config.warps, shared, streamed, overlap=True)
     return y
@@ -289,36 +300,21 @@ def run_grouped(
     y = torch.empty(tokens, rows, dtype=dtype, device=x.device)
     if y.numel() == 0:
         return y
-    scales, results = _scales(x_scale, weight_scale, dtype)
+    scales = _float_scales(x_scale, weight_scale)
     common = _Common(y.data_ptr(), x_sums.data_ptr(), weight_sums.data_ptr(), *(s.data_ptr() for s in scales))
     affine = (ctypes.c_int * 4)(*affine_product(x_format, weight_format, q, p))
     sizes = tokens, rows, words, length, x_sums.shape[1]
     arguments = _GroupedArguments(x.data_ptr(), weight.data_ptr(), common, *sizes, affine)
     blocks = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
-    module = _grouped(config, p, q, group_size // 128, results)
+    module = _grouped(config, p, q, group_size // 128, _OUTPUTS[dtype])
     kernel = module.kernel("bit_plane_stream_grouped", x.device.index)
     shared = 64 * config.row_tiles * config.tokens * config.warps
     kernel.launch(blocks, 32 * config.warps, shared, arguments, overlap=True)
     return y
 
 
-@dataclass(frozen=True)
-class Results:
-    """Types of the result and of the scales, as the kernels' macros have them."""
-
-    output: int
-    scale: int
-
-
-def _scales(
-    x_scale: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
-) -> tuple[list[Tensor], Results]:
-    """Contiguous scales of one type, and the types of results and scales."""
-    given = [s for s in (x_scale, weight_scale) if s is not None]
-    if len({s.dtype for s in given}) > 1:
-        given = [s.float() for s in given]
-    scale = _SCALES[given[0].dtype] if given else 0
-    return [s.contiguous() for s in given], Results(_OUTPUTS[dtype], scale)
+def _float_scales(x_scale: Tensor | None, weight_scale: Tensor | None) -> list[Tensor]:
+    return [s.float().contiguous() for s in (x_scale, weight_scale) if s is not None]
 
 
 _maps: dict[tuple[int, int, int, int], Any] = {}
@@ -337,35 +333,34 @@ def _plane_map(planes: Tensor, box: int) -> Any:
     return found
 
 
-def gemm_defines(config: GemmConfig, results: Results, aligned: bool) -> dict[str, int]:
-    return {
+def gemm_defines(config: GemmConfig, output: int, aligned: bool) -> dict[str, int]:
+    defines = {
         "WARPGROUPS": config.warpgroups,
         "BLOCK_ROWS": config.rows,
         "W_PLANES": config.w_planes,
         "X_PLANES": config.x_planes,
         "STAGES": config.stages,
-        "BLOCKS": config.blocks,
-        "OUTPUT": results.output,
-        "SCALE": results.scale,
-        "ALIGNED": int(aligned),
+        "OUTPUT": output,
         "SHARED_BYTES": config.shared,
     }
+    if isinstance(config, OverlappedConfig):
+        defines |= {"BLOCKS": config.blocks, "ALIGNED": int(aligned)}
+    return defines
 
 
-def skinny_defines(config: SkinnyConfig, q: int, results: Results) -> dict[str, int]:
+def skinny_defines(config: SkinnyConfig, q: int, output: int) -> dict[str, int]:
     return {
         "WARPGROUPS": config.warpgroups,
         "TOKENS": config.tokens,
         "X_BITS": q,
         "W_PLANES": config.w_planes,
         "STAGES": config.stages,
-        "OUTPUT": results.output,
-        "SCALE": results.scale,
+        "OUTPUT": output,
         "SHARED_BYTES": config.shared(q),
     }
 
 
-def stream_defines(config: StreamConfig, p: int, q: int, results: Results) -> dict[str, int]:
+def stream_defines(config: StreamConfig, p: int, q: int, output: int) -> dict[str, int]:
     return {
         "ROW_TILES": config.row_tiles,
         "TOKENS": config.tokens,
@@ -373,8 +368,7 @@ def stream_defines(config: StreamConfig, p: int, q: int, results: Results) -> di
         "X_BITS": q,
         "WARPS": config.warps,
         "UNROLL": config.unroll,
-        "OUTPUT": results.output,
-        "SCALE": results.scale,
+        "OUTPUT": output,
     }
 
 
@@ -403,7 +397,7 @@ def choose(tokens: int, rows: int, length: int, p: int, q: int) -> Config | None
     Tuned for the same widths, the next larger number of tokens and the layer of the most similar size, if there is one.
     """
     by_tokens = _tuned().get((p, q), {})
-    if not by_tokens:
+    if not by_tokens or tokens < min(by_tokens) // 2 + 1:
         return heuristic(tokens, rows, p, q)
     nearest = min(by_tokens, key=lambda count: (count < tokens, abs(count - tokens)))
     layers = by_tokens[nearest]
@@ -413,33 +407,20 @@ def choose(tokens: int, rows: int, length: int, p: int, q: int) -> Config | None
     return KINDS[entry["kernel"]](**{name: value for name, value in entry.items() if name != "kernel"})
 
 
-def choose_grouped(tokens: int, p: int, q: int, group_size: int) -> GroupedConfig | None:
-    """The configuration for scales of groups, or None where int8 products are expected to be faster."""
-    if tokens > 32:
-        return None
-    for config in (GroupedConfig(1, 8 if tokens <= 8 else 16), GroupedConfig(1, 8, unroll=1)):
-        if config.fits(p, q, group_size):
-            return config
-    return None
-
-
-def heuristic(tokens: int, rows: int, p: int, q: int) -> Config | None:
-    """`choose` for widths that are not tuned."""
+def heuristic(tokens: int, rows: int, p: int, q: int) -> Config:
+    """`choose` for sizes that are not tuned, among configurations that were checked on a GPU."""
     if tokens <= 32:
         width = 1 << max(0, tokens - 1).bit_length()
         for count in (width, 8, 4, 1):
             config = StreamConfig(1, count)
             if count <= width and config.fits(p, q):
                 return config
-    # The ratio of rates is eight; few tokens are bound by bytes.
-    if p * q >= (32 if tokens <= 64 else 12):
-        return None
     if tokens <= 128:
-        return GemmConfig(1, 64, 2 if p % 2 == 0 else 1, 2 if q % 2 == 0 else 1, stages=6)
-    return GemmConfig(2, 128, stages=6) if tokens * rows <= 256 * 8192 else GemmConfig(2, 256)
+        return GemmConfig(1, 64, stages=8)
+    return GemmConfig(2, 128, stages=6) if tokens * rows <= 512 * 8192 else GemmConfig(2, 256)
 
 
-def grouped_defines(config: GroupedConfig, p: int, q: int, pieces: int, results: Results) -> dict[str, int]:
+def grouped_defines(config: GroupedConfig, p: int, q: int, pieces: int, output: int) -> dict[str, int]:
     return {
         "ROW_TILES": config.row_tiles,
         "TOKENS": config.tokens,
@@ -448,27 +429,27 @@ def grouped_defines(config: GroupedConfig, p: int, q: int, pieces: int, results:
         "WARPS": config.warps,
         "UNROLL": config.unroll,
         "GROUP_PIECES": pieces,
-        "OUTPUT": results.output,
-        "SCALE": results.scale,
+        "OUTPUT": output,
     }
 
 
 @functools.cache
-def _grouped(config: GroupedConfig, p: int, q: int, pieces: int, results: Results) -> Module:
-    defines = grouped_defines(config, p, q, pieces, results)
+def _grouped(config: GroupedConfig, p: int, q: int, pieces: int, output: int) -> Module:
+    defines = grouped_defines(config, p, q, pieces, output)
     return Module(Path(__file__).with_name("stream_grouped.cu"), defines, _HEADERS)
 
 
 @functools.cache
-def _gemm(config: GemmConfig, results: Results, aligned: bool) -> Module:
-    return Module(Path(__file__).with_name("gemm.cu"), gemm_defines(config, results, aligned), _HEADERS)
+def _gemm(config: GemmConfig, output: int, aligned: bool) -> Module:
+    name = "gemm_overlapped.cu" if isinstance(config, OverlappedConfig) else "gemm.cu"
+    return Module(Path(__file__).with_name(name), gemm_defines(config, output, aligned), _HEADERS)
 
 
 @functools.cache
-def _skinny(config: SkinnyConfig, q: int, results: Results) -> Module:
-    return Module(Path(__file__).with_name("skinny.cu"), skinny_defines(config, q, results), _HEADERS)
+def _skinny(config: SkinnyConfig, q: int, output: int) -> Module:
+    return Module(Path(__file__).with_name("skinny.cu"), skinny_defines(config, q, output), _HEADERS)
 
 
 @functools.cache
-def _stream(config: StreamConfig, p: int, q: int, results: Results) -> Module:
-    return Module(Path(__file__).with_name("stream.cu"), stream_defines(config, p, q, results), _HEADERS)
+def _stream(config: StreamConfig, p: int, q: int, output: int) -> Module:
+    return Module(Path(__file__).with_name("stream.cu"), stream_defines(config, p, q, output), _HEADERS)

@@ -7,17 +7,14 @@
 // i + j share accumulators, of which there are W_PLANES + X_PLANES - 1 sets. Blocks of one plane each need the fewest
 // registers and allow the largest tile; larger blocks load each plane less often.
 //
-// One thread of one more warp keeps a ring of STAGES buffers filled (1024 bits of K of every plane in the block,
+// One thread of the last warpgroup keeps a ring of STAGES buffers filled (1024 bits of K of every plane in the block,
 // 128-byte swizzle); WARPGROUPS consumers of 64 tokens each multiply. The kernel is persistent: while consumers write
-// one tile's results, the ring already fills for the next. BLOCKS of them share a multiprocessor: with two, one
-// multiplies while the other writes.
+// one tile's results, the ring already fills for the next.
 //
 // All formats are affine in the unsigned codes: y = alpha U + beta_x sum_k u_x + beta_w sum_k u_w + gamma, in
 // arithmetic modulo 2^32, which is exact because y itself fits.
 //
-// OUTPUT: 0 int32, 1 float32, 2 float16, 3 bfloat16; the last three are scaled by x_scale[m] weight_scale[n],
-// which are float32, float16 or bfloat16 (SCALE 0, 1, 2).
-// ALIGNED: whether the rows of weights are a multiple of four, so that four columns of y can be written at once.
+// OUTPUT: 0 int32, 1 float32, 2 float16, 3 bfloat16; the last three are scaled by x_scale[m] weight_scale[n].
 #include "bits.cuh"
 
 #if OUTPUT == 3
@@ -34,7 +31,7 @@ constexpr int SUMS = ROWS / 2;     // of a thread, in a set
 constexpr int PIECE = 128;         // bytes of a row of a plane in a stage
 constexpr int X_BYTES = X_PLANES * TOKENS * PIECE, W_BYTES = W_PLANES * ROWS * PIECE;
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
-constexpr int COLUMN_OFFSET = STAGES * STAGE_BYTES;  // [2][ROWS / 2] times two corrections and two scales
+constexpr int COLUMN_OFFSET = STAGES * STAGE_BYTES;              // [2][ROWS] corrections, then as many scales
 constexpr int BARRIER_OFFSET = COLUMN_OFFSET + 4 * ROWS * 4;
 constexpr int BAND = 16 / WARPGROUPS;  // token tiles that go through all rows together
 static_assert(BARRIER_OFFSET + 16 * STAGES == SHARED_BYTES, "the host's formula differs");
@@ -45,8 +42,8 @@ struct Arguments {
     void* y;
     const int* x_sums;
     const int* weight_sums;
-    const void* x_scale;
-    const void* weight_scale;
+    const float* x_scale;
+    const float* weight_scale;
     int tokens, rows, words, x_bits, weight_bits;
     int alpha, beta_x, beta_w, gamma;
 };
@@ -75,7 +72,7 @@ DEVICE void for_plane_blocks(const Arguments& p, const Body& body) {
     }
 }
 
-KERNEL(bit_plane_gemm, CONSUMERS + 32, BLOCKS, Arguments) {
+KERNEL(bit_plane_gemm, CONSUMERS + 128, 1, Arguments) {
     const Arguments& p = arguments;
     const uint32_t base = shared_memory(), full = base + BARRIER_OFFSET, empty = full + 8 * STAGES;
     const int warpgroup = warp_index() / 4, thread = thread_index() % 128;
@@ -94,10 +91,10 @@ KERNEL(bit_plane_gemm, CONSUMERS + 32, BLOCKS, Arguments) {
     }
     synchronize();
     wait_for_previous_kernel();
-    allow_next_kernel();
 
     if (warpgroup == WARPGROUPS) {
-        if (lane_index() == 0) {
+        lower_registers<40>();
+        if (thread == 0) {
             int stage = 0;
             uint32_t parity = 1;
             for (int index = block_index(); index < tiles; index += grid_size()) {
@@ -121,6 +118,7 @@ KERNEL(bit_plane_gemm, CONSUMERS + 32, BLOCKS, Arguments) {
             }
         }
     } else {
+        raise_registers<232>();
         const int lane = lane_index(), pair = 2 * (lane % 4);
         const int row_of_lane = 64 * warpgroup + 16 * (thread / 32) + lane / 4;
         int stage = 0, buffer = 0;
@@ -128,21 +126,12 @@ KERNEL(bit_plane_gemm, CONSUMERS + 32, BLOCKS, Arguments) {
         uint32_t sum[SETS][SUMS];
         for (int index = block_index(); index < tiles; index += grid_size(), buffer ^= 1) {
             const Tile tile = tile_at(p, index, token_tiles, row_tiles);
-            const uint32_t columns = base + COLUMN_OFFSET + buffer * ROWS * 8;
-            int own[2];
-            float scale[2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int m = tile.token + row_of_lane + 8 * half;
-                own[half] = m < p.tokens && p.beta_x != 0 ? p.beta_x * p.x_sums[m] : 0;
-                scale[half] = OUTPUT != 0 && m < p.tokens ? load_float<SCALE>(p.x_scale, m) : 0.0f;
-            }
+            const uint32_t columns = base + COLUMN_OFFSET + buffer * ROWS * 4, scales = columns + 2 * ROWS * 4;
             for (int c = thread_index(); c < ROWS; c += CONSUMERS) {
                 const int n = tile.row + c;
                 const bool inside = n < p.rows;
-                const uint32_t to = columns + 8 * (c & ~1) + 4 * (c & 1);
-                store_shared(to, (inside && p.beta_w != 0 ? p.beta_w * p.weight_sums[n] : 0) + p.gamma);
-                store_shared(to + 8, OUTPUT != 0 && inside ? float_to_bits(load_float<SCALE>(p.weight_scale, n)) : 0);
+                store_shared(columns + 4 * c, (inside && p.beta_w != 0 ? p.beta_w * p.weight_sums[n] : 0) + p.gamma);
+                if (OUTPUT != 0) store_shared(scales + 4 * c, inside ? float_to_bits(p.weight_scale[n]) : 0);
             }
 #pragma unroll
             for (int s = 0; s < SETS; s++)
@@ -196,67 +185,62 @@ KERNEL(bit_plane_gemm, CONSUMERS + 32, BLOCKS, Arguments) {
             }
 
             barrier_sync(1, CONSUMERS);  // the columns' corrections and scales are there
-            int remaining[2];  // columns that are written
-            int64_t at[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int m = tile.token + row_of_lane + 8 * half;
-                remaining[half] = m < p.tokens ? p.rows - tile.row : 0;
-                at[half] = int64_t(m) * p.rows + tile.row;
-            }
-#pragma unroll
-            for (int first = 0; first < ROWS / 8; first += 4) {  // four at a time: their latencies overlap
-                Words4 column[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) column[j] = load_shared4(columns + 8 * (8 * (first + j) + pair));
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    uint32_t value[4][2];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const int r = 4 * (first + j) + 2 * half;
-                        value[j][0] = p.alpha * sum[0][r] + own[half] + column[j].x;
-                        value[j][1] = p.alpha * sum[0][r + 1] + own[half] + column[j].y;
-                        if (OUTPUT != 0) {
-                            const float x = float(int(value[j][0])) * (scale[half] * bits_to_float(column[j].z));
-                            const float y = float(int(value[j][1])) * (scale[half] * bits_to_float(column[j].w));
-                            value[j][0] = OUTPUT == 1 ? float_to_bits(x) : pack2<Y>(x, y);
-                            value[j][1] = float_to_bits(y);
-                        }
-                    }
-                    const int c = 8 * first + pair;
+                if (m >= p.tokens && OUTPUT < 2) continue;
+                const bool inside = m < p.tokens;
+                const int own = inside && p.beta_x != 0 ? p.beta_x * p.x_sums[m] : 0;
+                const float scale = OUTPUT != 0 && inside ? p.x_scale[m] : 0.0f;
+                const int64_t at = int64_t(m) * p.rows + tile.row;
 #if OUTPUT < 2
-                    uint32_t* out = (uint32_t*)p.y + at[half];
+                uint32_t* out = (uint32_t*)p.y + at;
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        if constexpr (ALIGNED) {
-                            store_global2_if(c + 8 * j < remaining[half], out + c + 8 * j, {value[j][0], value[j][1]});
-                        } else {
-                            if (c + 8 * j < remaining[half]) out[c + 8 * j] = value[j][0];
-                            if (c + 8 * j + 1 < remaining[half]) out[c + 8 * j + 1] = value[j][1];
-                        }
+                for (int j = 0; j < ROWS / 8; j++) {
+                    const int c = 8 * j + pair, n = tile.row + c;
+                    const Words2 add = load_shared2(columns + 4 * c);
+                    Words2 value = {p.alpha * sum[0][4 * j + 2 * half] + own + add.x,
+                                    p.alpha * sum[0][4 * j + 2 * half + 1] + own + add.y};
+                    if (OUTPUT == 1) {
+                        const Words2 by = load_shared2(scales + 4 * c);
+                        value.x = float_to_bits(float(int(value.x)) * (scale * bits_to_float(by.x)));
+                        value.y = float_to_bits(float(int(value.y)) * (scale * bits_to_float(by.y)));
                     }
-#else
-                    uint16_t* out = (uint16_t*)p.y + at[half];
-                    const bool odd = lane & 1;
-                    if constexpr (ALIGNED) {
-#pragma unroll
-                        for (int j = 0; j < 4; j += 2) {
-                            // Neighbouring lanes trade words, so that each writes four columns, and a warp whole sectors.
-                            const uint32_t low = value[j][0], high = value[j + 1][0];
-                            const uint32_t other = shuffle_xor(odd ? low : high, 1);
-                            const int to = c + 8 * j + (odd ? 6 : 0);
-                            store_global2_if(to < remaining[half], out + to, {odd ? other : low, odd ? high : other});
-                        }
+                    if (p.rows % 2 == 0 && n < p.rows) {
+                        store_global2(out + c, value);
                     } else {
-#pragma unroll
-                        for (int j = 0; j < 4; j++) {
-                            if (c + 8 * j < remaining[half]) out[c + 8 * j] = value[j][0];
-                            if (c + 8 * j + 1 < remaining[half]) out[c + 8 * j + 1] = value[j][0] >> 16;
-                        }
+                        if (n < p.rows) out[c] = value.x;
+                        if (n + 1 < p.rows) out[c + 1] = value.y;
                     }
-#endif
                 }
+#else
+                uint16_t* out = (uint16_t*)p.y + at;
+                const bool odd = lane & 1;
+#pragma unroll
+                for (int j = 0; j < ROWS / 8; j += 2) {
+                    uint32_t word[2];
+#pragma unroll
+                    for (int k = 0; k < 2; k++) {
+                        const int c = 8 * (j + k) + pair, r = 4 * (j + k) + 2 * half;
+                        const Words2 add = load_shared2(columns + 4 * c), by = load_shared2(scales + 4 * c);
+                        word[k] = pack2<Y>(
+                            float(int(p.alpha * sum[0][r] + own + add.x)) * (scale * bits_to_float(by.x)),
+                            float(int(p.alpha * sum[0][r + 1] + own + add.y)) * (scale * bits_to_float(by.y)));
+                    }
+                    // Neighbouring lanes trade words, so that each writes four columns, and a warp whole sectors.
+                    const uint32_t other = shuffle_xor(odd ? word[0] : word[1], 1);
+                    const Words2 value = {odd ? other : word[0], odd ? word[1] : other};
+                    const int c = odd ? 8 * (j + 1) + pair - 2 : 8 * j + pair, n = tile.row + c;
+                    if (!inside) continue;
+                    if (p.rows % 4 == 0 && n < p.rows) {
+                        store_global2(out + c, value);
+                    } else {
+                        const uint32_t both[2] = {value.x, value.y};
+                        for (int e = 0; e < 4; e++)
+                            if (n + e < p.rows) out[c + e] = both[e / 2] >> 16 * (e % 2);
+                    }
+                }
+#endif
             }
         }
     }

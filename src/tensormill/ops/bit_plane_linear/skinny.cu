@@ -28,8 +28,8 @@ struct Arguments {
     void* y;
     const int* x_sums;
     const int* weight_sums;
-    const void* x_scale;
-    const void* weight_scale;
+    const float* x_scale;
+    const float* weight_scale;
     int tokens, rows, words, x_bits, weight_bits;
     int alpha, beta_x, beta_w, gamma;
 };
@@ -126,7 +126,7 @@ KERNEL(bit_plane_skinny, CONSUMERS + 32, 1, Arguments) {
     for (int half = 0; half < 2; half++) {
         const int n = first_row + 64 * warpgroup + thread / 32 * 16 + lane / 4 + 8 * half;
         row_sum[half] = p.gamma + (p.beta_w != 0 && n < p.rows ? p.beta_w * p.weight_sums[n] : 0);
-        row_scale[half] = OUTPUT != 0 && n < p.rows ? load_float<SCALE>(p.weight_scale, n) : 0.0f;
+        row_scale[half] = OUTPUT != 0 && n < p.rows ? p.weight_scale[n] : 0.0f;
     }
 #pragma unroll
     for (int block = 0; block < TOKENS / 8; block++)
@@ -135,7 +135,7 @@ KERNEL(bit_plane_skinny, CONSUMERS + 32, 1, Arguments) {
             const int m = first_token + 8 * block + 2 * (lane % 4) + e;
             const bool inside = m < p.tokens;
             const int token_sum = p.beta_x != 0 && inside ? p.beta_x * p.x_sums[m] : 0;
-            const float token_scale = OUTPUT != 0 && inside ? load_float<SCALE>(p.x_scale, m) : 0.0f;
+            const float token_scale = OUTPUT != 0 && inside ? p.x_scale[m] : 0.0f;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 uint32_t value = 0;

@@ -18,9 +18,6 @@ constexpr int SETS = STACKED ? W_BITS : W_BITS + X_BITS - 1;
 constexpr int PLANES = STACKED ? 1 : X_BITS;  // of activations, that a lane reads for a column
 
 constexpr int LOADS_AHEAD = UNROLL;
-constexpr int THREADS = 32 * WARPS;
-constexpr int RESULTS = (TOKENS * ROWS + THREADS - 1) / THREADS;  // of a thread, all of one row
-static_assert(THREADS % ROWS == 0, "a thread has results of one row");
 
 struct Arguments {
     const uint32_t* x;
@@ -28,23 +25,19 @@ struct Arguments {
     void* y;
     const int* x_sums;
     const int* weight_sums;
-    const void* x_scale;
-    const void* weight_scale;
+    const float* x_scale;
+    const float* weight_scale;
     int tokens, rows, words;
     int alpha, beta_x, beta_w, gamma;
 };
 
-KERNEL(bit_plane_stream, THREADS, 1, Arguments) {
+KERNEL(bit_plane_stream, 32 * WARPS, 1, Arguments) {
     const Arguments& p = arguments;
     const uint32_t total = shared_memory();  // [TOKENS][ROWS]
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     const int first_row = block_index() * ROWS, first_token = block_index_y() * TOKENS;
-    for (int k = thread_index(); k < TOKENS * ROWS; k += THREADS) store_shared(total + 4 * k, 0);
+    for (int k = thread_index(); k < TOKENS * ROWS; k += 32 * WARPS) store_shared(total + 4 * k, 0);
     wait_for_previous_kernel();
-    allow_next_kernel();
-    const int n = first_row + thread_index() % ROWS;  // row of this thread's results
-    const int row_sum = p.beta_w != 0 && n < p.rows ? p.beta_w * p.weight_sums[n] : 0;
-    const float row_scale = OUTPUT != 0 && n < p.rows ? load_float<SCALE>(p.weight_scale, n) : 0.0f;
     synchronize();
 
     // Rows, tokens and columns beyond the last repeat it; their results are not written.
@@ -93,15 +86,8 @@ KERNEL(bit_plane_stream, THREADS, 1, Arguments) {
                     }
             }
     }
+    allow_next_kernel();
 
-    int token_sum[RESULTS];
-    float token_scale[RESULTS];
-#pragma unroll
-    for (int i = 0; i < RESULTS; i++) {
-        const int m = first_token + (thread_index() + i * THREADS) / ROWS;
-        token_sum[i] = p.beta_x != 0 && m < p.tokens ? p.beta_x * p.x_sums[m] : 0;
-        token_scale[i] = OUTPUT != 0 && m < p.tokens ? load_float<SCALE>(p.x_scale, m) : 0.0f;
-    }
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
@@ -118,16 +104,17 @@ KERNEL(bit_plane_stream, THREADS, 1, Arguments) {
             }
     synchronize();
 
-#pragma unroll
-    for (int i = 0; i < RESULTS; i++) {
-        const int k = thread_index() + i * THREADS, m = first_token + k / ROWS;
-        if (k >= TOKENS * ROWS || m >= p.tokens || n >= p.rows) continue;
-        const int exact = p.alpha * load_shared(total + 4 * k) + token_sum[i] + row_sum + p.gamma;
+    for (int k = thread_index(); k < TOKENS * ROWS; k += 32 * WARPS) {
+        const int m = first_token + k / ROWS, n = first_row + k % ROWS;
+        if (m >= p.tokens || n >= p.rows) continue;
+        int exact = p.alpha * load_shared(total + 4 * k) + p.gamma;
+        if (p.beta_x != 0) exact += p.beta_x * p.x_sums[m];
+        if (p.beta_w != 0) exact += p.beta_w * p.weight_sums[n];
         const int64_t at = int64_t(m) * p.rows + n;
 #if OUTPUT == 0
         ((int*)p.y)[at] = exact;
 #else
-        const float value = float(exact) * (token_scale[i] * row_scale);
+        const float value = float(exact) * (p.x_scale[m] * p.weight_scale[n]);
 #if OUTPUT == 1
         ((float*)p.y)[at] = value;
 #elif OUTPUT == 2

@@ -18,8 +18,8 @@ struct Arguments {
     void* y;
     const int* x_sums;  // (tokens, groups), as the scales
     const int* weight_sums;
-    const void* x_scale;
-    const void* weight_scale;
+    const float* x_scale;
+    const float* weight_scale;
     int tokens, rows, words, length, groups;
     int alpha, beta_x, beta_w, gamma;  // gamma is for a column
 };
@@ -86,7 +86,7 @@ KERNEL(bit_plane_stream_grouped, THREADS, 1, Arguments) {
             for (int e = 0; e < 2; e++) {
                 const int64_t at = int64_t(token[tile][e]) * p.groups + group;
                 token_sum[tile][e] = p.beta_x != 0 ? p.beta_x * p.x_sums[at] : 0;
-                token_scale[tile][e] = load_float<SCALE>(p.x_scale, at);
+                token_scale[tile][e] = p.x_scale[at];
             }
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++)
@@ -94,7 +94,7 @@ KERNEL(bit_plane_stream_grouped, THREADS, 1, Arguments) {
             for (int half = 0; half < 2; half++) {
                 const int64_t at = int64_t(row[r][half]) * p.groups + group;
                 const int row_sum = p.gamma * size + (p.beta_w != 0 ? p.beta_w * p.weight_sums[at] : 0);
-                const float row_scale = load_float<SCALE>(p.weight_scale, at);
+                const float row_scale = p.weight_scale[at];
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++)
 #pragma unroll

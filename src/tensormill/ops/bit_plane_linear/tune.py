@@ -49,7 +49,8 @@ OUTPUT = torch.float16
 DEVICE = "cuda"
 
 kernels = importlib.import_module("tensormill.ops.bit_plane_linear.cuda")
-Gemm, Skinny, Stream = kernels.GemmConfig, kernels.SkinnyConfig, kernels.StreamConfig
+Gemm, Overlapped = kernels.GemmConfig, kernels.OverlappedConfig
+Skinny, Stream = kernels.SkinnyConfig, kernels.StreamConfig
 
 
 def candidates(tokens: int, p: int, q: int) -> list[Any]:
@@ -61,21 +62,34 @@ def candidates(tokens: int, p: int, q: int) -> list[Any]:
         width = max(8, min(64, tokens))
         found += [Skinny(1, width, 1, 6), Skinny(1, width, 2, 4), Skinny(1, max(8, width // 2), 1, 6)]
     if 32 < tokens <= 256:
-        found += [Gemm(1, 64, stages=6, blocks=2), Gemm(1, 64, 1, 2, 4, 2), Gemm(1, 64, 2, 2, 6)]
+        found += [Gemm(1, 64, stages=8), Gemm(1, 64, 1, 2, 8), Gemm(1, 64, 2, 2, 6)]
+        found += [
+            Overlapped(1, 64, stages=6, blocks=2),
+            Overlapped(1, 64, 1, 2, 4, 2),
+            Overlapped(1, 64, 2, 2, 6),
+        ]
+    if 128 < tokens <= 512:
+        found += [Gemm(1, 128, stages=8), Overlapped(1, 128, stages=8)]
     if tokens > 128:
-        found += [Gemm(2, 128, stages=3, blocks=2), Gemm(2, 128, stages=6), Gemm(2, 128, 1, 2, 4)]
-        found += [Gemm(1, 128, stages=8)] if tokens <= 512 else [Gemm(2, 256, stages=4)]
+        found += [
+            Gemm(2, 128, stages=6),
+            Gemm(2, 256, stages=4),
+            Gemm(2, 128, 2, 2, 3),
+            Gemm(2, 128, 1, 2, 4),
+        ]
+        found += [Overlapped(2, 128, stages=3, blocks=2), Overlapped(2, 128, stages=6)]
+        found += [Overlapped(2, 256, stages=4), Overlapped(2, 128, 1, 2, 4)]
     return [c for c in dict.fromkeys(found) if c.fits(p, q)]
 
 
 def module(config: Any, p: int, q: int) -> Any:
-    results = kernels.Results(kernels._OUTPUTS[OUTPUT], 0)
+    output = kernels._OUTPUTS[OUTPUT]
     if isinstance(config, Gemm):
-        return kernels._gemm(config, results, True)
+        return kernels._gemm(config, output, True)
     return (
-        kernels._skinny(config, q, results)
+        kernels._skinny(config, q, output)
         if isinstance(config, Skinny)
-        else kernels._stream(config, p, q, results)
+        else kernels._stream(config, p, q, output)
     )
 
 

@@ -88,14 +88,14 @@ CASES = {
         328,
         32,
         Format(3, BFLOAT16, BFLOAT16, 2, True),
-        Tile(128, 64, 2),
+        Tile(128, 64),
     ),
-    "rows, zero points, split by 4": (70, 264, 640, -1, Format(8, HALF, HALF, 0, True), Tile(256, 64, 1, 4)),
-    "cluster and split": (77, 131, 523, 64, Format(4, HALF, HALF, 1, True), Tile(128, 128, 2, 2)),
-    "256 tokens": (257, 200, 200, 128, Format(6, BFLOAT16, BFLOAT16, 1, False), Tile(128, 256, 2)),
-    "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False, True), Tile(128, 256, 2)),
-    "int8, zero points, split": (77, 136, 640, -1, Format(6, INT8, BFLOAT16, 0, True), Tile(256, 64, 1, 2)),
-    "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False, True), Tile(128, 64, 2)),
+    "rows, zero points, split by 4": (70, 264, 640, -1, Format(8, HALF, HALF, 0, True), Tile(256, 64, 4)),
+    "split": (77, 131, 523, 64, Format(4, HALF, HALF, 1, True), Tile(128, 128, 2)),
+    "256 tokens": (257, 200, 200, 128, Format(6, BFLOAT16, BFLOAT16, 1, False), Tile(128, 256)),
+    "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False, True), Tile(128, 256)),
+    "int8, zero points, split": (77, 136, 640, -1, Format(6, INT8, BFLOAT16, 0, True), Tile(256, 64, 2)),
+    "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False, True), Tile(128, 64)),
 }
 
 
@@ -168,11 +168,11 @@ COMPILED = {
     "16 bits": (Format(4, HALF, HALF, 1, True), Tile(256, 128), "HGMMA.64x128x16.F32"),
     "16 bits, split": (
         Format(3, BFLOAT16, BFLOAT16, 2, True),
-        Tile(128, 128, 2, 4),
+        Tile(128, 128, 4),
         "HGMMA.64x128x16.F32.BF16",
     ),
-    "int8": (Format(6, INT8, HALF, 0, False), Tile(128, 256, 2), "IGMMA.64x256x32.S8.S8"),
-    "int8, groups": (Format(4, INT8, HALF, 1, False), Tile(128, 128, 2), "IGMMA.64x128x32.S8.S8"),
+    "int8": (Format(6, INT8, HALF, 0, False), Tile(128, 256), "IGMMA.64x256x32.S8.S8"),
+    "int8, groups": (Format(4, INT8, HALF, 1, False), Tile(128, 128), "IGMMA.64x128x32.S8.S8"),
 }
 
 
@@ -190,7 +190,7 @@ def test_compiles_for_sm_90a(case):
 
 
 def test_shared_memory_is_enough():
-    for tile in (Tile(256, 128, 2), Tile(128, 256, 2), Tile(128, 128, 2, 4), Tile(256, 128, 1, 2)):
+    for tile in (Tile(256, 128), Tile(128, 256), Tile(128, 128, 4), Tile(256, 128, 2)):
         for bits in range(1, 9):
             for x, sets in ((HALF, 2), (INT8, 0)):
                 stages, size = wgmma.shared_bytes(Format(bits, x, HALF, sets, True), tile)

@@ -12,7 +12,20 @@ from tensormill.ops.correctness import deviation
 from tensormill.ops.linear_wna16 import cuda, operator, reference
 
 
-def emulated_linear(x, weight, scale, zero, bias, bits, group_size, *, blocks, shared=100 << 10, launches=1):
+def emulated_linear(
+    x,
+    weight,
+    scale,
+    zero,
+    bias,
+    bits,
+    group_size,
+    *,
+    blocks,
+    shared=200 << 10,
+    launches=1,
+    tiling=cuda.Tiling(),  # noqa: B008
+):
     """y of the emulated kernel on `blocks` multiprocessors with `shared` bytes of shared memory."""
     rows, columns = weight.shape[0], x.shape[1]
     tiled = tiles.tile_weight(weight, scale, zero, in_features=columns, bits=bits, group_size=group_size)
@@ -29,6 +42,7 @@ def emulated_linear(x, weight, scale, zero, bias, bits, group_size, *, blocks, s
         zero is not None,
         blocks,
         shared,
+        tiling,
     )
     kernel = emulate(cuda.stream_module(plan.defines), "linear_stream")
     workspace = torch.full((plan.workspace,), -1, dtype=torch.int32)
@@ -98,7 +112,20 @@ def test_every_split_gives_the_sum_of_the_same_parts():
     arguments = random_arguments(4, 512, 896, 4, 128, torch.float16, True, False)
     for blocks in (1, 2, 3, 5, 9, 14, 100):
         assert_right(emulated_linear(*arguments, 4, 128, blocks=blocks), arguments, 4, 128)
-    assert_right(emulated_linear(*arguments, 4, 128, blocks=3, shared=30 << 10), arguments, 4, 128)
+    assert_right(emulated_linear(*arguments, 4, 128, blocks=3, shared=60 << 10), arguments, 4, 128)
+
+
+@pytest.mark.parametrize(("row_blocks", "row_tiles"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_every_tiling(row_blocks, row_tiles):
+    arguments = random_arguments(9, 200, 400, 4, 64, torch.float16, True, True)
+    tiling = cuda.Tiling(row_blocks, row_tiles, resident=2, shares=2)
+    assert_right(emulated_linear(*arguments, 4, 64, blocks=3, tiling=tiling), arguments, 4, 64)
+
+
+def test_long_runs_have_a_longer_ring():
+    few, many = some_plan(1), some_plan(1, rows=57344)
+    assert 2 * few.shared < 228 << 10 < 2 * many.shared and many.shared <= 227 << 10
+    assert few.grid == many.grid == 132
 
 
 def test_infinities_and_nans_stay_in_their_token():
@@ -114,14 +141,15 @@ def test_x_is_copied_only_where_it_must_be():
     x = torch.randn(4, 256).half()
     assert cuda.aligned(x) is x
     assert cuda.aligned(x[:, :200]).data_ptr() == x.data_ptr()
+    assert cuda._whole(x) is x and cuda._whole(x.T).is_contiguous()
+    assert cuda._whole(x.view(-1)[3:]).data_ptr() % 16 == 0
     for odd in (x[:, 1:], x[:, :100].contiguous()[:, :99].contiguous(), x.T.contiguous().T, x[:, ::2]):
         copied = cuda.aligned(odd)
         assert torch.equal(copied, odd) and copied.stride(0) % 8 == 0 and copied.stride(1) == 1
 
 
-def some_plan(tokens, bits=4, dtype=torch.float16, zeros=True):
-    options = (dtype, torch.float16, None, zeros, 132, 227 << 10)
-    return cuda.plan(tokens, 8192, 8192, bits, 128, *options)
+def some_plan(tokens, bits=4, dtype=torch.float16, rows=8192):
+    return cuda.plan(tokens, rows, 8192, bits, 128, dtype, torch.float16, None, True, 132, 227 << 10)
 
 
 def test_a_tile_that_is_left_out_would_be_noticed():

@@ -181,6 +181,29 @@ def test_stacked_codes_are_the_parts_own(symmetric):
     assert torch.equal(torch.cat([one(x) for one in parts], dim=-1), expected)
 
 
+@pytest.mark.parametrize("rows", [(64, 128), (64, 32)])
+def test_tiled_weights_are_stacked_by_blocks_of_rows(rows):
+    parts = [
+        LinearWNA16.from_codes(
+            torch.randint(0, 16, (count, 96), dtype=torch.uint8),
+            torch.rand(count, 3),
+            torch.randint(0, 16, (count, 3), dtype=torch.uint8),
+            bits=4,
+            group_size=32,
+        )
+        for count in rows
+    ]
+    x = torch.randn(2, 96)
+    expected = torch.cat([part(x) for part in parts], dim=-1)
+    before = [part.weight_packed.clone() for part in parts]
+    for part in parts:
+        part.to_layout("tiled")
+    whole = stacked(parts)
+    assert isinstance(whole, Side if rows[1] % 64 else LinearWNA16)
+    torch.testing.assert_close(whole(x), expected, rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(part.weight_packed, codes) for part, codes in zip(parts, before, strict=True))
+
+
 def test_what_can_not_be_stacked_stays_apart():
     packed = LinearWNA16.from_codes(
         torch.randint(0, 8, (4, 32), dtype=torch.uint8), torch.rand(4, 2), None, bits=3, group_size=16
@@ -233,6 +256,8 @@ def test_refusals():
         runner.decode(3)
     with pytest.raises(InvalidArgument, match="capacity"):
         GreedyRunner(runner.decoder, 1, 1)
+    with pytest.raises(InvalidArgument, match="GPU"):
+        GreedyRunner(runner.decoder, 1, 8, graph=True)
     with pytest.raises(InvalidArgument, match="llama-8b"):
         random_llama("llama-9b")
     with pytest.raises(InvalidArgument, match="group_size"):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -11,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emulation.kernels import compile_or_skip, emulate, resources
+from emulation.kernels import compile_or_skip, disassembly, emulate, emulated_tensor_map, resources
 from tensormill.errors import InvalidArgument
 from tensormill.operator import interpreting
 from tensormill.ops import OPERATORS, decode_attention
@@ -42,7 +47,6 @@ FORMATS = [
     KVFormat(4, 16, symmetric=True),
     KVFormat(8, symmetric=True),
 ]
-no_cache = torch.zeros(0)
 
 
 def lengths(*values: int) -> torch.Tensor:
@@ -136,7 +140,7 @@ def test_any_split_merges_to_the_whole(cuts, seed):
     edges = [0, *sorted(cuts), 60]
     parts = [
         decode_attention(query, key[:, :, a:b], value[:, :, a:b], lengths(b - a), return_lse=True)
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
     ]
     outputs, lse = (torch.stack(x) for x in zip(*parts, strict=True))
     torch.testing.assert_close(merge_attention(outputs, lse), whole)
@@ -387,93 +391,162 @@ def test_tolerance_catches_planted_errors():
         assert deviation(operator.reference(*wrong)[0], expected, tolerance) is not None
 
 
-# --- the CUDA kernel, emulated and compiled
+# --- the CUDA kernels, emulated and compiled
 
 
-def emulated(blocks: int = 5, sixteens: int = 1, **changed: object) -> str | None:
-    """What is wrong with attend.cu's partial results, merged here."""
+def emulated(blocks: int = 5, sixteens: int = 1, **changed: object) -> tuple[str | None, str | None]:
+    """What is wrong with the output and log-sum-exp of both kernels, run on the CPU."""
     cuda = importlib.import_module("tensormill.ops.decode_attention.cuda")
+    latent = importlib.import_module("tensormill.ops.decode_attention.latent")
     small = {"heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 3, "context": 300, "ragged": True}
     shape = {**operator.shape_defaults, **small, **changed}
     arguments = operator.inputs(shape, torch.device("cpu"), torch.Generator().manual_seed(1))
-    assert cuda.takes(*arguments)
-    query, key, *stored, length, table, _, scale, value_dim, window, softcap = arguments
-    config = cuda.Config(sixteens, 3, 2, 2)
-    batch, kv_heads = query.shape[0], key.shape[1]
-    rows = query.shape[1] // kv_heads * query.shape[2]
-    partial = torch.full((blocks + batch * kv_heads, rows, value_dim), torch.nan)
-    statistics = torch.full((*partial.shape[:2], 2), torch.nan)
-    module = cuda.module(**cuda.defines(query, key, *stored, table, window, softcap, config))
-    packed = cuda.arguments(query, key, *stored, length, table, scale, window, softcap, partial, statistics)
-    emulate(module, "attend").launch(blocks, 128, cuda.shared_bytes(rows, value_dim), packed)
-
-    tile = config.block_tokens
-    counts = [-(-n // tile) - max(n - cuda.span(query, window), 0) // tile for n in length.tolist()]
-    each = max(1, -(-sum(counts) * kv_heads // blocks))
-    outputs, lses, begin = [], [], 0
-    for sequence, count in enumerate(counts):
-        for head in range(kv_heads):
-            of_blocks = range(begin // each, (begin + count - 1) // each + 1) if count else []
-            slots = [block + sequence * kv_heads + head for block in of_blocks]
-            begin += count
-            base, total = statistics[slots].double().unbind(-1)
-            lse = (base + torch.log2(total)) * math.log(2)
-            output, whole = (
-                (partial[slots].double() / total.clamp_min(1e-300)[..., None], lse)
-                if count
-                else (no_cache, no_cache)
-            )
-            if count:
-                output, whole = merge_attention(output, whole)
-            else:
-                output, whole = torch.zeros(rows, value_dim), torch.full((rows,), -torch.inf)
-            outputs.append(output.double()), lses.append(whole.double())
+    query, key, *stored, length, table, sinks, scale, value_dim, window, softcap = arguments
+    batch, heads, queries, _ = query.shape
+    kv_heads, rows = key.shape[1], heads // key.shape[1] * queries
+    partial = torch.full(((blocks + batch * kv_heads) * rows * value_dim,), torch.nan)
+    statistics = torch.full(((blocks + batch * kv_heads) * rows * 2,), torch.nan)
+    if stored[0] is None:
+        assert latent.supports(*arguments)
+        tile = latent.TILE
+        kernel = emulate(
+            latent.module(**latent.defines(query, key, table, value_dim, window, softcap)), "latent"
+        )
+        keys = emulated_tensor_map(latent.rows_of(key), (32, 64))
+        packed = latent.arguments(
+            keys, query, key, length, table, scale, window, softcap, partial, statistics
+        )
+        grid = blocks * -(-rows // latent.ROWS)
+        kernel.launch(grid, latent.THREADS, latent.shared_bytes(query.shape[-1]), packed)
+    else:
+        assert cuda.takes(*arguments)
+        config = cuda.Config(sixteens, 3, 2, 2)
+        tile = config.block_tokens
+        macros = cuda.defines(query, key, *stored, table, window, softcap, config)
+        packed = cuda.arguments(
+            query, key, *stored, length, table, scale, window, softcap, partial, statistics
+        )
+        kernel = emulate(cuda.module(**macros), "attend")
+        kernel.launch(blocks, 128, cuda.shared_bytes(rows, value_dim), packed)
+    output = torch.full((batch, heads, queries, value_dim), torch.nan, dtype=query.dtype)
+    lse = torch.full((batch, heads, queries), torch.nan)
+    kind = None if sinks is None else sinks.dtype
+    merge = emulate(
+        cuda.merge_module(heads // kv_heads, queries, value_dim, tile, query.dtype, kind), "merge"
+    )
+    tensors = (partial, statistics, length, sinks, output, lse)
+    pointers = (x if x is None else x.data_ptr() for x in tensors)
+    span = cuda.span(query, window)
+    merge.launch(
+        (batch * heads * queries, -(-value_dim // 128)),
+        128,
+        2048,
+        cuda.MergeArguments(*pointers, batch, kv_heads, span, blocks),
+    )
     expected = operator.reference(*upcast(arguments))
     tolerance = operator.tolerance(query.dtype, shape)
-    actual = torch.stack(outputs).view(expected[0].shape), torch.stack(lses).view(expected[1].shape)
-    # more digits than the output's type holds would say less about the kernel
-    wrong = [deviation(a.to(query.dtype), e, tolerance) for a, e in zip(actual, expected, strict=True)]
-    return wrong[0] or wrong[1]
+    return deviation(output, expected[0], tolerance), deviation(lse, expected[1], tolerance)
+
+
+LATENT = {"heads": 20, "kv_heads": 1, "head_dim": 320, "value_dim": 256, "shared": True}
 
 
 @pytest.mark.parametrize(
     "changed",
     [
         {"storage": "int4", "queries": 5, "window": 70, "dtype": "float16"},  # ten rows are two tiles
-        {"storage": "int8-symmetric", "head_dim": 128, "page_size": 32, "softcap": 3.0},
-        {"storage": "int8", "values": "3e-5", "dtype": "float16", "sixteens": 2, "blocks": 1},
-        {"storage": "bfp12-16", "page_size": 16, "blocks": 40},
+        {"storage": "int8", "page_size": 32, "softcap": 3.0, "values": "3e-5", "sixteens": 2, "blocks": 1},
+        {"storage": "bfp12-16", "page_size": 16, "blocks": 40, "sinks": True},
+        {**LATENT, "queries": 4, "window": 70, "page_size": 32, "softcap": 3.0},  # 80 rows are two blocks
     ],
-    ids=lambda changed: changed["storage"],
+    ids=lambda changed: changed.get("storage", "latent"),
 )
-def test_cuda_kernel_emulated(changed):
-    assert emulated(**changed) is None
+def test_cuda_kernels_emulated(changed):
+    assert emulated(**changed) == (None, None)
 
 
-@pytest.mark.parametrize("storage", ["int4", "int8", "bfp12-32"])
-def test_cuda_kernel_compiles_without_spills(storage):
+@pytest.mark.parametrize("storage", ["int4", "int8", "bfp12-32", "float"])
+def test_cuda_kernels_compile_without_spills(storage):
     cuda = importlib.import_module("tensormill.ops.decode_attention.cuda")
+    latent = importlib.import_module("tensormill.ops.decode_attention.latent")
     shape = {**operator.shape_defaults, "batch": 1, "context": 64, "storage": storage}
+    if storage == "float":
+        shape |= {"heads": 128, "kv_heads": 1, "head_dim": 576, "value_dim": 512, "shared": True}
     arguments = operator.inputs(shape, torch.device("cpu"), torch.Generator().manual_seed(1))
-    query, key, *stored, _, table, _, _, _, window, softcap = arguments
+    query, key, *stored, _, table, _, _, value_dim, window, softcap = arguments
+    if storage == "float":
+        module = latent.module(**latent.defines(query, key, table, value_dim, window, softcap))
+        code = compile_or_skip(module, "sm_90a")
+        assert resources(code)["latent"].stack <= 8  # a word for the two register counts, no spill
+        assert disassembly(code).count("HGMMA") == 36 + 4
+        return
     config = cuda.configuration(4, cuda.bits_of(key), "bfp" in storage)
     module = cuda.module(**cuda.defines(query, key, *stored, table, window, softcap, config))
     used = resources(compile_or_skip(module, "sm_90a"))["attend"]
-    assert used.stack == 0
+    assert used.stack <= 32  # which of 8 bits, with all its scales, needs with some compilers
     assert used.registers * 128 * config.blocks <= 65536
 
 
 # --- the Triton kernels, compiled
 
 COMPILE = """
-import json, re, subprocess, sys, tempfile
-import torch
+import importlib, json, re, subprocess, sys, tempfile
+from pathlib import Path
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import importlib
 kernels = importlib.import_module("tensormill.ops.decode_attention.triton")
+kernel = kernels._attend_kernel
+tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+for bits, paged, rows, head_dim in ((16, 64, 4, 128), (4, 0, 4, 128), (16, 0, 4, 80)):
+    config = kernels.configuration(rows, head_dim, bits, paged > 0)
+    first, rest = kernels.pieces(head_dim * min(bits, 8) // 8 if bits < 16 else head_dim)
+    constants = {"KV_HEADS": 8, "GROUP": rows, "QUERIES": 1, "HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "K0": first,
+                 "K1": rest, "V0": first, "V1": rest, "KEY_BITS": bits, "KEY_GROUPS": 1, "KEY_OFFSET": bits < 16,
+                 "VALUE_BITS": bits, "VALUE_GROUPS": 1, "VALUE_OFFSET": bits < 16, "SHARED": False, "PAGE": paged,
+                 "WINDOW": False, "CAPPED": False, "COMPUTE": tl.float16, "ASSEMBLY": True, "PRECISION": "tf32",
+                 "BATCH_PAD": 2, "BLOCK_M": 16, "BLOCK_N": config.block_tokens, "STAGES": config.stages}
+    stored = {16: "*fp16", 8: "*i8", 4: "*u8"}[bits]
+    pointers = {"lengths": "*i32", "block_table": "*i32", "partial": "*fp32", "statistics": "*fp32",
+                "key": stored, "value": stored}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers or name in ("query", "key_scale", "key_offset", "value_scale", "value_offset"):
+            signature[name], attributes[(i,)] = pointers.get(name, "*fp16"), [["tt.divisibility", 16]]
+        elif name in ("factor", "cap"):
+            signature[name] = "fp32"
+        elif name in ("key_scale_stride_n", "value_scale_stride_n"):
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if "stride" in name:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    print(json.dumps({"bits": bits, "copies": "cp.async" in built.asm["ptx"], "shared": built.metadata.shared,
+                      "mma": built.asm["ptx"].count("mma.sync"), "stack": re.findall(r"STACK:([0-9]+)", text)}))
 """
+
+
+@pytest.mark.slow
+def test_triton_kernels_compile_for_hopper():
+    """For sm_90, without a GPU: asynchronous copies, tensor cores, nothing spilled, shared memory that fits."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in done.stdout.splitlines():
+        built = json.loads(line)
+        assert built["copies"] and built["mma"] > 0 and built["shared"] <= 232448, built
+        assert all(int(stack) == 0 for stack in built["stack"]), built
 
 
 @pytest.mark.gpu

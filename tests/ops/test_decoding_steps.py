@@ -87,7 +87,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tensormill.ops.add_rms_norm import triton as norm
 from tensormill.ops.gated_silu import triton as gate
-from tensormill.ops.rotate_heads import triton as rotary
+from tensormill.ops.rotate_heads import store, triton as rotary
 
 def build(kernel, pointers, scalars, constants):
     signature = {name: "*bf16" for name in pointers} | scalars | {name: "constexpr" for name in constants}
@@ -102,6 +102,8 @@ print(json.dumps([
     build(rotary._kernel, ("x", "cosine", "sine", "y"),
           {"length": "i32", "heads": "i32", "rotated": "i32"},
           {"HALF": 64, "BLOCK_D": 64, "BLOCK_H": 8, "OVERLAP": True}),
+    build(store._kernel, ("x", "cosine", "sine", "query", "cache"), {"positions": "*i64", "length": "i32", "capacity": "i32"},
+          {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_D": 64, "BLOCK_H": 8, "OVERLAP": True}),
 ]))
 """
 
@@ -116,3 +118,31 @@ def test_kernels_compile_for_hopper(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for built in json.loads(done.stdout.splitlines()[-1]):
         assert built["target"] and built["shared"] < 16384
+
+
+INTERPRETED = """
+import torch
+from tensormill.models.decoding.prepared import _rotate_and_store as by_steps
+from tensormill.ops.rotate_heads.store import rotate_and_store
+
+for dtype, batch, length, heads, kv_heads, head_dim in (
+    (torch.float32, 3, 1, 6, 2, 20), (torch.float16, 2, 5, 4, 4, 16), (torch.float32, 1, 3, 3, 1, 64),
+):
+    x = torch.randn(batch, length, heads + 2 * kv_heads, head_dim).to(dtype)
+    cosine, sine = torch.randn(2, length, head_dim).to(dtype)
+    cache = torch.randn(batch, 2, kv_heads, 9, head_dim).to(dtype)
+    other, positions = cache.clone(), torch.arange(length) + 4
+    query = rotate_and_store(x, cosine, sine, cache, positions)
+    assert torch.equal(query, by_steps(x, cosine, sine, other, positions))
+    assert torch.equal(cache, other)
+"""
+
+
+def test_rotation_into_the_cache():
+    """In Triton's interpreter, so in a process of its own."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

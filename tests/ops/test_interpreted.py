@@ -22,7 +22,13 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(interpreting(), reason="already interpreting")
 @pytest.mark.parametrize(
-    "name", ["test_battery.py", "test_linear_wna16_triton.py", "test_linear_wna8_triton.py"]
+    "name",
+    [
+        "test_battery.py",
+        "test_decode_attention_triton.py",
+        "test_linear_wna16_triton.py",
+        "test_linear_wna8_triton.py",
+    ],
 )
 def test_interpreted(name):
     pytest.importorskip("triton")

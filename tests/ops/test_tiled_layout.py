@@ -175,3 +175,17 @@ class TestLayer:
         assert torch.equal(unpack_bits(layer.weight_packed, 4, 40), codes)
         with pytest.raises(InvalidArgument, match='expected "packed" or "tiled"'):
             layer.to_layout("woven")
+
+
+def test_the_fastest_layout_on_a_cpu_is_packed():
+    layer = LinearWNA16(256, 64, bits=4, group_size=128)
+    assert layer.to_fastest_layout(torch.float16).layout == "packed"
+    assert layer.to_layout("tiled").to_fastest_layout(torch.float16).layout == "packed"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_fastest_layout_on_a_gpu_is_tiled_for_16_bits():
+    layer = LinearWNA16(256, 64, bits=4, group_size=128).cuda()
+    assert layer.to_fastest_layout(torch.float16).layout == "tiled"
+    assert layer.to_fastest_layout(torch.float32).layout == "packed"

@@ -73,6 +73,8 @@ def bench_model(
     sizes, lengths = _numbers(batch, "--batch"), _numbers(prompt_tokens, "--prompt-tokens")
     if threads is not None:
         torch.set_num_threads(threads)
+    if where.startswith("cuda:"):
+        torch.cuda.set_device(where)
     warn_if_busy()
     with progress_bar() as progress:
         progress(f"opening {model}", 0.0)

@@ -71,6 +71,8 @@ class GreedyRunner:
         if batch < 1 or capacity < 2:
             raise InvalidArgument(f"given batch {batch} and capacity {capacity}, expected at least 1 and 2")
         device = decoder.device
+        if graph and device.type != "cuda":
+            raise InvalidArgument(f"given graph=True and a model on {device}, expected one on a GPU")
         self.decoder, self.batch, self.capacity = decoder, batch, capacity
         self._cache = decoder.new_cache(batch, capacity)
         self._token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -82,11 +84,12 @@ class GreedyRunner:
         self._present = (
             None if repetition_penalty == 1 else torch.zeros(size, dtype=torch.bool, device=device)
         )
-        self._fixed = device.type == "cuda"
+        # A call that is the same for every position: to be captured, and to be compiled once.
+        self._fixed = device.type == "cuda" or compile
         self._step = torch.compile(decoder.step, dynamic=False) if compile else decoder.step
         self._graph: torch.cuda.CUDAGraph | None = None
         self.why_not_captured: str | None = None
-        if graph if graph is not None else self._fixed:
+        if device.type == "cuda" and graph is not False:
             self._capture()
 
     @property

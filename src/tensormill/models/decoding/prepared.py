@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -89,10 +90,13 @@ def prepare_for_decoding(model: nn.Module) -> PreparedDecoder:
 
     - Queries, keys and values are one product, gate and up another: their weights are stacked row-wise, in place, and
       the model's own become views of the stack. Exact; `state_dict` is untouched and no weight is held twice.
-    - Residual sum and norm, rotary embedding, and the gate are an operator each (`add_rms_norm`, `rotate_heads`,
-      `gated_silu`), which round where transformers rounds; sums of squares may be added in another order.
-    - Attention of one new token treats the queries of a key-value head as rows of one product instead of repeating
-      keys and values. Exact but for the order of sums.
+    - On a GPU, low-bit weights are brought into the order that the CUDA kernels read (`LinearWNA16.to_layout`), in
+      place. Exact.
+    - Residual sum and norm, rotary embedding (with the copy to the cache), and the gate are a kernel each
+      (`add_rms_norm`, `rotate_heads`, `gated_silu`), which round where transformers rounds; sums of squares may be added
+      in another order.
+    - Attention of one new token reads keys and values once for all queries that share them (`decode_attention` on a
+      GPU). Exact but for the order of sums.
     - Only the last position's logits are computed.
 
     The model itself goes on working, prefill and training-free use included; gradients do not flow through the result.
@@ -133,6 +137,9 @@ class PreparedDecoder:
         self.device = self._embedding.weight.device
         self.dtype = self._embedding.weight.dtype
         layers = cast(nn.ModuleList, body.get_submodule("layers"))
+        for module in (*layers.modules(), self._head):
+            if type(module) is LinearWNA16:
+                module.to_fastest_layout(self.dtype)
         attention: Any = layers[0].get_submodule("self_attn")
         self.head_dim = int(attention.head_dim)
         self.scale = float(attention.scaling)
@@ -140,8 +147,11 @@ class PreparedDecoder:
         self.kv_heads = int(config.num_key_value_heads)
         norms = [layer.get_submodule("input_layernorm") for layer in layers] + [body.get_submodule("norm")]
         self._first_norm = norms[0]
-        self._steps = _Steps.chosen(self.device, self.dtype)
+        self._steps = _Steps.chosen(self.device, self.dtype, self.head_dim)
         self._blocks = [self._block(layer, after) for layer, after in zip(layers, norms[1:], strict=True)]
+        if self.device.type == "cuda":
+            # Kernels may read weights before the kernel ahead of them has ended.
+            torch.cuda.synchronize(self.device)
 
     def _block(self, layer: nn.Module, after: nn.Module) -> _Block:
         attention: Any = layer.get_submodule("self_attn")
@@ -205,17 +215,20 @@ class PreparedDecoder:
         Returns:
             (batch, vocabulary) logits.
         """
-        if length is None:
-            visible = torch.arange(cache.capacity, device=self.device) <= position
+        batch = tokens.shape[0]
+        mask = lengths = None
+        if length is None and self._steps.attention is not None:
+            lengths = (position + 1).to(torch.int32).repeat(batch)
+        elif length is None:
+            hidden = torch.arange(cache.capacity, device=self.device) > position
             mask = torch.zeros(cache.capacity, dtype=self.dtype, device=self.device)
-            mask = mask.masked_fill(~visible, -torch.inf)[None, None, None].expand(
-                tokens.shape[0], self.kv_heads, self.heads // self.kv_heads, -1
+            mask = mask.masked_fill(hidden, -torch.inf).expand(
+                batch, self.kv_heads, self.heads // self.kv_heads, -1
             )
-        else:
-            mask = None
 
         def attend(query: Tensor, keys_values: Tensor) -> Tensor:
-            batch = query.shape[0]
+            if lengths is not None:
+                return self._attention(query.transpose(1, 2), keys_values, lengths)
             seen = keys_values if length is None else keys_values[:, :, :, :length]
             # [batch, kv_heads, queries of each, head_dim]
             rows = query.view(batch, self.kv_heads, -1, self.head_dim)
@@ -224,55 +237,99 @@ class PreparedDecoder:
         cosine, sine = cache.cosine.index_select(0, position), cache.sine.index_select(0, position)
         return self._forward(tokens, position, cache, cosine, sine, attend)
 
+    def _attention(self, query: Tensor, keys_values: Tensor, lengths: Tensor) -> Tensor:
+        """(batch, heads, 1, head_dim), of the newest tokens."""
+        attention = OPERATORS["decode_attention"] if torch.compiler.is_compiling() else self._steps.attention
+        assert attention is not None
+        key, value = keys_values[:, 0], keys_values[:, 1]
+        scales = (None, None, None, None)
+        options = (None, None, self.scale, self.head_dim, 0, 0.0)
+        mixed: Tensor = attention(query, key, value, *scales, lengths, *options)[0]
+        return mixed
+
     def _forward(
         self, tokens: Tensor, positions: Tensor, cache: Cache, cosine: Tensor, sine: Tensor, attend: Any
     ) -> Tensor:
         batch, length = tokens.shape
-        rotated = self.heads + self.kv_heads
         # The compiler fuses the definitions with what is around them; kernels it leaves as they are.
-        steps = _DEFINITIONS if torch.compiler.is_compiling() else self._steps
+        steps = _Steps() if torch.compiler.is_compiling() else self._steps
         stream = self._embedding(tokens)
-        x = self._first_norm(stream)
+        x, _ = _add_norm(steps, stream, torch.zeros_like(stream), self._first_norm)
         for block, kept in zip(self._blocks, cache.layers, strict=True):
             heads = block.qkv(x).view(batch, length, -1, self.head_dim)
             if block.query_norm is not None and block.key_norm is not None:
                 parts = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
                 heads = torch.cat([block.query_norm(parts[0]), block.key_norm(parts[1]), parts[2]], dim=2)
-            heads = steps.rotate_heads(heads, cosine, sine, rotated)
-            fresh = heads[:, :, self.heads :].view(batch, length, 2, self.kv_heads, self.head_dim)
-            kept.index_copy_(3, positions, fresh.permute(0, 2, 3, 1, 4))
-            mixed = block.output(attend(heads[:, :, : self.heads], kept).reshape(batch, length, -1))
-            x, stream = _add_norm(steps.add_rms_norm, mixed, stream, block.norm)
+            query = steps.rotate_and_store(heads, cosine, sine, kept, positions)
+            mixed = block.output(attend(query, kept).reshape(batch, length, -1))
+            x, stream = _add_norm(steps, mixed, stream, block.norm)
             x = block.down(steps.gated_silu(block.gate_up(x)))
-            x, stream = _add_norm(steps.add_rms_norm, x, stream, block.next_norm)
+            x, stream = _add_norm(steps, x, stream, block.next_norm)
         logits: Tensor = self._head(x[:, -1])
         return logits
 
 
-def _add_norm(
-    add_rms_norm: Callable[..., Any], x: Tensor, stream: Tensor, norm: Any
-) -> tuple[Tensor, Tensor]:
-    normed, total = add_rms_norm(x, stream, norm.weight, norm.variance_epsilon)
-    return normed, total
+def _rotate_and_store(
+    heads: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    kept: Tensor,
+    positions: Tensor,
+    rotate_heads: Callable[..., Tensor] = OPERATORS["rotate_heads"].reference,
+) -> Tensor:
+    """Rotate queries and keys; keys and values go to the cache (batch, 2, kv_heads, capacity, head_dim)."""
+    batch, length, count, head_dim = heads.shape
+    kv_heads = kept.shape[2]
+    heads = rotate_heads(heads, cosine, sine, count - kv_heads)
+    fresh = heads[:, :, count - 2 * kv_heads :].view(batch, length, 2, kv_heads, head_dim)
+    kept.index_copy_(3, positions, fresh.permute(0, 2, 3, 1, 4))
+    return heads[:, :, : count - 2 * kv_heads]
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """What computes the steps between the matrix products."""
+    """What computes the steps between the matrix products: the definitions, unless `chosen` finds kernels.
 
-    add_rms_norm: Callable[..., Any]
-    rotate_heads: Callable[..., Any]
-    gated_silu: Callable[..., Any]
+    Attributes:
+        add_rms_norm, gated_silu: as the operators.
+        rotate_and_store: as `_rotate_and_store`.
+        attention: as the operator `decode_attention`; None takes torch's.
+    """
+
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = OPERATORS["add_rms_norm"].reference
+    gated_silu: Callable[..., Tensor] = OPERATORS["gated_silu"].reference
+    rotate_and_store: Callable[..., Tensor] = _rotate_and_store
+    attention: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     @classmethod
-    def chosen(cls, device: torch.device, dtype: torch.dtype) -> _Steps:
+    def chosen(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> _Steps:
         """The implementations that take such tensors, chosen once: a choice per call would cost a CPU as much."""
-        row, heads = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((1, 2), (1, 1, 1, 2)))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        rotate = OPERATORS["rotate_heads"].select(zeros(1, 1, 1, 2), zeros(1, 2), zeros(1, 2), 1)
+        store: Callable[..., Tensor] = functools.partial(_rotate_and_store, rotate_heads=rotate.function)
+        if rotate.name == "triton":
+            from tensormill.ops.rotate_heads.store import rotate_and_store
+
+            store = rotate_and_store
+        attention = None
+        if device.type == "cuda":
+            cache = zeros(1, 1, 1, head_dim)
+            lengths = torch.ones(1, dtype=torch.int32, device=device)
+            scales = (None, None, None, None)
+            found = OPERATORS["decode_attention"].select(
+                cache, cache, cache, *scales, lengths, None, None, 1.0, head_dim, 0, 0.0
+            )
+            attention = None if found.name == "reference" else found.function
         return cls(
-            OPERATORS["add_rms_norm"].select(row, row, row[0], 1e-5).function,
-            OPERATORS["rotate_heads"].select(heads, row, row, 1).function,
-            OPERATORS["gated_silu"].select(row).function,
+            OPERATORS["add_rms_norm"].select(zeros(1, 2), zeros(1, 2), zeros(2), 1e-5).function,
+            OPERATORS["gated_silu"].select(zeros(1, 2)).function,
+            store,
+            attention,
         )
 
 
-_DEFINITIONS = _Steps(*(OPERATORS[name].reference for name in ("add_rms_norm", "rotate_heads", "gated_silu")))
+def _add_norm(steps: _Steps, x: Tensor, stream: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    return steps.add_rms_norm(x, stream, norm.weight, norm.variance_epsilon)

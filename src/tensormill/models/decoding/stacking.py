@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from tensormill.ops import tiles
 from tensormill.ops.linear_wna16.module import LinearWNA16
 
 
@@ -50,20 +52,30 @@ def stacked(parts: Sequence[nn.Module]) -> nn.Module:
             return made.eval()
     if all(type(part) is LinearWNA16 for part in parts):
         packed = [cast(LinearWNA16, part) for part in parts]
-        zeros = [layer.weight_zero_point for layer in packed]
-        kinds = {(layer.bits, layer.group_size, layer.weight_scale.dtype) for layer in packed}
-        if len(kinds) == 1 and _alike(zeros) and _alike([layer.bias for layer in packed]):
-            bias = packed[0].bias
-            return LinearWNA16.from_packed(
-                _moved([layer.weight_packed for layer in packed]),
-                _moved([layer.weight_scale for layer in packed]),
-                None if zeros[0] is None else _moved(zeros),
-                in_features=packed[0].in_features,
-                bits=packed[0].bits,
-                group_size=packed[0].group_size,
-                bias=None if bias is None else _moved([layer.bias for layer in packed]),
-            ).eval()
+        kinds = {(layer.bits, layer.group_size, layer.layout, tuple(_kinds(layer))) for layer in packed}
+        whole_tiles = all(
+            layer.layout == "packed" or layer.out_features % tiles.ROWS == 0 for layer in packed
+        )
+        if len(kinds) == 1 and whole_tiles:
+            return _stacked_low_bit(packed)
     return Side(parts)
+
+
+def _kinds(layer: LinearWNA16) -> list[tuple[str, torch.dtype | None]]:
+    tensors = [*layer.named_buffers(), *layer.named_parameters()]
+    return [(name, tensor.dtype) for name, tensor in tensors]
+
+
+def _stacked_low_bit(layers: Sequence[LinearWNA16]) -> LinearWNA16:
+    """In either layout a layer's buffers have its rows, or blocks of them, as their first dimension."""
+    whole = copy.copy(layers[0])
+    whole._buffers, whole._parameters = dict(whole._buffers), dict(whole._parameters)
+    whole.out_features = sum(layer.out_features for layer in layers)
+    for name, _ in layers[0].named_buffers():
+        setattr(whole, name, _moved([getattr(layer, name) for layer in layers]))
+    if layers[0].bias is not None:
+        whole.bias = nn.Parameter(_moved([layer.bias for layer in layers]), requires_grad=False)
+    return whole.eval()
 
 
 def _alike(tensors: Sequence[Tensor | None]) -> bool:

@@ -127,11 +127,58 @@ void product(uintptr_t x_address, uintptr_t w_address, uintptr_t x_sums_address,
   });
 }
 
+// Each bit of a byte as a byte, 0 or 1, the lowest first.
+inline uint64_t spread(uint8_t bits) {
+  const uint64_t own = (bits * 0x0101010101010101u) & 0x8040201008040201u;
+  return ((own + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
+}
+
+// One row of codes as bytes, less 128 if they have 8 bits, which XOR with 0x80 subtracts.
+void expand_row(const uint8_t *planes, int64_t plane_bytes, uint8_t *bytes, int64_t length, int bits) {
+  for (int64_t k = 0; k < length; k += 8) {
+    uint64_t codes = bits == 8 ? 0x8080808080808080u : 0;
+    for (int j = 0; j < bits; ++j) codes ^= spread(planes[j * plane_bytes + k / 8]) << j;
+    std::memcpy(bytes + k, &codes, static_cast<size_t>(std::min<int64_t>(8, length - k)));
+  }
+}
+
+#if TENSORMILL_X86
+__attribute__((target("avx512f,avx512bw"))) void expand_row_avx512(const uint8_t *planes, int64_t plane_bytes,
+                                                                   uint8_t *bytes, int64_t length, int bits) {
+  for (int64_t k = 0; k < length; k += 64) {
+    __m512i codes = bits == 8 ? _mm512_set1_epi8(static_cast<char>(0x80)) : _mm512_setzero_si512();
+    for (int j = 0; j < bits; ++j) {
+      uint64_t word;  // rows are whole 128 bits
+      std::memcpy(&word, planes + j * plane_bytes + k / 8, sizeof word);
+      codes = _mm512_xor_si512(codes, _mm512_maskz_set1_epi8(word, static_cast<char>(1 << j)));
+    }
+    const int64_t rest = length - k;
+    _mm512_mask_storeu_epi8(bytes + k, rest < 64 ? (uint64_t{1} << rest) - 1 : ~uint64_t{0}, codes);
+  }
+}
+#endif
+
+// Codes as bytes, (rows, length).
+void expand(uintptr_t planes_address, uintptr_t bytes_address, int64_t rows, int64_t length, int64_t words, int bits,
+            int threads) {
+  const auto *planes = reinterpret_cast<const uint8_t *>(planes_address);
+  auto *bytes = reinterpret_cast<uint8_t *>(bytes_address);
+  auto *row = &expand_row;
+#if TENSORMILL_X86
+  if (instruction_set() == "avx512") row = &expand_row_avx512;
+#endif
+  parallel_ranges(rows, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) row(planes + r * 4 * words, rows * 4 * words, bytes + r * length, length, bits);
+  });
+}
+
 }  // namespace tensormill::bit_planes
 
 NB_MODULE(_cpu, m) {
   namespace nb = nanobind;
   using namespace tensormill::bit_planes;
   m.def("product", &product, nb::call_guard<nb::gil_scoped_release>());
+  m.def("expand", &expand, nb::call_guard<nb::gil_scoped_release>());
+  m.def("has_byte_products", [] { return tensormill::has_avx512_vnni(); });
   m.def("instruction_set", &instruction_set);
 }

@@ -112,7 +112,9 @@ def _inputs(shape: Shape, device: torch.device, generator: torch.Generator) -> t
     batch, kv_heads, head_dim = shape["batch"], shape["kv_heads"], shape["head_dim"]
     value_dim = shape["value_dim"] or head_dim
     page_size = shape["page_size"]
-    capacity = shape["context"] + (3 if not page_size else 0)
+    capacity = shape["context"]
+    if not page_size and capacity < 4096:
+        capacity += 3  # large ones are as a user would have them
     lengths = torch.tensor(_lengths(shape), dtype=torch.int32, device=device)
     block_table = None
     count = batch
@@ -202,47 +204,43 @@ def samples() -> list[Sample]:
     small: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 64}
     ragged: dict[str, Any] = {**small, "ragged": True, "batch": 3}
     found = [
-        _sample("typical", batch=1, context=200, heads=8, kv_heads=2, head_dim=128, dtype="float16"),
+        _sample("typical", batch=1, context=130, heads=4, kv_heads=1, head_dim=128, dtype="float16"),
         _sample("typical", batch=2, context=130, heads=8, kv_heads=2, head_dim=128, dtype="bfloat16"),
         _sample(
-            "typical", batch=2, context=100, heads=4, kv_heads=4, head_dim=64, dtype="float16", page_size=16
+            "typical", batch=1, context=100, heads=4, kv_heads=4, head_dim=64, dtype="float16", page_size=16
         ),
-        _sample("typical", **{**MLA, "heads": 20}, batch=1, context=70, dtype="float16", page_size=64),
-        _sample("typical", **{**MLA, "heads": 16, "head_dim": 80, "value_dim": 64}, batch=2, context=90),
+        _sample("typical", **MLA, batch=2, context=300, page_size=64, large=True),
+        _sample(
+            "typical",
+            **{**MLA, "heads": 20, "head_dim": 80, "value_dim": 64},
+            batch=1,
+            context=90,
+            dtype="float16",
+        ),
         _sample("tiny", **small, batch=1, context=1, dtype="float32"),
         _sample("tiny", **small, batch=2, context=0, dtype="float32"),
         _sample("tiny", **small, batch=0, context=9, dtype="float16"),
-        _sample("ragged", **ragged, context=300, dtype="float32", page_size=64),
+        _sample("ragged", **ragged, context=200, dtype="float32", page_size=64),
         _sample("ragged", **ragged, context=150, dtype="float64", page_size=8),
-        _sample("ragged", **ragged, context=150, dtype="float32", queries=5, sinks=True),
-        _sample("ragged", **ragged, context=150, dtype="float32", queries=3, page_size=24, window=40),
+        _sample("ragged", **ragged, context=70, dtype="float32", queries=3, sinks=True),
+        _sample("ragged", **ragged, context=150, dtype="float32", queries=2, page_size=24, window=40),
         _sample("ragged", **ragged, context=150, dtype="float16", softcap=5.0, values="tokens_first"),
         # every logit about as large as float16 gets; one token takes all
-        _sample("extreme", **ragged, context=150, dtype="float16", values="1e4"),
-        _sample("extreme", **ragged, context=150, dtype="float32", values="1e30"),
-        _sample("extreme", **ragged, context=150, dtype="bfloat16", values="1e30", storage="bfp12-32"),
-        _sample("extreme", **ragged, context=150, dtype="float16", values="3e-5", storage="int8"),
-        _sample("extreme", **ragged, context=150, dtype="float16", values="1e4", storage="int4"),
+        _sample("extreme", **ragged, context=70, dtype="float16", values="1e4"),
+        _sample("extreme", **ragged, context=70, dtype="float32", values="1e30"),
+        _sample("extreme", **ragged, context=70, dtype="bfloat16", values="1e30", storage="bfp12-32"),
+        _sample("extreme", **ragged, context=70, dtype="float16", values="3e-5", storage="int8"),
+        _sample("extreme", **ragged, context=70, dtype="float16", values="1e4", storage="int4"),
         _sample("extreme", **ragged, context=70, dtype="float32", values="0", storage="int8-symmetric"),
     ]
+    single: dict[str, Any] = {**ragged, "heads": 2, "kv_heads": 1, "context": 90}
     for head_dim in (80, 96, 192, 256):
-        found.append(_sample("ragged", **{**ragged, "head_dim": head_dim}, context=70, dtype="float16"))
-    for storage in (
-        "int8",
-        "int8-symmetric",
-        "int8-32",
-        "int4",
-        "int4-symmetric",
-        "int4-32",
-        "int4-32-symmetric",
-        "bfp12-32",
-        "bfp12-16",
-        "bfp16-32",
-    ):
-        found.append(_sample("ragged", **ragged, context=140, dtype="float16", storage=storage, page_size=16))
-    for storage in ("int8", "int4", "int4-16", "bfp12-16"):
-        found.append(_sample("ragged", **ragged, context=70, dtype="float32", storage=storage, queries=2))
-        found.append(_sample("ragged", **ragged, context=70, dtype="bfloat16", storage=storage, page_size=64))
+        found.append(_sample("ragged", **{**single, "head_dim": head_dim, "context": 70}, dtype="float16"))
+    for storage in ("int8", "int8-32", "int4-symmetric", "int4-32", "bfp12-32", "bfp16-32"):
+        found.append(_sample("ragged", **single, dtype="float16", storage=storage, page_size=16))
+    for storage in ("int8-symmetric", "int4", "int4-16-symmetric", "bfp12-16"):
+        found.append(_sample("ragged", **single, dtype="float32", storage=storage, queries=2))
+        found.append(_sample("ragged", **single, dtype="bfloat16", storage=storage, page_size=64))
     for context, batch in ((8192, 1), (32768, 8)):
         for storage in ("float", "int8", "int4", "bfp12-32"):
             found.append(

@@ -1,4 +1,6 @@
-"""Who else computes attention of one new token over a cache: they take 16-bit caches."""
+"""Who else computes attention of one new token over a cache. They take caches of 16 bits: beside a quantized cache they
+are timed on the dequantized one, which is the yardstick that quantizing has to beat.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tensormill.operator import Operator, requires
+from tensormill.ops.decode_attention.storage import dequantize_kv
 
 
 def _plain(
@@ -28,9 +31,9 @@ def _plain(
     window: int,
     softcap: float,
 ) -> bool:
-    """One new token, contiguous 16-bit cache, all sequences of one length."""
+    """One new token, contiguous cache, all sequences of one length."""
     uniform = len(lengths) > 0 and bool((lengths == lengths[0]).all()) and int(lengths[0]) > 0
-    plain = sinks is None and not window and not softcap and block_table is None and key_scale is None
+    plain = sinks is None and not window and not softcap and block_table is None
     return plain and uniform and query.shape[2] == 1 and query.dtype in (torch.float16, torch.bfloat16)
 
 
@@ -38,9 +41,33 @@ def _separate(*arguments: Any) -> bool:
     return arguments[2] is not None and _plain(*arguments)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Callable[[], Any]:
-    length, scale = int(rest[4][0]), rest[7]
-    key, value = key[:, :, :length], value[:, :, :length]
+def _latent(*arguments: Any) -> bool:
+    return arguments[2] is None and arguments[3] is None and arguments[1].shape[1] == 1 and _plain(*arguments)
+
+
+def _dense(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values in the query's dtype, cut to their length."""
+    query, key, value, key_scale, key_offset, value_scale, value_offset, lengths = arguments[:8]
+
+    def dense(stored: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+        stored = stored[:, :, : int(lengths[0])]
+        if scale is None:
+            return stored
+        parts = zip(stored, scale, [None] * len(stored) if offset is None else offset, strict=True)
+        # by sequence, so that float32 exists of one only
+        return torch.stack([dequantize_kv(*_cut(part, stored.shape[2])).to(query.dtype) for part in parts])
+
+    return dense(key, key_scale, key_offset), dense(value, value_scale, value_offset)
+
+
+def _cut(part: tuple[Tensor, Tensor, Tensor | None], length: int) -> tuple[Any, ...]:
+    codes, scale, offset = part
+    return codes, scale[:, :length], None if offset is None else offset[:, :length], torch.float32
+
+
+def _sdpa(*arguments: Any) -> Callable[[], Any]:
+    query, scale = arguments[0], arguments[10]
+    key, value = _dense(*arguments)
 
     def call() -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
@@ -50,18 +77,18 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Callable[[],
     return call
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Callable[[], Any]:
+def _flex(*arguments: Any) -> Callable[[], Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    length, scale = int(rest[4][0]), rest[7]
+    query, scale = arguments[0], arguments[10]
+    key, value = _dense(*arguments)
     compiled = torch.compile(flex_attention, dynamic=False)
-    key, value = key[:, :, :length], value[:, :, :length]
     return lambda: compiled(query, key, value, scale=scale, enable_gqa=True)
 
 
-def _einsum(query: Tensor, key: Tensor, value: None, *rest: Any) -> Callable[[], Any]:
-    length, scale, value_dim = int(rest[4][0]), rest[7], rest[8]
-    keys = key[:, 0, :length]
+def _matmul(*arguments: Any) -> Callable[[], Any]:
+    query, key, lengths, scale, value_dim = (arguments[i] for i in (0, 1, 7, 10, 11))
+    keys = key[:, 0, : int(lengths[0])]
 
     def call() -> Tensor:
         weights = torch.softmax(query[:, :, 0] @ keys.transpose(1, 2) * scale, dim=-1)
@@ -70,10 +97,11 @@ def _einsum(query: Tensor, key: Tensor, value: None, *rest: Any) -> Callable[[],
     return call
 
 
-def _flashinfer(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Callable[[], Any]:
+def _flashinfer(*arguments: Any) -> Callable[[], Any]:
     import flashinfer
 
-    length, scale = int(rest[4][0]), rest[7]
+    query, length, scale = arguments[0], int(arguments[7][0]), arguments[10]
+    key, value = _dense(*arguments)
     workspace = torch.empty(128 << 20, dtype=torch.uint8, device=query.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
     batch, heads, _, head_dim = query.shape
@@ -81,8 +109,7 @@ def _flashinfer(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Callab
     pages = length // page_size
     # pages of 64 tokens of a contiguous cache: (pages, heads, page_size, head_dim)
     paged = tuple(
-        x[:, :, :length].unflatten(2, (pages, page_size)).transpose(1, 2).flatten(0, 1).contiguous()
-        for x in (key, value)
+        x.unflatten(2, (pages, page_size)).transpose(1, 2).flatten(0, 1).contiguous() for x in (key, value)
     )
     indptr = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * pages
     indices = torch.arange(batch * pages, dtype=torch.int32, device=query.device)
@@ -112,6 +139,6 @@ def register(operator: Operator) -> None:
     )
     operator.peer(
         "torch matmul and softmax",
-        make=_einsum,
-        **{**settings, "supports": lambda *arguments: arguments[2] is None and _plain(*arguments)},
+        make=_matmul,
+        **{**settings, "supports": _latent},
     )

@@ -596,7 +596,7 @@ def configuration(rows: int, head_dim: int, bits: int, paged: bool) -> Config:
         if rows <= 16 and head_dim <= 128:
             return Config(64, 2, stages, 4)
         return Config(64 if rows <= 32 and head_dim <= 128 else 32, 4, stages, 2)
-    return Config(64 if head_dim <= 128 else 32, 4, stages, 2)
+    return Config(64 if head_dim <= 128 and head_dim % 32 == 0 else 32, 4, stages, 2)
 
 
 def pieces(size: int) -> tuple[int, int] | None:
@@ -652,7 +652,7 @@ def supports(
 
 @functools.cache
 def _processors(index: int | None) -> int:
-    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+    return 2 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:

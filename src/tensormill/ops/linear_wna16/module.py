@@ -206,6 +206,21 @@ class LinearWNA16(nn.Module):
             torch.cuda.current_stream(made[0].device).synchronize()
         return self
 
+    def to_fastest_layout(self, dtype: torch.dtype) -> LinearWNA16:
+        """Choose the layout in which activations of `dtype` are multiplied fastest where the weight lies.
+
+        "tiled" where the CUDA kernels run and take it, else "packed".
+        """
+        kernel = operator.find("cuda")
+        weight = self.weight_tiled if self.layout == "tiled" else self.weight_packed
+        x = weight.new_empty((1, self.in_features), dtype=dtype)
+        if x.is_cuda and kernel.missing() is None and tiles.can_tile(self.in_features, self.group_size):
+            self.to_layout("tiled")
+            tensors = (self.weight_tiled, self.weight_scale_tiled, self.weight_zero_point_tiled, self.bias)
+            if kernel.supports(x, *tensors, self.bits, self.group_size, "tiled"):
+                return self
+        return self.to_layout("packed")
+
     def __getattr__(self, name: str) -> Any:
         if name in _CANONICAL and self.__dict__.get("layout") == "tiled":
             return self._packed()[_CANONICAL.index(name)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class LinearWNA8(LinearWNA16):
     def from_wna16(
         cls, layer: LinearWNA16, *, x_dtype: torch.dtype = torch.int8, x_group_size: int = -1
     ) -> LinearWNA8:
-        """The layer with the same weight and bias (shared, not copied) and 8-bit activations.
+        """The layer with the same weight and bias (shared, not copied, unless it is tiled) and 8-bit activations.
 
         Raises:
             InvalidArgument: activations can't be quantized so, or sums might leave 32 bits.
@@ -109,6 +109,18 @@ class LinearWNA8(LinearWNA16):
         arguments[-1] = layout
         return operator(*arguments)  # type: ignore[no-any-return]
 
+    def to_layout(self, layout: Literal["packed", "tiled"]) -> LinearWNA16:
+        """The layer itself for "packed".
+
+        Raises:
+            InvalidArgument: for "tiled", the order for 16-bit activations; `prepare` makes the one for these.
+        """
+        if layout != "packed":
+            raise InvalidArgument(
+                f'given layout={layout!r} for a layer with 8-bit activations, expected "packed"; call prepare()'
+            )
+        return self
+
     def prepare(self, tokens: int = 1) -> None:
         """Bring the weight into the order of the implementation that this device uses, unless it is in an order.
 
@@ -122,7 +134,9 @@ class LinearWNA8(LinearWNA16):
             t is old and t._version == version for t, (old, version) in zip(now, before, strict=True)
         ):
             return
-        x = torch.empty(tokens, self.in_features, dtype=self.weight_scale.dtype, device=self.weight_packed.device)
+        x = torch.empty(
+            tokens, self.in_features, dtype=self.weight_scale.dtype, device=self.weight_packed.device
+        )
         canonical = self._canonical(x, None, x.dtype)
         implementation = operator.select(*canonical)
         self._prepared = None

@@ -51,15 +51,13 @@ def _kernel(
 ):
     """Program (r, c): ROWS rows, GROUPS groups of at most GROUP channels (CONTIGUOUS: exactly GROUP, or one group).
 
-    Zeroes the `counters`, for a kernel that follows; if FOLLOWED by one that waits, it may start early.
+    Zeroes the `counters`, 256 a program, for a kernel that follows; if FOLLOWED by one that waits, it may start early.
     """
     if FOLLOWED:
         tl.extra.cuda.gdc_launch_dependents()
     if HAS_COUNTERS:
-        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        for start in range(program * 256, counter_count, tl.num_programs(0) * tl.num_programs(1) * 256):
-            place = start + tl.arange(0, 256)
-            tl.store(counters + place, tl.zeros((256,), tl.int32), mask=place < counter_count)
+        place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 256 + tl.arange(0, 256)
+        tl.store(counters + place, tl.zeros((256,), tl.int32), mask=place < counter_count)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = (row < M)[:, None]
     row_start = row[:, None].to(tl.int64) * K
@@ -150,7 +148,11 @@ def quantize(
     if tokens == 0:
         return codes, scales
     rows, at_once, group, programs, warps = geometry(columns, group_size, norm_weight is not None)
-    _kernel[(triton.cdiv(tokens, rows), programs)](
+    row_programs = triton.cdiv(tokens, rows)
+    if counters is not None and counters.numel() > 256 * row_programs * programs:
+        counters.zero_()
+        counters = None
+    _kernel[(row_programs, programs)](
         x,
         x if norm_weight is None else norm_weight.contiguous(),
         x if permutation is None else permutation.contiguous(),

@@ -189,6 +189,33 @@ def test_compiles_for_sm_90a(case):
     assert any("WARPGROUP.DEPBAR.LE gsb0, 0x1" in line for line in lines)
 
 
+def test_tiles_fit_the_product():
+    """Few tokens take small tiles, splits leave no block without columns, every tile has a ring of stages."""
+    form = Format(4, HALF, HALF, 1, False)
+    assert wgmma.choose(form, 4096, 8192, 8192, 132).split == 1
+    assert wgmma.choose(form, 20, 8192, 8192, 132).tokens == 32
+    assert wgmma.choose(form, 64, 4096, 14336, 132).split > 1
+    for columns in (1, 64, 65, 4096):
+        for tokens in (1, 33, 500, 5000):
+            tile = wgmma.choose(form, tokens, 256, columns, 132)
+            assert tile.split <= -(-columns // 64)
+            assert tile.rows * tile.tokens <= 1 << 15 and tile.tokens // tile.split >= 16
+
+
+def test_a_wrong_scale_would_be_noticed(emulated, monkeypatch):
+    *sizes, form, tile = CASES["split"]
+    right = tile_weight
+
+    def wrong(*arguments, **options):
+        weight, scale, zero = right(*arguments, **options)
+        scale.view(-1)[70] *= 1.5  # of one row and group
+        return weight, scale, zero
+
+    monkeypatch.setattr(f"{__name__}.tile_weight", wrong)
+    rms, most = errors(*sizes, form, tile)
+    assert rms > TOLERANCE[HALF] and most > 3 * TOLERANCE[HALF]
+
+
 def test_shared_memory_is_enough():
     for tile in (Tile(256, 128), Tile(128, 256), Tile(128, 128, 4), Tile(256, 128, 2)):
         for bits in range(1, 9):

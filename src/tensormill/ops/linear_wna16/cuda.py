@@ -23,7 +23,8 @@ _KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 # Tokens that `stream.cu` takes at a time, and how many before Hopper, where registers can't be shifted between warps.
 MOST_STREAMED_TOKENS = 32
 _MOST_STREAMED_TOKENS_BEFORE_HOPPER = 16
-# On Hopper `wgmma.cu` takes over; with many rows, whose tiles fill an H200 by themselves, it is faster from here on.
+# On Hopper `wgmma.cu` takes over; with many rows, whose tiles fill an H200 by themselves, it is faster from here on
+# (measured with 4 bits).
 _MANY_ROWS, _MOST_STREAMED_TOKENS_OF_MANY_ROWS = 8192, 16
 _MOST_STAGES = 16
 # Units of a block from which on its ring of stages takes all shared memory, not half of it. With few units, all that the
@@ -196,7 +197,7 @@ def linear(
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
     hopper = architecture(x.device.index) == "sm_90a"
     most = _most_streamed_tokens(x.device.index)
-    if hopper and rows >= _MANY_ROWS:
+    if hopper and bits == 4 and rows >= _MANY_ROWS:
         most = _MOST_STREAMED_TOKENS_OF_MANY_ROWS
     if hopper and flat.shape[0] > most and rows > 0:
         bias = None if bias is None else bias.to(x.dtype)

@@ -53,11 +53,6 @@ DEVICE void copy_tensor(uint32_t shared, const TensorMap* map, int x, int y, uin
     b.bytes -= 128 * map->words[6];
     emulation::check_phase(b);
 }
-DEVICE void copy_tensor_multicast(uint32_t shared, const TensorMap* map, int x, int y, uint32_t barrier,
-                                  uint16_t blocks) {
-    for (int i = 0; i < 16; i++)
-        if (blocks >> i & 1) copy_tensor(map_shared(shared, i), map, x, y, map_shared(barrier, i));
-}
 DEVICE void store_tensor(const TensorMap* map, int x, int y, uint32_t shared) {
     emulation::each_element(map, x, y, shared, [](const uint8_t* from, uint8_t* to, int size) {
         if (to) memcpy(to, from, size);

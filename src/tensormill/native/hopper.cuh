@@ -63,16 +63,6 @@ DEVICE Words2 cluster_load2(uint32_t address) {
 
 // --- tensor copies
 
-// As copy_tensor, into every block of the cluster whose bit is set in `blocks`, at the same address and barrier.
-DEVICE void copy_tensor_multicast(uint32_t shared, const TensorMap* map, int x, int y, uint32_t barrier,
-                                  uint16_t blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-        "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
-        : "memory");
-}
-
 // Shared memory to the box at (x, y), less what lies outside of the tensor.
 DEVICE void store_tensor(const TensorMap* map, int x, int y, uint32_t shared) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x),

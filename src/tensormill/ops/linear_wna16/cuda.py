@@ -23,6 +23,9 @@ _KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 # Tokens that `stream.cu` takes at a time, and how many before Hopper, where registers can't be shifted between warps.
 MOST_STREAMED_TOKENS = 32
 _MOST_STREAMED_TOKENS_BEFORE_HOPPER = 16
+# On Hopper `wgmma.cu` takes over; with many rows, whose tiles fill an H200 by themselves, it is faster from here on
+# (measured with 4 bits).
+_MANY_ROWS, _MOST_STREAMED_TOKENS_OF_MANY_ROWS = 8192, 16
 _MOST_STAGES = 16
 # Units of a block from which on its ring of stages takes all shared memory, not half of it. With few units, all that the
 # next kernel loads ahead delays the last sums of this one: 12.4 instead of 15.2 us at 15 units, but 66 instead of 60 us
@@ -191,18 +194,21 @@ def linear(
 ) -> Tensor:
     """See `reference.linear_wna16`; for layout "tiled"."""
     rows, columns = weight.shape[0], x.shape[-1]
+    flat = x if x.dim() == 2 else x.reshape(-1, columns)
+    hopper = architecture(x.device.index) == "sm_90a"
+    most = _most_streamed_tokens(x.device.index)
+    if hopper and bits == 4 and rows >= _MANY_ROWS:
+        most = _MOST_STREAMED_TOKENS_OF_MANY_ROWS
+    if hopper and flat.shape[0] > most and rows > 0:
+        bias = None if bias is None else bias.to(x.dtype)
+        result = wgmma.product(flat, weight, scale, zero_point, bias, bits=bits, group_size=group_size)
+        return result.view(*x.shape[:-1], rows)
     y = x.new_empty((*x.shape[:-1], rows))
     if y.numel() == 0:
         return y
-    flat = x if x.dim() == 2 else x.reshape(-1, columns)
-    most = _most_streamed_tokens(x.device.index)
     if flat.shape[0] <= most:
         _stream(flat, weight, scale, zero_point, bias, bits, group_size, y)
         return y
-    if architecture(x.device.index) == "sm_90a":
-        bias = None if bias is None else bias.to(x.dtype)
-        y = wgmma.product(flat, weight, scale, zero_point, bias, bits=bits, group_size=group_size)
-        return y.view(*x.shape[:-1], rows)
     for tokens, results in zip(flat.split(most), y.view(-1, rows).split(most), strict=True):
         _stream(tokens, weight, scale, zero_point, bias, bits, group_size, results)
     return y

@@ -7,10 +7,8 @@
 // stage once the products of the next have begun. Where a block has several tiles, the first warpgroup is kept some stages
 // ahead, so that it stores its sums while the other one still multiplies, and the other way round.
 //
-// CLUSTER blocks with neighbouring rows share their tokens: each copies a part of them into all. SPLIT blocks, which
-// have a tile of their own only, share it along K: each adds up and stores some of its tokens; the others send theirs
-// through shared memory, and they are added in the order of the splits. The last tiles, if they would occupy at most half
-// of the blocks, are cut into halves of their rows.
+// SPLIT blocks, a cluster that has one tile only, share it along K: each adds up and stores some of its tokens; the others
+// send theirs through shared memory, and they are added in the order of the splits.
 //
 // Scales of groups multiply the weights, except for 8-bit x, where they multiply the integer sums of a group, which are
 // then added in float32; scales of whole rows multiply the sums at the end.
@@ -24,7 +22,6 @@ constexpr int TYPE = X_TYPE;         // 0 float16, 1 bfloat16, 2 int8
 constexpr int ROWS = TILE_ROWS;      // 128, 256
 constexpr int TOKENS = TILE_TOKENS;  // 32, 64, 128, 256
 constexpr int STAGES = RING_STAGES;
-constexpr int CLUSTER = CLUSTER_BLOCKS;
 constexpr int SPLIT = K_SPLITS;
 constexpr int GROUPS = STAGE_GROUPS;  // sets of scales in a stage: 0 (whole rows), 1, 2
 constexpr bool ZERO = HAS_ZERO;       // zero points; else 2^(BITS - 1)
@@ -81,7 +78,7 @@ constexpr int BARRIER_OFFSET = SENT_OFFSET + (SPLIT - 1) * SENT_BYTES;
 static_assert(BARRIER_OFFSET + 16 * STAGES + 8 == SHARED_BYTES, "the host's formula differs");
 
 struct Arguments {
-    TensorMap x;                 // boxes of 128 bytes x TOKENS / CLUSTER
+    TensorMap x;                 // boxes of 128 bytes x TOKENS
     TensorMap y;                 // boxes of 64 x SLICE
     const uint8_t* weight;       // [row_blocks][columns / 64, even][4] tiles
     const uint8_t* scale;        // [row_blocks][groups][32] pairs
@@ -95,33 +92,26 @@ struct Arguments {
     int width;  // token tiles that blocks go through before the next rows
 };
 
-// Where a cluster works: the first 64 rows of this block, how many times 64, and the tokens.
 struct Place {
-    int block, blocks, token_tile;
+    int row_tile, token_tile;
 };
 
-// Tiles in the order in which clusters take them, and the places that these make.
+// Tiles in the order in which blocks take them: of `width` token tiles, all with some rows, then the next rows.
 struct Schedule {
     int row_tiles, token_tiles, width;
-    int whole, count;  // places of whole tiles; of all
 
-    DEVICE Schedule(const Arguments& p, int clusters) {
-        row_tiles = (p.row_blocks + BLOCKS * CLUSTER - 1) / (BLOCKS * CLUSTER);
+    DEVICE explicit Schedule(const Arguments& p) {
+        row_tiles = (p.row_blocks + BLOCKS - 1) / BLOCKS;
         token_tiles = (p.tokens + TOKENS - 1) / TOKENS;
         width = p.width;
-        whole = count = row_tiles * token_tiles;
-        const int rest = count % clusters;
-        if (PARTS == 2 && SPLIT == 1 && 2 * rest <= clusters) whole -= rest, count += rest;
     }
 
-    DEVICE Place place(int index, int member) const {
-        const bool half = index >= whole;
-        const int tile = half ? whole + (index - whole) / 2 : index;
-        const int band = tile / (row_tiles * width), left = tile - band * row_tiles * width;
+    DEVICE int count() const { return row_tiles * token_tiles; }
+
+    DEVICE Place place(int index) const {
+        const int band = index / (row_tiles * width), left = index - band * row_tiles * width;
         const int tokens = min(width, token_tiles - band * width);
-        const int first = left / tokens * CLUSTER * BLOCKS, token_tile = band * width + left % tokens;
-        if (half) return {first + ((index - whole) % 2 * CLUSTER + member) * (BLOCKS / 2), BLOCKS / 2, token_tile};
-        return {first + member * BLOCKS, BLOCKS, token_tile};
+        return {left / tokens, band * width + left % tokens};
     }
 };
 
@@ -137,20 +127,16 @@ struct Stage {
 // A thread that multiplies.
 struct Worker {
     uint32_t base, full, empty;  // addresses in shared memory: of the ring, of its barriers
-    int member, split;           // of the block in its cluster
+    int split;                   // this block's
     int consumer, quarter, lane;
     int begin, end;  // steps along K: stages of a tile
     int pair;        // of this lane's rows, among the 32 of 64 rows
     Stage stage;
 };
 
-// The warp is done with a stage; says so to every block that copies into it.
+// The warp is done with a stage.
 DEVICE void release(const Worker& w, int index) {
-    if constexpr (CLUSTER == 1) {
-        if (w.lane == 0) mbarrier_arrive(w.empty + 8 * index);
-    } else {
-        if (w.lane < CLUSTER) cluster_mbarrier_arrive(map_shared(w.empty + 8 * index, w.split * CLUSTER + w.lane));
-    }
+    if (w.lane == 0) mbarrier_arrive(w.empty + 8 * index);
 }
 
 DEVICE float row_scale(const void* scale, int index) {
@@ -171,10 +157,10 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
     }
     Stage stage;
     const int column_tiles = (p.columns + 127) / 128 * 2;
-    for (int index = cluster; index < schedule.count; index += clusters) {
-        const Place at = schedule.place(index, w.member);
-        const int block = at.block + local;
-        const bool present = local < at.blocks && block < p.row_blocks;
+    for (int index = cluster; index < schedule.count(); index += clusters) {
+        const Place at = schedule.place(index);
+        const int block = at.row_tile * BLOCKS + local;
+        const bool present = block < p.row_blocks;
         const uint8_t* weight = p.weight + (int64_t)block * column_tiles * (4 * TILE_BYTES);
         int group = 0, column = 0;  // of the next set of scales: the group, and where in it
         if constexpr (GROUPS > 0) group = w.begin * 64 * TILES / p.group_size, column = w.begin * 64 * TILES % p.group_size;
@@ -185,11 +171,7 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
                                                 (present ? WEIGHT_BYTES + GROUPS * (SCALE_BYTES + ZERO_BYTES) : 0));
             if (local == 0) {
                 const int x = step * (INTEGER ? 128 : 64), y = at.token_tile * TOKENS;
-                if constexpr (CLUSTER == 1)
-                    copy_tensor(to, &p.x, x, y, barrier);
-                else
-                    copy_tensor_multicast(to + w.member * (X_BYTES / CLUSTER), &p.x, x, y + w.member * (TOKENS / CLUSTER),
-                                          barrier, ((1 << CLUSTER) - 1) << (w.split * CLUSTER));
+                copy_tensor(to, &p.x, x, y, barrier);
             }
             if (present) {
                 copy_bulk(to + X_BYTES + local * WEIGHT_BYTES, weight + (int64_t)step * WEIGHT_BYTES, WEIGHT_BYTES, barrier);
@@ -254,16 +236,15 @@ DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], f
     for (int i = 0; i < TOTALS; i++) totals[i] += float(sums[i]) * (i & 2 ? high : low);
 }
 
-// The sums of a tile of N x 64 rows from `block` on; `lead`: lets the other warpgroup start after that many stages.
-template <int N>
+// The sums of a warpgroup's rows, from `block` on; `lead`: lets the other one start after that many stages.
 DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&sums)[PARTS][SUMS],
                      float (&totals)[TOTALS]) {
-    uint32_t a[2][N][2][4];
-    uint32_t words[N][BITS];
-    ZeroPoint<BITS, X> row_zero[N][2];
+    uint32_t a[2][PARTS][2][4];
+    uint32_t words[PARTS][BITS];
+    ZeroPoint<BITS, X> row_zero[PARTS][2];
     if constexpr (ZERO && !INTEGER && GROUPS == 0) {
 #pragma unroll
-        for (int part = 0; part < N; part++)
+        for (int part = 0; part < PARTS; part++)
             if (block + part < p.row_blocks) {
                 const uint32_t zero = p.zero[(block + part) * 32 + w.pair];
                 row_zero[part][0] = ZeroPoint<BITS, X>(zero & 255);
@@ -283,13 +264,13 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int part = 0; part < N; part++)
-                expand(w, from, w.consumer * N + part, half, row_zero[part], words[part], a[half][part]);
+            for (int part = 0; part < PARTS; part++)
+                expand(w, from, w.consumer * PARTS + part, half, row_zero[part], words[part], a[half][part]);
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < 2; s++)
 #pragma unroll
-                for (int part = 0; part < N; part++)
+                for (int part = 0; part < PARTS; part++)
                     wgmma<KIND, TOKENS>(sums[part], a[half][part][s], tokens + 2 * (2 * half + s), more || half > 0 || s > 0);
             wgmma_commit();
             wgmma_wait<1>();
@@ -320,7 +301,7 @@ DEVICE void exchange(const Worker& w, uint32_t received, const Sum (&sums)[PARTS
 #pragma unroll
     for (int to = 0; to < SPLIT; to++)
         if (to != w.split) {
-            const uint32_t sent = map_shared(w.base + SENT_OFFSET, to * CLUSTER + w.member) +
+            const uint32_t sent = map_shared(w.base + SENT_OFFSET, to) +
                                   (w.split - (w.split > to)) * SENT_BYTES + thread_index() * 16;
 #pragma unroll
             for (int part = 0; part < PARTS; part++)
@@ -334,7 +315,7 @@ DEVICE void exchange(const Worker& w, uint32_t received, const Sum (&sums)[PARTS
     cluster_fence();
 #pragma unroll
     for (int to = 0; to < SPLIT; to++)
-        if (to != w.split) cluster_mbarrier_arrive(map_shared(received, to * CLUSTER + w.member));
+        if (to != w.split) cluster_mbarrier_arrive(map_shared(received, to));
     cluster_mbarrier_wait(received, 0);
 }
 
@@ -357,8 +338,7 @@ DEVICE void add_splits(const Worker& w, int position, int split, Sum (&s)[4]) {
     for (int j = 0; j < 4; j++) s[j] = total[j];
 }
 
-// Sums of N x 64 rows from `block` on become y.
-template <int N>
+// The sums of a warpgroup's rows, from `block` on, become y.
 DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile, const Sum (&sums)[PARTS][SUMS],
                   const float (&totals)[TOTALS]) {
     const uint32_t output = w.base + Y_OFFSET + w.consumer * PARTS * Y_BYTES;
@@ -366,7 +346,7 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
     if (thread_index() % 128 == 0) store_tensor_wait();
     barrier_sync(1 + w.consumer, 128);
 #pragma unroll
-    for (int part = 0; part < N; part++) {
+    for (int part = 0; part < PARTS; part++) {
         float scale[2] = {UNIT, UNIT}, shift[2] = {0.0f, 0.0f};
         int zero[2] = {0, 0};
         if (block + part < p.row_blocks) {
@@ -424,7 +404,7 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
     barrier_sync(1 + w.consumer, 128);
     if (thread_index() % 128 == 0) {
 #pragma unroll
-        for (int part = 0; part < N; part++)
+        for (int part = 0; part < PARTS; part++)
             if ((block + part) * 64 < p.rows) store_tensor(&p.y, (block + part) * 64, token, output + part * Y_BYTES);
         store_tensor_commit();
     }
@@ -433,12 +413,11 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
 KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
     const Arguments& p = arguments;
     const int warp = warp_index();
-    const int rank = CLUSTER * SPLIT > 1 ? cluster_rank() : 0;
-    const int cluster = block_index() / (CLUSTER * SPLIT), clusters = grid_size() / (CLUSTER * SPLIT);
+    const int cluster = block_index() / SPLIT, clusters = grid_size() / SPLIT;
     const int steps = (p.columns + 64 * TILES - 1) / (64 * TILES);
     Worker w;
+    w.split = SPLIT > 1 ? cluster_rank() : 0;
     w.base = shared_memory(), w.full = w.base + BARRIER_OFFSET, w.empty = w.full + 8 * STAGES;
-    w.member = rank % CLUSTER, w.split = rank / CLUSTER;
     w.consumer = warp / 4, w.quarter = warp % 4, w.lane = lane_index();
     w.begin = steps * w.split / SPLIT, w.end = steps * (w.split + 1) / SPLIT;
     w.pair = w.lane / 4 * 4 + w.quarter;
@@ -447,19 +426,19 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(w.full + 8 * i, BLOCKS);
-            mbarrier_init(w.empty + 8 * i, CLUSTER * 4 * CONSUMERS);
+            mbarrier_init(w.empty + 8 * i, 4 * CONSUMERS);
         }
         mbarrier_init(received, SPLIT > 1 ? (SPLIT - 1) * THREADS : 1);
         mbarrier_init_fence();
         prefetch_tensor_map(&p.x);
         prefetch_tensor_map(&p.y);
     }
-    if constexpr (CLUSTER * SPLIT > 1)
+    if constexpr (SPLIT > 1)
         cluster_sync();
     else
         synchronize();
 
-    const Schedule schedule(p, clusters);
+    const Schedule schedule(p);
     if (warp >= 4 * CONSUMERS) {
         lower_registers<56>();
         const int local = warp - 4 * CONSUMERS;
@@ -468,23 +447,18 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
         raise_registers<224>();
         Sum sums[PARTS][SUMS];
         float totals[TOTALS];
-        const bool skewed = SKEW > 0 && cluster + clusters < schedule.count;
+        const bool skewed = SKEW > 0 && cluster + clusters < schedule.count();
         int lead = skewed && w.consumer == 0 ? min(SKEW, w.end - w.begin) : 0;
         if (skewed && w.consumer == 1) barrier_sync(3, THREADS);
-        for (int index = cluster; index < schedule.count; index += clusters) {
-            const Place at = schedule.place(index, w.member);
-            if (PARTS == 2 && at.blocks < BLOCKS) {
-                multiply<PARTS / 2 + PARTS % 2>(p, w, at.block + w.consumer, lead, sums, totals);
-                store<PARTS / 2 + PARTS % 2>(p, w, at.block + w.consumer, at.token_tile, sums, totals);
-            } else {
-                const int block = at.block + w.consumer * PARTS;
-                multiply<PARTS>(p, w, block, lead, sums, totals);
-                if constexpr (SPLIT > 1) exchange(w, received, sums);
-                store<PARTS>(p, w, block, at.token_tile, sums, totals);
-            }
+        for (int index = cluster; index < schedule.count(); index += clusters) {
+            const Place at = schedule.place(index);
+            const int block = at.row_tile * BLOCKS + w.consumer * PARTS;
+            multiply(p, w, block, lead, sums, totals);
+            if constexpr (SPLIT > 1) exchange(w, received, sums);
+            store(p, w, block, at.token_tile, sums, totals);
             lead = 0;
         }
         if (thread_index() % 128 == 0) store_tensor_wait();
     }
-    if constexpr (CLUSTER * SPLIT > 1) cluster_sync();  // none leaves while another may still write into it
+    if constexpr (SPLIT > 1) cluster_sync();  // none leaves while another may still write into it
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,6 @@ _HEADERS = (
 _X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
 _Y_TYPES = {torch.float16: 0, torch.bfloat16: 1}
 _THREADS = 384
-_SKEW = 2  # stages by which one warpgroup is ahead of the other
-# Of H200: what a multiprocessor reads from the second-level cache in a cycle; what a tile costs beside its products.
-_L2_BYTES = 32.0
-_TILE_CYCLES = 3000.0
-_SPLIT_CYCLES = 1500.0
 _MOST_SHARED = 232448  # bytes of shared memory that a block of sm_90 can have
 
 
@@ -36,19 +32,17 @@ class Tile:
 
     Attributes:
         rows: of the weight, 128 or 256.
-        tokens: 64, 128 or 256, with at most 128 * 256 elements.
-        cluster: blocks with neighbouring rows that share their tokens' copies.
-        split: blocks that share a tile along K; they run once, so there should be no more than fit the GPU.
+        tokens: 32, 64, 128 or 256, with at most 256 * 128 elements in a tile.
+        split: blocks that share a tile along K, 1, 2 or 4, with at least 16 tokens for each.
     """
 
     rows: int
     tokens: int
-    cluster: int = 1
     split: int = 1
 
     def count(self, tokens: int, rows: int) -> int:
-        """Tiles of a product, those of a cluster counted as one."""
-        return -(-rows // (self.rows * self.cluster)) * -(-tokens // self.tokens)
+        """Tiles of a product."""
+        return -(-rows // self.rows) * -(-tokens // self.tokens)
 
 
 @dataclass(frozen=True)
@@ -101,12 +95,11 @@ def module(form: Format, tile: Tile) -> Module:
         "TILE_ROWS": tile.rows,
         "TILE_TOKENS": tile.tokens,
         "RING_STAGES": stages,
-        "CLUSTER_BLOCKS": tile.cluster,
         "K_SPLITS": tile.split,
         "STAGE_GROUPS": form.scale_sets,
         "HAS_ZERO": int(form.zero_points),
         "SCALE_TYPE": 2 if form.float_scale else _Y_TYPES[form.y],
-        "RING_SKEW": min(_SKEW, stages - 2),
+        "RING_SKEW": min(2, stages // 3),
         "SHARED_BYTES": shared,
     }
     return Module(_FOLDER / "wgmma.cu", defines, _HEADERS)
@@ -233,13 +226,12 @@ def _plan(
         group_size,
         max(1, 1024 // tile.tokens),
     )
-    cluster = tile.cluster * tile.split
     return _Plan(
         kernel=module(form, tile).kernel("linear_wgmma", device),
-        grid=_clusters(tile, tokens, rows, multiprocessors(device)) * cluster,
-        cluster=cluster,
+        grid=_blocks(tile, tokens, rows, multiprocessors(device)),
+        cluster=tile.split,
         shared=shared_bytes(form, tile)[1],
-        x_box=(tile.tokens // tile.cluster, 128 // x.itemsize),
+        x_box=(tile.tokens, 128 // x.itemsize),
         y_box=(tile.tokens // tile.split, 64),
         sizes=sizes,
     )
@@ -259,64 +251,69 @@ def _map(tensor: Tensor, box: tuple[int, int]) -> bytes:
     return found
 
 
-# Rows, tokens, cluster, split.
+# Rows, tokens, split: those that were fastest somewhere on an H200, 16-bit activations.
 _TILES = tuple(
     Tile(*sizes)
     for sizes in (
-        (256, 128, 1, 1),
-        (256, 128, 2, 1),
-        (128, 256, 2, 1),
-        (128, 128, 2, 1),
-        (128, 128, 2, 2),
-        (128, 128, 2, 4),
-        (256, 64, 1, 1),
-        (256, 64, 1, 2),
-        (256, 64, 1, 4),
+        (256, 128, 1),
+        (128, 256, 1),
+        (256, 128, 2),
+        (128, 128, 1),
+        (128, 128, 2),
+        (256, 64, 1),
+        (256, 64, 2),
+        (256, 64, 4),
+        (128, 64, 1),
+        (128, 64, 2),
+        (256, 32, 1),
+        (256, 32, 2),
+        (128, 32, 1),
+        (128, 32, 2),
     )
 )
+# Fitted to measurements there: cycles that a stage (of a small or a large tile), a tile and a split take beside products;
+# from how many tokens on power sets the clock, and by how much products are faster then if fewer weights are expanded.
+_SMALL_STAGE_CYCLES, _STAGE_CYCLES = 400, 600
+_TILE_CYCLES = 2600
+_SPLIT_CYCLES = 8000
+_MANY_TOKENS, _FEWER_WEIGHTS = 1024, 0.97
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> Tile:
     """The tile that should be fastest: a model of a block's cycles, times the tiles that each must do."""
+    if form.x == torch.int8:
+        return Tile(128, 128) if form.scale_sets > 0 else Tile(256, 128)
     stages = -(-columns // _stage_columns(form))  # every split needs one
-    tiles = [t for t in _tiles(form) if t.cluster * t.split <= multiprocessors and t.split <= stages]
+    tiles = [t for t in _TILES if t.split <= min(stages, multiprocessors) and shared_bytes(form, t)[0] >= 3]
     return min(tiles, key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
-
-
-def _tiles(form: Format) -> list[Tile]:
-    """Tiles that a kernel exists for."""
-    if form.x == torch.int8 and form.scale_sets > 0:
-        return [tile for tile in _TILES if tile.rows == 128 and tile.tokens <= 128 and tile.split == 1]
-    return [tile for tile in _TILES if shared_bytes(form, tile)[0] >= 3]
 
 
 def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
     """Clock cycles of the product."""
-    stage_columns = _stage_columns(form)
     products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
-    copies = (tile.tokens * 128 / tile.cluster + tile.rows * stage_columns * form.bits / 8) / _L2_BYTES
-    stages = -(-columns // stage_columns) / tile.split
-    tail = _TILE_CYCLES + (tile.split > 1) * _SPLIT_CYCLES
-    together = multiprocessors // (tile.cluster * tile.split)
-    turns, rest = divmod(tile.count(tokens, rows), together)
-    last = 0.0 if rest == 0 else 0.5 if _halves(tile, rest, together) else 1.0
-    return (turns + last) * (stages * max(products, copies) + tail)
+    if tile.tokens == 256 and tokens >= _MANY_TOKENS:
+        products *= _FEWER_WEIGHTS
+    small = tile.rows == 128 and tile.tokens < 256
+    stages = -(-columns // _stage_columns(form)) / tile.split
+    turns = -(-tile.count(tokens, rows) // _fitting(tile, multiprocessors))
+    beside = _TILE_CYCLES + (tile.split > 1) * _SPLIT_CYCLES
+    return turns * (stages * math.hypot(products, _SMALL_STAGE_CYCLES if small else _STAGE_CYCLES) + beside)
+
+
+def _fitting(tile: Tile, multiprocessors: int) -> int:
+    """Tiles that run at once; clusters must fit the GPU's parts, of up to 18 multiprocessors, some of fewer."""
+    if tile.split <= 2:
+        return multiprocessors // tile.split
+    return max(1, multiprocessors * 10 // 11 // tile.split)
+
+
+def _blocks(tile: Tile, tokens: int, rows: int, multiprocessors: int) -> int:
+    """Blocks to launch: with splits for all tiles, else as many as fit, which take one tile after another."""
+    count = tile.count(tokens, rows)
+    return count * tile.split if tile.split > 1 else min(multiprocessors, count)
 
 
 def _stage_columns(form: Format) -> int:
     """Columns in a stage: 128 bytes of x."""
     return 128 // form.x.itemsize
-
-
-def _halves(tile: Tile, rest: int, clusters: int) -> bool:
-    """Whether the tiles of the last turn are cut in halves, as wgmma.cu does it."""
-    return tile.rows == 256 and tile.split == 1 and 2 * rest <= clusters
-
-
-def _clusters(tile: Tile, tokens: int, rows: int, multiprocessors: int) -> int:
-    """Clusters to launch: for all tiles at once, or as many as fit the GPU and take one tile after another."""
-    count, fitting = tile.count(tokens, rows), multiprocessors // (tile.cluster * tile.split)
-    if tile.split > 1:
-        return count
-    return min(fitting, 2 * count if _halves(tile, count, fitting) else count)

@@ -29,6 +29,7 @@ SCHEMA = (
     " str layout) -> Tensor"
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MANY_TOKENS = 256  # from which on "cuda" is faster than a 16-bit layer on an H200
 
 Shape = Mapping[str, Any]
 
@@ -217,8 +218,9 @@ def _cuda_supports(
     columns = x.shape[-1]
     floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
     one_group = group_size == -1 or group_size >= columns
+    many = x.numel() >= _MANY_TOKENS * columns
     return (
-        layout in ("packed", "tiled")
+        (layout == "tiled" or (layout == "packed" and many))
         and x_dtype == torch.int8
         and x_group_size == -1
         and 0 < columns <= 65536

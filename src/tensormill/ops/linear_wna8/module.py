@@ -102,6 +102,8 @@ class LinearWNA8(LinearWNA16):
         if self._prepared is None:
             return operator(*self._canonical(x, x_scale, dtype))  # type: ignore[no-any-return]
         weight, scale, zero_point, layout = self._prepared
+        if layout == "tiled" and dtype == torch.float32:
+            return operator(*self._canonical(x, x_scale, dtype))  # type: ignore[no-any-return]
         arguments = list(self._canonical(x, x_scale, dtype))
         arguments[2:5] = weight, scale, zero_point
         arguments[-1] = layout
@@ -119,15 +121,22 @@ class LinearWNA8(LinearWNA16):
             )
         return self
 
-    def prepare(self) -> None:
-        """Bring the weight into the order of the implementation that this device uses, unless it is there."""
+    def prepare(self, tokens: int = 1) -> None:
+        """Bring the weight into the order of the implementation that this device uses, unless it is in an order.
+
+        Args:
+            tokens: of the calls that should be fastest. From 256 on, Hopper uses a kernel with an order of its own,
+                which is slower than the usual one with a few tokens.
+        """
         now = [t for t in (self.weight_packed, self.weight_scale, self.weight_zero_point) if t is not None]
         before = self._prepared_from
         if len(now) == len(before) and all(
             t is old and t._version == version for t, (old, version) in zip(now, before, strict=True)
         ):
             return
-        x = torch.empty(1, self.in_features, dtype=self.weight_scale.dtype, device=self.weight_packed.device)
+        x = torch.empty(
+            tokens, self.in_features, dtype=self.weight_scale.dtype, device=self.weight_packed.device
+        )
         canonical = self._canonical(x, None, x.dtype)
         implementation = operator.select(*canonical)
         self._prepared = None

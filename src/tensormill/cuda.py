@@ -26,8 +26,10 @@ from tensormill.errors import BackendError
 from tensormill.roofline import cache_directory
 
 DEVICE_HEADER = Path(__file__).with_name("native") / "device.cuh"
+HOPPER_HEADER = DEVICE_HEADER.with_name("hopper.cuh")
 _LEAST_CAPABILITY = (8, 0)
 _DYNAMIC_SHARED_MEMORY = 48 << 10  # bytes a block gets without asking
+_PORTABLE_CLUSTER = 8  # blocks a cluster has without asking
 
 
 def cuda_missing() -> str | None:
@@ -37,9 +39,9 @@ def cuda_missing() -> str | None:
     if torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         return "the GPU is older than compute capability 8.0"
     try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
-    except ImportError:
-        return "cuda-bindings is not installed; pip install cuda-bindings"
+        _compiler()
+    except BackendError as error:
+        return str(error)
     return None
 
 
@@ -105,28 +107,66 @@ class Module:
         return found
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("_padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Configuration(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
+_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # of CUlaunchAttributeID
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """The driver's library, called directly: a launch costs less than through bindings."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(error: int, what: str) -> None:
+    if error:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(error, ctypes.byref(name))
+        raise BackendError(f"{what}: the CUDA driver says {(name.value or b'unknown error').decode()}")
+
+
 class Kernel:
     """A compiled kernel on one device."""
 
     def __init__(self, cubin: bytes, name: str, device: int) -> None:
-        from cuda.bindings import driver
-
-        self._driver = driver
+        self.name = name
+        self.device = device
         self._cubin = cubin  # the driver may read it until the module is unloaded
         self._configurations: dict[tuple[Any, ...], Any] = {}
         self._most_shared = _DYNAMIC_SHARED_MEMORY
-        self.device = device
+        self._launch = _driver().cuLaunchKernelEx
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes torch's context current
-            self._module = _checked(driver.cuModuleLoadData(cubin))
-            self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), name)
+            found = _driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode())
+            _check(found, name)
 
     def launch(
         self,
         grid: int | tuple[int, int, int],
         block: int,
         shared: int,
-        arguments: ctypes.Structure,
+        arguments: ctypes.Structure | bytes,
         *,
         overlap: bool = False,
         cluster: int = 1,
@@ -137,25 +177,25 @@ class Kernel:
             grid: blocks.
             block: threads of a block.
             shared: bytes of dynamic shared memory.
-            arguments: the kernel's struct; copied.
+            arguments: the kernel's struct, or its bytes; copied.
             overlap: the kernel may start before the one before it has ended (programmatic dependent launch,
                 sm_90): it calls `wait_for_previous_kernel` before it touches what that one reads or writes.
-            cluster: blocks of a cluster along the grid's first dimension.
+            cluster: blocks of a cluster along the grid's first dimension, up to 16.
 
         Raises:
             BackendError: the driver refuses.
         """
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = current_stream(self.device)
         key = (grid, block, shared, stream, overlap, cluster)
         configuration = self._configurations.get(key)
         if configuration is None:
             configuration = self._configurations[key] = self._configure(*key)
-        pointer = ctypes.c_void_p(ctypes.addressof(arguments))
-        result = self._driver.cuLaunchKernelEx(
-            configuration, self._function, ctypes.addressof(pointer), 0
-        )
-        if result[0]:
-            _checked(result)
+        if isinstance(arguments, bytes):
+            arguments = (ctypes.c_char * len(arguments)).from_buffer_copy(arguments)  # type: ignore[assignment]
+        pointer = ctypes.c_void_p(ctypes.addressof(arguments))  # type: ignore[arg-type]
+        error = self._launch(configuration, self._function, ctypes.byref(pointer), None)
+        if error:
+            _check(error, self.name)
 
     def _configure(
         self,
@@ -166,32 +206,49 @@ class Kernel:
         overlap: bool,
         cluster: int,
     ) -> Any:
-        driver = self._driver
         if shared > self._most_shared:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(self._function, attribute, shared))
+            attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
+            with torch.cuda.device(self.device):
+                _check(_driver().cuFuncSetAttribute(self._function, attribute, shared), self.name)
             self._most_shared = shared
-        attributes = []
+        attributes = (_Attribute * 2)()
+        count = 0
         if overlap:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(attribute)
+            attributes[count].id = _PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[count].value[0] = 1
+            count += 1
+        if cluster > _PORTABLE_CLUSTER:
+            with torch.cuda.device(self.device):
+                _check(
+                    _driver().cuFuncSetAttribute(self._function, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
+                    self.name,
+                )
         if cluster > 1:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            attribute.value.clusterDim.x = cluster
-            attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
-            attributes.append(attribute)
-        configuration = driver.CUlaunchConfig()
+            attributes[count].id = _CLUSTER_DIMENSION
+            attributes[count].value[:3] = [cluster, 1, 1]
+            count += 1
         x, y, z = grid if isinstance(grid, tuple) else (grid, 1, 1)
-        configuration.gridDimX, configuration.gridDimY, configuration.gridDimZ = x, y, z
-        configuration.blockDimX, configuration.blockDimY, configuration.blockDimZ = block, 1, 1
-        configuration.sharedMemBytes = shared
-        configuration.hStream = stream
-        configuration.attrs = attributes
-        configuration.numAttrs = len(attributes)
-        return configuration
+        return ctypes.byref(
+            _Configuration((x, y, z), (block, 1, 1), shared, stream or None, attributes, count)
+        )
+
+
+def current_stream(device: int) -> int:
+    """The handle of torch's current stream on a device."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
+
+
+def capture_number(stream: int) -> int:
+    """A number for the graph that is being captured on the current stream, whose handle is given; 0 for none."""
+    if not torch.cuda.is_current_stream_capturing():
+        return 0
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    query = _driver().cuStreamGetCaptureInfo_v2
+    query.argtypes = [ctypes.c_void_p] * 6
+    found = query(stream, ctypes.addressof(status), ctypes.addressof(number), None, None, None)
+    _check(found, "graph capture")
+    return number.value
 
 
 def tensor_map(tensor: torch.Tensor, box: tuple[int, int], swizzle: int = 128) -> bytes:
@@ -202,49 +259,34 @@ def tensor_map(tensor: torch.Tensor, box: tuple[int, int], swizzle: int = 128) -
         box: (rows, columns) of one copy; a row of it has at most `swizzle` bytes.
         swizzle: 0, 32, 64 or 128 bytes.
     """
-    from cuda.bindings import driver
-
-    types = driver.CUtensorMapDataType
-    kinds = {
-        torch.float16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        torch.bfloat16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        torch.float32: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-        torch.int32: types.CU_TENSOR_MAP_DATA_TYPE_INT32,
-    }
-    swizzles = driver.CUtensorMapSwizzle
-    made = _checked(
-        driver.cuTensorMapEncodeTiled(
-            kinds.get(tensor.dtype, types.CU_TENSOR_MAP_DATA_TYPE_UINT8),
-            2,
-            tensor.data_ptr(),
-            [driver.cuuint64_t(tensor.shape[1]), driver.cuuint64_t(tensor.shape[0])],
-            [driver.cuuint64_t(tensor.stride(0) * tensor.element_size())],
-            [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
-            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            {
-                0: swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
-                32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
-                64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-                128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
-            }[swizzle],
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    if tensor.stride(1) != 1 or tensor.stride(0) * tensor.element_size() % 16 or tensor.data_ptr() % 16:
+        raise BackendError(
+            f"given a tensor of strides {tensor.stride()} for a tensor map, expected rows of aligned 16 bytes"
         )
+    buffer = (ctypes.c_char * 192)()
+    address = -(-ctypes.addressof(buffer) // 64) * 64
+    _check(
+        _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(address),
+            _TENSOR_MAP_TYPES.get(tensor.dtype, 0),
+            2,
+            ctypes.c_void_p(tensor.data_ptr()),
+            (ctypes.c_uint64 * 2)(tensor.shape[1], tensor.shape[0]),
+            (ctypes.c_uint64 * 1)(tensor.stride(0) * tensor.element_size()),
+            (ctypes.c_uint32 * 2)(box[1], box[0]),
+            (ctypes.c_uint32 * 2)(1, 1),
+            0,  # not interleaved
+            {0: 0, 32: 1, 64: 2, 128: 3}[swizzle],
+            3,  # 256 bytes at a time into the second-level cache
+            0,  # what lies outside is 0
+        ),
+        "tensor map",
     )
-    return ctypes.string_at(int(made.getPtr()), 128)
+    return ctypes.string_at(address, 128)
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
-    """The value of a driver call, or None.
-
-    Raises:
-        BackendError: it failed.
-    """
-    error, *values = result
-    if error:
-        raise BackendError(f"the CUDA driver says {error.name}")
-    return values[0] if values else None
+# CUtensorMapDataType; bytes for all else
+_TENSOR_MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9, torch.int32: 3}
 
 
 @functools.cache
@@ -305,5 +347,7 @@ def _compile_with_nvcc(
             ["nvcc", *flags, "-o", str(output), str(source)], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise BackendError(f"{source.name} does not compile for {architecture}:\n{done.stdout}{done.stderr}")
+            raise BackendError(
+                f"{source.name} does not compile for {architecture}:\n{done.stdout}{done.stderr}"
+            )
         return output.read_bytes()

@@ -22,8 +22,10 @@ DEVICE void cluster_sync() {
     emulation::wait(emulation::state.cluster_barrier, emulation::state.cluster * emulation::state.threads);
 }
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) { mbarrier_arrive(barrier); }
+DEVICE void cluster_fence() {}
 DEVICE void cluster_mbarrier_wait(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
 DEVICE void cluster_store(uint32_t address, Words4 value) { emulated_store(address, value); }
+DEVICE Words2 cluster_load2(uint32_t address) { return emulated_load<Words2>(address); }
 
 namespace emulation {
 // Calls f(element in shared memory, element of the tensor or null) for a box of rows of 128 bytes, swizzled.
@@ -50,11 +52,6 @@ DEVICE void copy_tensor(uint32_t shared, const TensorMap* map, int x, int y, uin
     emulation::Mbarrier& b = emulation::mbarrier(barrier);
     b.bytes -= 128 * map->words[6];
     emulation::check_phase(b);
-}
-DEVICE void copy_tensor_multicast(uint32_t shared, const TensorMap* map, int x, int y, uint32_t barrier,
-                                  uint16_t blocks) {
-    for (int i = 0; i < 16; i++)
-        if (blocks >> i & 1) copy_tensor(map_shared(shared, i), map, x, y, map_shared(barrier, i));
 }
 DEVICE void store_tensor(const TensorMap* map, int x, int y, uint32_t shared) {
     emulation::each_element(map, x, y, shared, [](const uint8_t* from, uint8_t* to, int size) {

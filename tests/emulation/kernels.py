@@ -33,16 +33,16 @@ class EmulatedKernel:
         grid: int | tuple[int, int],
         block: int,
         shared: int,
-        arguments: ctypes.Structure,
+        arguments: ctypes.Structure | bytes,
         *,
         cluster: int = 1,
         overlap: bool = False,
     ) -> None:
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
-        size = ctypes.sizeof(arguments)
-        copy = ctypes.create_string_buffer(size + 64)
+        given = bytes(arguments)
+        copy = ctypes.create_string_buffer(len(given) + 64)
         aligned = -(-ctypes.addressof(copy) // 64) * 64  # as tensor maps want it
-        ctypes.memmove(aligned, ctypes.addressof(arguments), size)
+        ctypes.memmove(aligned, given, len(given))
         wrong = self._run(x, y, block, shared, cluster, aligned)
         assert wrong is None, wrong.decode()
 

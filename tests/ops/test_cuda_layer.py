@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+
 from emulation.kernels import compile_or_skip, emulate, resources
 from tensormill.cuda import DEVICE_HEADER, Module
 from tensormill.errors import BackendError
@@ -23,40 +25,45 @@ class Arguments(ctypes.Structure):
 DECODE = """
 #include "dequantize.cuh"
 struct Arguments { const uint32_t* words; const uint8_t* zeros; uint32_t* registers; };
-KERNEL(decode, 32, 1, Arguments) {
+template <class T, bool ZEROS>
+DEVICE void decode_tile(const Arguments& arguments) {
     const int lane = lane_index();
     for (int i = lane; i < 32 * WEIGHT_BITS; i += 32) store_shared(shared_memory() + 4 * i, arguments.words[i]);
     synchronize();
     uint32_t words[WEIGHT_BITS];
     load_tile<WEIGHT_BITS>(shared_memory(), lane, words);
-#if ZEROS
-    const ZeroPoint<WEIGHT_BITS, ACTIVATION> low(arguments.zeros[lane / 4]), high(arguments.zeros[lane / 4 + 8]);
-#else
-    const ZeroPoint<WEIGHT_BITS, ACTIVATION> low, high;
-#endif
+    ZeroPoint<WEIGHT_BITS, T> low, high;
+    if constexpr (ZEROS) {
+        low = ZeroPoint<WEIGHT_BITS, T>(arguments.zeros[lane / 4]);
+        high = ZeroPoint<WEIGHT_BITS, T>(arguments.zeros[lane / 4 + 8]);
+    }
 #pragma unroll
     for (int step = 0; step < 4; step++) {
         uint32_t a[4];
-        dequantize<WEIGHT_BITS, ACTIVATION>(words, step, low, high, a);
+        dequantize<WEIGHT_BITS, T>(words, step, low, high, a);
+#pragma unroll
         for (int r = 0; r < 4; r++) arguments.registers[16 * lane + 4 * step + r] = a[r];
     }
 }
+KERNEL(float16_symmetric, 32, 1, Arguments) { decode_tile<Half, false>(arguments); }
+KERNEL(float16_zeros, 32, 1, Arguments) { decode_tile<Half, true>(arguments); }
+KERNEL(bfloat16_symmetric, 32, 1, Arguments) { decode_tile<BFloat16, false>(arguments); }
+KERNEL(bfloat16_zeros, 32, 1, Arguments) { decode_tile<BFloat16, true>(arguments); }
 """
 
 
-def decode_module(folder: Path, bits: int, dtype: torch.dtype, zeros: bool) -> Module:
+def decode_module(folder: Path, bits: int) -> Module:
     source = folder / "decode.cu"
     source.write_text(DECODE)
-    kind = "BFloat16" if dtype == torch.bfloat16 else "Half"
-    return Module(source, {"WEIGHT_BITS": bits, "ACTIVATION": kind, "ZEROS": int(zeros)}, [HEADER])
+    return Module(source, {"WEIGHT_BITS": bits}, [HEADER])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_decoding_is_exact(bits, dtype, tmp_path):
+def test_decoding_is_exact(bits, tmp_path):
     """Fragments hold q - z exactly, where the PTX manual says that they lie, for every code and zero point."""
-    for zeros in (False, True):
-        kernel = emulate(decode_module(tmp_path, bits, dtype, zeros), "decode")
+    module = decode_module(tmp_path, bits)
+    for dtype, zeros in itertools.product(("float16", "bfloat16"), (False, True)):
+        kernel = emulate(module, f"{dtype}_{'zeros' if zeros else 'symmetric'}")
         for _ in range(4):
             codes = torch.randint(0, 1 << bits, (16, 64), dtype=torch.uint8)
             codes[:, 0], codes[:, 1] = 0, (1 << bits) - 1
@@ -68,7 +75,8 @@ def test_decoding_is_exact(bits, dtype, tmp_path):
             kernel.launch(1, 32, 128 * bits, given)
             subtracted = zero if zeros else torch.full((16,), 1 << (bits - 1))
             expected = codes.float() - subtracted.float()[:, None]
-            pairs = registers.view(dtype).view(32, 4, 4, 2).float()  # [lane, step, register, half]
+            # [lane, step, register, half]
+            pairs = registers.view(getattr(torch, dtype)).view(32, 4, 4, 2).float()
             for lane in range(32):
                 g, t = divmod(lane, 4)
                 for register in range(4):
@@ -80,11 +88,10 @@ def test_decoding_is_exact(bits, dtype, tmp_path):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_decoding_compiles(architecture, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORMILL_CACHE", str(tmp_path))
-    for dtype in (torch.float16, torch.bfloat16):
-        module = decode_module(tmp_path, 3, dtype, True)
-        code = compile_or_skip(module, architecture)
-        assert module.cubin(architecture) == code  # from the cache
-        assert resources(code)["decode"].stack == 0
+    module = decode_module(tmp_path, 3)
+    code = compile_or_skip(module, architecture)
+    assert module.cubin(architecture) == code  # from the cache
+    assert [used.stack for used in resources(code).values()] == [0, 0, 0, 0]
 
 
 def test_errors_of_a_kernel_are_shown(tmp_path, monkeypatch):

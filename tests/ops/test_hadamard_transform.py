@@ -16,10 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emulation.kernels import compile_or_skip, emulate, resources
 from tensormill.errors import InvalidArgument
 from tensormill.operator import interpreting, use_implementation
 from tensormill.ops import OPERATORS, hadamard_transform
 from tensormill.ops.correctness import deviation
+from tensormill.ops.hadamard_transform import cuda as clusters
 
 operator = OPERATORS["hadamard_transform"]
 IMPLEMENTATIONS = [i.name for i in operator.implementations if "cpu" in i.devices and i.missing() is None]
@@ -396,6 +398,25 @@ def test_compiles_for_hopper():
         assert report["shared"] <= 227 << 10, report
         assert report["spills"] in (0, None), report
         assert report["exchanges"] <= 6, report  # three a row; a long transform has columns and rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("log_n", [15, 16, 17, 18])
+def test_clusters_emulated(dtype, log_n):
+    x = torch.randn(2, 1 << log_n).to(dtype)
+    y = torch.full_like(x, float("nan"))
+    scale = 0.3 * 2.0 ** (-log_n / 2)
+    kernel = emulate(clusters.module(dtype, log_n), "hadamard_cluster")
+    clusters.launch(kernel, x, y, scale)
+    expected = operator.reference(x.double(), scale)
+    assert deviation(y, expected, operator.tolerance(dtype, {})) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("log_n", [15, 16, 17, 18])
+def test_clusters_compile_without_spills(dtype, log_n):
+    used = resources(compile_or_skip(clusters.module(dtype, log_n), "sm_90a"))["hadamard_cluster"]
+    assert used.stack == 0
 
 
 @pytest.mark.gpu

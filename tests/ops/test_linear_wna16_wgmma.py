@@ -35,6 +35,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(wgmma, "tensor_map", emulated_tensor_map)
     monkeypatch.setattr(wgmma, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(wgmma, "_MAPS", {})
+    monkeypatch.setattr(wgmma, "_plan", wgmma._plan.__wrapped__)
 
 
 def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="cpu", seed=0):
@@ -87,14 +88,14 @@ CASES = {
         328,
         32,
         Format(3, BFLOAT16, BFLOAT16, 2, True),
-        Tile(128, 64, 2),
+        Tile(128, 64),
     ),
-    "rows, zero points, split by 4": (70, 264, 640, -1, Format(8, HALF, HALF, 0, True), Tile(256, 64, 1, 4)),
-    "cluster and split": (77, 131, 523, 64, Format(4, HALF, HALF, 1, True), Tile(128, 128, 2, 2)),
-    "256 tokens": (257, 200, 200, 128, Format(6, BFLOAT16, BFLOAT16, 1, False), Tile(128, 256, 2)),
-    "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False, True), Tile(128, 256, 2)),
-    "int8, zero points, split": (77, 136, 640, -1, Format(6, INT8, BFLOAT16, 0, True), Tile(256, 64, 1, 2)),
-    "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False, True), Tile(128, 64, 2)),
+    "rows, zero points, split by 4": (70, 264, 640, -1, Format(8, HALF, HALF, 0, True), Tile(256, 64, 4)),
+    "split": (77, 131, 523, 64, Format(4, HALF, HALF, 1, True), Tile(128, 128, 2)),
+    "256 tokens": (257, 200, 200, 128, Format(6, BFLOAT16, BFLOAT16, 1, False), Tile(128, 256)),
+    "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False, True), Tile(128, 256)),
+    "int8, zero points, split": (77, 136, 640, -1, Format(6, INT8, BFLOAT16, 0, True), Tile(256, 64, 2)),
+    "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False, True), Tile(128, 64)),
 }
 
 
@@ -105,6 +106,20 @@ def test_emulated_kernel_matches_reference(case, emulated):
     rms, most = errors(*sizes, form, tile)
     allowed = TOLERANCE[form.y]
     assert rms < allowed and most < 3 * allowed, (rms, most)
+
+
+def test_emulated_operator_with_int8(emulated):
+    """Floats are quantized, the packed weight is tiled, leading dimensions stay."""
+    from tensormill.ops.linear_wna8 import reference as definition
+    from tensormill.ops.linear_wna8.cuda import linear
+
+    generator = torch.Generator().manual_seed(1)
+    weight = pack_bits(torch.randint(0, 16, (136, 200), generator=generator, dtype=torch.uint8), 4)
+    x = torch.randn(2, 35, 200, generator=generator).half()
+    arguments = (x, None, weight, torch.rand(136, 1, generator=generator), None, None, 136, 4, -1, -1)
+    y = linear(*arguments, INT8, HALF, "packed").double()
+    expected = definition.linear_wna8(*arguments, INT8, HALF, "packed").double()
+    assert y.shape == expected.shape and (y - expected).norm() < 1e-3 * expected.norm()
 
 
 DECODE = """
@@ -153,11 +168,11 @@ COMPILED = {
     "16 bits": (Format(4, HALF, HALF, 1, True), Tile(256, 128), "HGMMA.64x128x16.F32"),
     "16 bits, split": (
         Format(3, BFLOAT16, BFLOAT16, 2, True),
-        Tile(128, 128, 2, 4),
+        Tile(128, 128, 4),
         "HGMMA.64x128x16.F32.BF16",
     ),
-    "int8": (Format(6, INT8, HALF, 0, False), Tile(128, 256, 2), "IGMMA.64x256x32.S8.S8"),
-    "int8, groups": (Format(4, INT8, HALF, 1, False), Tile(128, 128, 2), "IGMMA.64x128x32.S8.S8"),
+    "int8": (Format(6, INT8, HALF, 0, False), Tile(128, 256), "IGMMA.64x256x32.S8.S8"),
+    "int8, groups": (Format(4, INT8, HALF, 1, False), Tile(128, 128), "IGMMA.64x128x32.S8.S8"),
 }
 
 
@@ -174,8 +189,35 @@ def test_compiles_for_sm_90a(case):
     assert any("WARPGROUP.DEPBAR.LE gsb0, 0x1" in line for line in lines)
 
 
+def test_tiles_fit_the_product():
+    """Few tokens take small tiles, splits leave no block without columns, every tile has a ring of stages."""
+    form = Format(4, HALF, HALF, 1, False)
+    assert wgmma.choose(form, 4096, 8192, 8192, 132).split == 1
+    assert wgmma.choose(form, 20, 8192, 8192, 132).tokens == 32
+    assert wgmma.choose(form, 64, 4096, 14336, 132).split > 1
+    for columns in (1, 64, 65, 4096):
+        for tokens in (1, 33, 500, 5000):
+            tile = wgmma.choose(form, tokens, 256, columns, 132)
+            assert tile.split <= -(-columns // 64)
+            assert tile.rows * tile.tokens <= 1 << 15 and tile.tokens // tile.split >= 16
+
+
+def test_a_wrong_scale_would_be_noticed(emulated, monkeypatch):
+    *sizes, form, tile = CASES["split"]
+    right = tile_weight
+
+    def wrong(*arguments, **options):
+        weight, scale, zero = right(*arguments, **options)
+        scale.view(-1)[70] *= 1.5  # of one row and group
+        return weight, scale, zero
+
+    monkeypatch.setattr(f"{__name__}.tile_weight", wrong)
+    rms, most = errors(*sizes, form, tile)
+    assert rms > TOLERANCE[HALF] and most > 3 * TOLERANCE[HALF]
+
+
 def test_shared_memory_is_enough():
-    for tile in (Tile(256, 128, 2), Tile(128, 256, 2), Tile(128, 128, 2, 4), Tile(256, 128, 1, 2)):
+    for tile in (Tile(256, 128), Tile(128, 256), Tile(128, 128, 4), Tile(256, 128, 2)):
         for bits in range(1, 9):
             for x, sets in ((HALF, 2), (INT8, 0)):
                 stages, size = wgmma.shared_bytes(Format(bits, x, HALF, sets, True), tile)

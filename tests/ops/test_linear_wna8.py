@@ -216,6 +216,9 @@ class TestLayer:
             layer(torch.zeros(2, 192), torch.ones(2, 1))
         with pytest.raises(InvalidArgument, match=r"expected torch\.int8 or torch\.float8_e4m3fn"):
             LinearWNA8(192, 24, bits=4, group_size=64, x_dtype=torch.float16)
+        with pytest.raises(InvalidArgument, match=r"expected \"packed\"; call prepare\(\)"):
+            layer.to_layout("tiled")
+        assert layer.to_layout("packed") is layer
 
 
 def test_refusals_say_what_to_do():
@@ -327,3 +330,38 @@ def test_compiles_for_hopper():
         assert report["shared"] <= 227 << 10, report
         assert report["spills"] in (0, None), report
         assert report["products"] is None or report["products"] > 0, report
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a CUDA device")
+class TestOnGpu:
+    """What the battery does not reach: kinds that dispatch leaves to the reference, and large tiles."""
+
+    @pytest.mark.parametrize("x_dtype", [torch.int8, torch.float8_e4m3fn])
+    @pytest.mark.parametrize("bits", range(1, 9))
+    @pytest.mark.parametrize(
+        ("tokens", "group_size", "symmetric"), [(1, 64, False), (20, 128, True), (300, -1, False)]
+    )
+    def test_triton_kernels(self, x_dtype, bits, tokens, group_size, symmetric):
+        kernels = pytest.importorskip("tensormill.ops.linear_wna8.triton")
+        _, arguments = weight(300, 1000, bits, group_size, symmetric)
+        packed, scale, zero = (None if t is None else t.cuda() for t in arguments)
+        x = torch.randn(tokens, 1000, device="cuda").half()
+        sizes = (300, bits, group_size, -1, x_dtype, torch.float16, "packed")
+        given = (x, None, packed, scale.half(), zero, None, *sizes)
+        y = kernels.linear(*given)
+        wide = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in given]
+        assert deviation(y, operator.reference(*wide), 4e-3) is None
+
+    def test_layer_in_a_cuda_graph(self):
+        _, (packed, scale, _) = weight(512, 1024, 4, 128, True)
+        half = {"in_features": 1024, "bits": 4, "group_size": 128}
+        layer = LinearWNA8.from_wna16(LinearWNA16.from_packed(packed, scale.half(), None, **half)).cuda()
+        x = torch.randn(3, 1024, device="cuda").half()
+        expected = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)

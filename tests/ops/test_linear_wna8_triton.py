@@ -51,6 +51,21 @@ def test_gemm_with_grouped_activations():
     check(Gemm(16, 64, 1, 2, 3), 17, 64, 1000, 4, 128, 64, x_group_size=64, symmetric=False, quantized=True)
 
 
+def test_codes_that_begin_anywhere():
+    shape = {
+        "tokens": 2,
+        "out_features": 9,
+        "in_features": 64,
+        "bits": 4,
+        "dtype": "float16",
+        "symmetric": True,
+    }
+    shape |= {"group_size": -1, "x_group_size": -1, "x_dtype": "int8", "quantized": True}
+    arguments = list(OPERATOR.inputs(shape, torch.device("cpu"), torch.Generator().manual_seed(1)))
+    moved = torch.zeros(129, dtype=torch.int8)[1:].view(2, 64).copy_(arguments[0])
+    assert torch.equal(kernels.linear(moved, *arguments[1:]), kernels.linear(*arguments))
+
+
 def test_groups_that_are_no_power_of_two():
     check(Gemm(16, 64, 1, 2, 1), 3, 64, 480, 4, 96)
     check(Gemv(1, 1, 1), 1, 64, 480, 6, 160)

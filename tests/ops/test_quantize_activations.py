@@ -196,7 +196,7 @@ for columns, group_size, norm, integers in ((8192, -1, False, True), (8192, 128,
                                             (4096, 64, False, False)):
     rows, groups, group, _, warps = kernels.geometry(columns, group_size, norm)
     constants = {"ROWS": rows, "GROUPS": groups, "GROUP": group, "CONTIGUOUS": True, "HAS_NORM": norm,
-                 "HAS_PERMUTATION": False, "HAS_BITS": False, "INTEGERS": integers, "COUNTERS": 0, "FOLLOWED": True,
+                 "HAS_PERMUTATION": False, "HAS_BITS": False, "INTEGERS": integers, "HAS_COUNTERS": True, "FOLLOWED": True,
                  "SMALLEST": kernels._SMALLEST, "INFINITY": kernels._INFINITY}
     types = {"x": "*bf16", "norm_weight": "*bf16", "permutation": "*i32", "block_bits": "*u8", "scales": "*fp32",
              "codes": "*i8" if integers else "*fp8e4nv", "counters": "*i32", "eps": "fp32", "norm_offset": "fp32",

@@ -90,7 +90,7 @@ def resolve_device(name: str) -> str:
 
 def main() -> None:
     """Run the command line; never shows a traceback unless TENSORMILL_TRACEBACK is set."""
-    from tensormill.cli import compare, compress, operators, papers  # noqa: F401  (each registers its commands)
+    from tensormill.cli import bench_model, compare, compress, operators, papers  # noqa: F401  (each registers its commands)
 
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:

@@ -186,33 +186,58 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from tensormill.models.decoding import why_not_prepared
+
     model, tokenizer = _open(path, resolve_device(device), dtype_named(dtype))
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=True).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise InvalidArgument("given an empty prompt, expected some text")
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        if temperature > 0
-        else {"do_sample": False}
-    )
+    streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     begin = time.perf_counter()
-    output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=tokens,
-        repetition_penalty=repetition_penalty,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=None if json else TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-    )
+    if temperature == 0 and why_not_prepared(model) is None:
+        new = _generate_greedily(model, inputs["input_ids"][0], tokens, repetition_penalty, streamer)
+    else:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            repetition_penalty=repetition_penalty,
+            pad_token_id=padding,
+            streamer=streamer,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )
+        new = output[0, inputs["input_ids"].shape[1] :].tolist()
     seconds = time.perf_counter() - begin
-    new = output[0, inputs["input_ids"].shape[1] :]
     if json:
         text = tokenizer.decode(new, skip_special_tokens=True)
         print_json({"model": path, "prompt": prompt, "text": text, "tokens": len(new), "seconds": seconds})
     else:
         print(f"\n{len(new)} tokens, {len(new) / seconds:.1f} per second", file=sys.stderr)
+
+
+def _generate_greedily(
+    model: Any, prompt: Any, tokens: int, repetition_penalty: float, streamer: Any
+) -> list[int]:
+    """New tokens of a prompt through the prepared decoder, as `generate` would choose them."""
+    import torch
+
+    from tensormill.models.decoding import stream_greedy
+
+    ends = model.generation_config.eos_token_id
+    stop = set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+    if streamer is not None:
+        streamer.put(prompt.cpu())
+    new = []
+    for token in stream_greedy(model, prompt, tokens, stop=stop, repetition_penalty=repetition_penalty):
+        new.append(token)
+        if streamer is not None:
+            streamer.put(torch.tensor([token]))
+    if streamer is not None:
+        streamer.end()
+    return new
 
 
 def _open(path: str, device: str, dtype: Any) -> tuple[Any, Any]:

@@ -15,7 +15,9 @@ def ops(json: Json = False) -> None:
     import torch
 
     from tensormill.ops import OPERATORS
+    from tensormill.papers.benchmarks import read_operator_records
 
+    recorded = read_operator_records()
     have = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
     rows: list[dict[str, Any]] = []
     for name, operator in sorted(OPERATORS.items()):
@@ -29,6 +31,11 @@ def ops(json: Json = False) -> None:
                 "unavailable": {i: reason for i, reason in why.items() if reason is not None},
                 "devices": {i.name: list(i.devices) for i in operator.implementations},
                 "peers": [p.name for p in operator.peers],
+                "recorded": [
+                    {"device": r.device, "date": r.date, "shapes": len(r.rows), "stale": r.stale}
+                    for r in recorded
+                    if r.operator == name
+                ],
             }
         )
     if json:
@@ -46,6 +53,12 @@ def ops(json: Json = False) -> None:
                 "" if i else row["name"], implementation, devices, f"no: {reason}" if reason else "yes"
             )
     Console().print(table)
+    for row in rows:
+        for record in row["recorded"]:
+            state = ", stale: measure again with --record" if record["stale"] else ""
+            print(
+                f"{row['name']} on {record['device']}: {record['shapes']} rows of {record['date'][:10]}{state}"
+            )
 
 
 def _why_not(implementation: Any, have: set[str]) -> str | None:
@@ -72,6 +85,9 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; torch's default otherwise.")
     ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the rows to results/operators, with plots.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check, then time an operator: seconds, share of the roofline limit, ratio to each peer, in one run."""
@@ -80,6 +96,7 @@ def bench(
     from tensormill.measure import warn_if_busy
     from tensormill.ops import OPERATORS
     from tensormill.ops.benchmark import benchmark, complete_shape, default_shapes
+    from tensormill.papers.benchmarks import operator_sources, record_benchmark
 
     if operator not in OPERATORS:
         raise InvalidArgument(f"no operator {operator!r}; there are {', '.join(sorted(OPERATORS))}")
@@ -91,6 +108,7 @@ def bench(
         spec.find(name)
     shapes = [complete_shape(spec, _parse(text)) for text in shape or []] or default_shapes(spec, where)
     warn_if_busy()
+    sources = operator_sources(operator) if record else {}
     rows = benchmark(
         spec,
         shapes,
@@ -103,6 +121,9 @@ def bench(
         print_json([row.to_json() for row in rows])
     else:
         _print(rows)
+    if record:
+        path = record_benchmark(operator, rows, str(where), sources)
+        print(f"recorded in {path}", file=sys.stderr)
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -177,6 +177,8 @@ def load(
 ) -> PreTrainedModel:
     """Loads a compressed checkpoint as a model whose linears compute with the packed weights.
 
+    On a GPU weights are brought into the order that the kernels there read; saving brings them back.
+
     Args:
         path: a directory in a format of `formats.registry`, written by `save_compressed` or by others:
             compressed-tensors `pack-quantized`, AutoAWQ `gemm`, GPTQ version 1 or 2 (under AutoGPTQ's own file
@@ -189,6 +191,7 @@ def load(
         InvalidArgument: the device doesn't exist.
     """
     from tensormill.compress import transformers_hook
+    from tensormill.ops.linear_wna16.module import LinearWNA16
 
     info = inspect_checkpoint(path)
     if info.quantization is None:
@@ -201,7 +204,11 @@ def load(
     check_finite_tensors(info)
     transformers_hook.install()
     with transformers_hook.preferring_low_bit():
-        return _from_pretrained(info, _device(device), dtype)
+        model = _from_pretrained(info, _device(device), dtype)
+    for module in model.modules():
+        if isinstance(module, LinearWNA16):
+            module.to_fastest_layout(model.dtype)
+    return model
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:

@@ -396,17 +396,19 @@ DEVICE void wait_for_previous_kernel() {}
 DEVICE void allow_next_kernel() {}
 #endif
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// A warpgroup's limit of registers, a multiple of 8.
+// A warpgroup's limit of registers, a multiple of 8; nothing on chips that can't move it.
 template <int REGISTERS>
 DEVICE void raise_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
 }
 template <int REGISTERS>
 DEVICE void lower_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
 #endif
+}
 
 // --- matrix products of a warp; fragments as in PTX
 

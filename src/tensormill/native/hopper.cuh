@@ -28,9 +28,13 @@ DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Arrives at a barrier in any block of the cluster. What others are to see was released by cluster_fence; a form that
+// releases by itself costs a fence of all memory each time, far too much in a loop.
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+
+DEVICE void cluster_fence() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 
 DEVICE void cluster_mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -50,17 +54,14 @@ DEVICE void cluster_store(uint32_t address, Words4 value) {
                  : "memory");
 }
 
-// --- tensor copies
-
-// As copy_tensor, into every block of the cluster whose bit is set in `blocks`, at the same address and barrier.
-DEVICE void copy_tensor_multicast(uint32_t shared, const TensorMap* map, int x, int y, uint32_t barrier,
-                                  uint16_t blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-        "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
-        : "memory");
+// What another block of the cluster has in shared memory.
+DEVICE Words2 cluster_load2(uint32_t address) {
+    Words2 d;
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(address) : "memory");
+    return d;
 }
+
+// --- tensor copies
 
 // Shared memory to the box at (x, y), less what lies outside of the tensor.
 DEVICE void store_tensor(const TensorMap* map, int x, int y, uint32_t shared) {
@@ -117,6 +118,7 @@ enum class Wgmma { f16, bf16, s8 };  // operands
 #define TM_OUT_4(c, d, i) "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3])
 #define TM_OUT_16(c, d, i) TM_OUT_4(c, d, i), TM_OUT_4(c, d, i + 4), TM_OUT_4(c, d, i + 8), TM_OUT_4(c, d, i + 12)
 #define TM_OUT_32(c, d, i) TM_OUT_16(c, d, i), TM_OUT_16(c, d, i + 16)
+#define TM_LIST_HALF "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TM_OUT_64(c, d, i) TM_OUT_32(c, d, i), TM_OUT_32(c, d, i + 32)
 #define TM_OUT_128(c, d, i) TM_OUT_64(c, d, i), TM_OUT_64(c, d, i + 64)
 

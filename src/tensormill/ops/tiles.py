@@ -90,7 +90,9 @@ def tile_weight(
     _check_group_size(in_features, group_size)
     rows = weight.shape[0]
     tiled = torch.zeros(tiled_shape(rows, in_features, bits), dtype=torch.int32, device=weight.device)
-    blocks = tiled.view(-1)[: _block_words(in_features, bits) * -(-rows // ROWS)].view(-1, _block_words(in_features, bits))
+    blocks = tiled.view(-1)[: _block_words(in_features, bits) * -(-rows // ROWS)].view(
+        -1, _block_words(in_features, bits)
+    )
     for first, last in _chunks(rows, in_features):
         codes = unpack_bits(weight[first:last], bits, in_features)
         blocks[first // ROWS : -(-last // ROWS)] = _tile_codes(codes, bits, kind)
@@ -115,7 +117,10 @@ def untile_weight(
     words = _block_words(in_features, bits)
     blocks = weight.reshape(-1)[: words * -(-rows // ROWS)].view(-1, words)
     packed = [
-        pack_bits(_untile_codes(blocks[first // ROWS : -(-last // ROWS)], bits, kind)[: last - first, :in_features], bits)
+        pack_bits(
+            _untile_codes(blocks[first // ROWS : -(-last // ROWS)], bits, kind)[: last - first, :in_features],
+            bits,
+        )
         for first, last in _chunks(rows, in_features)
     ]
     canonical = 1 if group_size == -1 else -(-in_features // group_size)
@@ -180,7 +185,9 @@ def _tile_codes(codes: Tensor, bits: int, kind: Kind) -> Tensor:
     # [block, i, row half, g, 64 columns, s, column half, t, h]
     parts = codes.view(-1, 4, 2, 8, codes.shape[1] // 64, lane_bits // 4, 2, 4, per_register)
     # [block, 64 columns, i, (g, t) = lane, (s, column half, row half) = register, h]
-    parts = parts.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(-1, codes.shape[1] // 64, 4, 32, lane_bits, per_register)
+    parts = parts.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(
+        -1, codes.shape[1] // 64, 4, 32, lane_bits, per_register
+    )
     registers = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=codes.device)
     for h in range(per_register):
         registers |= parts[..., h].to(torch.int32) << (lane_bits * h)

@@ -45,7 +45,7 @@ SCALES = ("quick", "full")
 
 ROOMS = ("compress", "models", "parallel", "codegen", "hardware", "numerics", "metrics", "data", "ops")
 
-_MECHANISM = frozenset({"catalogue", "curves", "page", "records", "reproduce"})
+_MECHANISM = frozenset({"benchmarks", "catalogue", "curves", "page", "records", "reproduce"})
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _ARXIV = re.compile(r"\d{2}(0[1-9]|1[0-2])\.\d{4,5}")
 _NEED = re.compile(r"cpu|cuda|python:[\w.]+|data:[\w.-]+")

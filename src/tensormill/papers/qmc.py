@@ -614,3 +614,68 @@ def _qmcpy_points(tolerance: float) -> float:
     problem = qmcpy.Keister(qmcpy.DigitalNetB2(3, seed=7))
     _, data = qmcpy.CubQMCNetG(problem, abs_tol=tolerance).integrate()
     return float(data.n_total)
+
+
+@PAPER.claim(
+    "C8",
+    statement="On a GPU the Walsh-Hadamard transform runs at the memory's speed",
+    unit="% of the bandwidth",
+    criterion=(
+        "At least 70 % of the measured bandwidth, reading and writing every value once, for 256 transforms of 2^18 "
+        "values at once in float32 and 64 in float64"
+    ),
+    needs=("cuda",),
+    measures=("tensormill.ops.hadamard_transform", "tensormill.measure"),
+)
+def walsh_hadamard_on_gpu(run: Run) -> Measurement:
+    """Shorter and longer transforms, and a single one, are shown beside the two that decide."""
+    import torch
+
+    from tensormill import measure
+    from tensormill.ops import OPERATORS
+    from tensormill.ops.hadamard_transform import hadamard_transform
+    from tensormill.roofline import ceilings
+
+    machine = ceilings(run.device)
+    operator = OPERATORS["hadamard_transform"]
+    generator = torch.Generator(run.device).manual_seed(run.seed)
+    cases = [(256, 18, "float32"), (64, 18, "float64"), (16384, 12, "float32"), (16384, 12, "bfloat16")]
+    if run.scale == "full":
+        cases += [(256, 18, "float16"), (1, 18, "float64"), (1, 24, "float32"), (4096, 7, "bfloat16")]
+    rows: list[Row] = []
+    shares: list[float] = []
+    for i, (batch, log_n, dtype) in enumerate(cases):
+        what = f"{batch} x 2^{log_n} {dtype}"
+        run.progress(what, i / len(cases))
+        n = 1 << log_n
+        x = torch.randn(batch, n, generator=generator, device=run.device, dtype=torch.float32).to(
+            getattr(torch, dtype)
+        )
+        scale = 1 / math.sqrt(n)
+        # a few rows are enough to see whether it is right, and the reference takes log2(n) copies
+        expected = operator.reference(x[:4].double(), scale)
+        deviation = (hadamard_transform(x, scale)[:4].double() - expected).norm() / expected.norm()
+        if not deviation <= operator.tolerance(x.dtype, {}):
+            raise AssertionError(f"{what}: relative error {float(deviation):.1e}")
+        copies = [x, *(x.clone() for _ in range(measure.copies_past_cache([x], run.device) - 1))]
+        timing = measure.time_together(
+            {"tensormill": [lambda x=x, s=scale: hadamard_transform(x, s) for x in copies]},  # type: ignore[misc]
+            run.device,
+            seconds=0.3,
+        )["tensormill"]
+        cost = operator.cost({**operator.shape_defaults, "rows": batch, "n": n, "dtype": dtype})
+        limit = cost.bytes_moved / machine.bandwidth
+        share = 100 * limit / timing.seconds
+        rows.append(Row(what, share, "%", setting={"bytes": cost.bytes_moved}))
+        rows.append(
+            Row(
+                f"{what}: time",
+                1e6 * timing.seconds,
+                "us",
+                (1e6 * timing.low, 1e6 * timing.high),
+                limit=1e6 * limit,
+            )
+        )
+        shares.append(share)
+    least = min(shares[:2])
+    return Measurement(rows, least >= 70, f"{least:.0f} % of {machine.bandwidth / 1e12:.2f} TB/s")

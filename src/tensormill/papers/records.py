@@ -103,7 +103,7 @@ class Record:
             now = source_hashes(claim)
         except InvalidArgument:
             return sorted(self.sources) or [f"measures of {claim.id}"]
-        foreign = _DEVICE_ONLY if self.device_kind == "cpu" else _HOST_ONLY
+        foreign = foreign_sources(self.device_kind)
         now, then = (
             {name: value for name, value in files.items() if Path(name).suffix not in foreign}
             for files in (now, self.sources)
@@ -243,17 +243,18 @@ def results_folder() -> Path:
 
 def record_path(record: Record, folder: Path | None = None) -> Path:
     """Where a record belongs: `<folder>/<paper>/<claim>/<scale>-<device>.json`."""
-    label = _label(record.device)
+    label = device_label(record.device)
     label = label if label.startswith(record.device_kind) else f"{record.device_kind}-{label}"
     return (folder or results_folder()) / record.paper / record.claim / f"{record.scale}-{label}.json"
 
 
 def page_path(paper: str, scale: str, device: str) -> Path:
     """Where the page of a recorded run belongs: `<results>/<paper>/<scale>-<device>.html`."""
-    return results_folder() / paper / f"{scale}-{_label(device)}.html"
+    return results_folder() / paper / f"{scale}-{device_label(device)}.html"
 
 
-def _label(device: str) -> str:
+def device_label(device: str) -> str:
+    """A device's name, or another text, as part of a file's name."""
     name = device.lower().replace("(r)", "").replace("(tm)", "")
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
@@ -371,11 +372,7 @@ def source_hashes(claim: Claim) -> dict[str, str]:
     Raises:
         InvalidArgument: `measures` names something that doesn't exist.
     """
-    hashes: dict[str, str] = {}
-    for name in claim.measures:
-        base, files = _files_of(name, claim)
-        for path in files:
-            hashes[path.relative_to(base).as_posix()] = _hash_file(path, *_stamp(path))
+    hashes = hash_sources(claim.measures, f"paper {claim.paper}, claim {claim.id}")
     own = inspect.getsourcefile(claim.function)
     if own is not None and Path(own).is_file():
         path = Path(own).resolve()
@@ -385,7 +382,30 @@ def source_hashes(claim: Claim) -> dict[str, str]:
     return hashes
 
 
-def _files_of(name: str, claim: Claim) -> tuple[Path, list[Path]]:
+def hash_sources(measures: Iterable[str], what: str) -> dict[str, str]:
+    """Hash of every source file of some modules, by its path below the package's parent folder.
+
+    Args:
+        measures: modules, packages, or "<package>/<pattern>" for chosen files of one.
+        what: who measures them, for the error.
+
+    Raises:
+        InvalidArgument: one of them doesn't exist.
+    """
+    hashes: dict[str, str] = {}
+    for name in measures:
+        base, files = _files_of(name, what)
+        for path in files:
+            hashes[path.relative_to(base).as_posix()] = _hash_file(path, *_stamp(path))
+    return hashes
+
+
+def foreign_sources(device_kind: str) -> frozenset[str]:
+    """Suffixes of sources that can't change a measurement on that kind of device."""
+    return _DEVICE_ONLY if device_kind == "cpu" else _HOST_ONLY
+
+
+def _files_of(name: str, what: str) -> tuple[Path, list[Path]]:
     module, _, pattern = name.partition("/")
     base = _base_of(module)
     location = base.joinpath(*module.split(".")) if base is not None else None
@@ -403,7 +423,7 @@ def _files_of(name: str, claim: Claim) -> tuple[Path, list[Path]]:
         return base, []
     if not files or base is None:
         raise InvalidArgument(
-            f"paper {claim.paper}, claim {claim.id}: given measures={name!r}, which doesn't exist; "
+            f"{what}: given measures={name!r}, which doesn't exist; "
             "expected a module, a package, or '<package>/<pattern>'"
         )
     return base, files

@@ -122,6 +122,18 @@ def _triton_supports(x: Tensor, scale: float) -> bool:
     return supports(x, scale)
 
 
+def _cuda_supports(x: Tensor, scale: float) -> bool:
+    from tensormill.ops.hadamard_transform.cuda import supports
+
+    return supports(x, scale)
+
+
+def _cuda_missing() -> str | None:
+    from tensormill.ops.hadamard_transform.cuda import missing
+
+    return missing()
+
+
 operator = Operator(
     "hadamard_transform",
     schema=SCHEMA,
@@ -139,6 +151,13 @@ operator.implementation(
     devices=("cpu",),
     entry="tensormill.ops.hadamard_transform.cpu:hadamard_transform",
     missing=native_missing("tensormill.ops.hadamard_transform._cpu"),
+)
+operator.implementation(
+    "cuda",
+    devices=("cuda",),
+    entry="tensormill.ops.hadamard_transform.cuda:hadamard_transform",
+    supports=_cuda_supports,
+    missing=_cuda_missing,
 )
 operator.implementation(
     "triton",

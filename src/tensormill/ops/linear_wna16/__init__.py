@@ -211,6 +211,9 @@ def _tiled(
             weight, scale, zero_point, in_features=x.shape[-1], bits=bits, group_size=group_size
         )
         layout = "tiled"
+        if weight.is_cuda:
+            # Kernels may read weights before the kernel ahead of them has ended.
+            torch.cuda.current_stream(weight.device).synchronize()
     return x, weight, scale, zero_point, bias, bits, group_size, layout
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,54 +11,102 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensormill.cuda import Module, architecture, multiprocessors
-from tensormill.ops import tiles
+from tensormill.cuda import Kernel, Module, architecture, capture_number, current_stream, multiprocessors
 from tensormill.ops.linear_wna16 import wgmma
+from tensormill.ops.tiles import COLUMNS, tiled_groups
 
 _FOLDER = Path(__file__).parent
 _HEADERS = (_FOLDER / "dequantize.cuh",)
 _ACTIVATIONS = {torch.float16: "Half", torch.bfloat16: "BFloat16"}
 _KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
-# Tokens up to which `stream.cu` is used.
-MOST_STREAMED_TOKENS = 64
+# Tokens that `stream.cu` takes at a time, and how many before Hopper, where registers can't be shifted between warps.
+MOST_STREAMED_TOKENS = 32
+_MOST_STREAMED_TOKENS_BEFORE_HOPPER = 16
+# On Hopper `wgmma.cu` takes over; with many rows, whose tiles fill an H200 by themselves, it is faster from here on
+# (measured with 4 bits).
+_MANY_ROWS, _MOST_STREAMED_TOKENS_OF_MANY_ROWS = 8192, 16
 _MOST_STAGES = 16
+# Units of a block from which on its ring of stages takes all shared memory, not half of it. With few units, all that the
+# next kernel loads ahead delays the last sums of this one: 12.4 instead of 15.2 us at 15 units, but 66 instead of 60 us
+# at 109 (4 bits, one token, H200).
+_UNITS_FOR_A_LONG_RING = 48
 _BARRIER_BYTES = 256
 _ONE_GROUP = 1 << 30  # a group size beyond any row
 # Shared memory of a block that kernels may use, by architecture.
 _SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_120a": 99 << 10}
 _MOST_SHARED_BYTES = 227 << 10
+_BEFORE_HOPPER = ("sm_80", "sm_86", "sm_87", "sm_89")
 
 
-class StreamArguments(ctypes.Structure):
-    """Arguments of `stream.cu`."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero_point", "bias", "x", "y", "workspace")),
-        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "x_stride", "groups", "group_size")),
-        ("stages", ctypes.c_int),
-    )
+# The struct of `stream.cu`: weight, scale, zero_point, bias, x, y, workspace; tokens, rows, columns, x_stride, groups,
+# group_size, stages, across, units, larger_blocks.
+_ARGUMENTS = struct.Struct("7P10i")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How `stream.cu` runs: its macros, grid, block, shared memory and stages."""
+    """How `stream.cu` runs.
+
+    Attributes:
+        defines: its macros.
+        grid, block, shared: blocks, threads of a block, bytes of shared memory.
+        workspace: elements of the workspace.
+        sizes: the integers of its arguments.
+    """
 
     defines: tuple[tuple[str, int | str], ...]
     grid: int
     block: int
     shared: int
-    stages: int
-    group_size: int
+    workspace: int
+    sizes: tuple[int, ...]
 
-    @property
-    def workspace(self) -> int:
-        """Elements of the workspace."""
-        defines = dict(self.defines)
-        return self.grid * 64 * int(defines["ROW_BLOCKS"]) * int(defines["TOKENS"])
+    def arguments(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor,
+        workspace: Tensor,
+    ) -> bytes:
+        """The kernel's struct; x is `aligned`."""
+        tokens, rows, columns, *others = self.sizes
+        return _ARGUMENTS.pack(
+            weight.data_ptr(),
+            scale.data_ptr(),
+            0 if zero_point is None else zero_point.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            workspace.data_ptr(),
+            tokens,
+            rows,
+            columns,
+            2 * x.stride(0),
+            *others,
+        )
 
 
-@functools.lru_cache(maxsize=4096)
+@dataclass(frozen=True)
+class Tiling:
+    """How `stream.cu` cuts its work.
+
+    Attributes:
+        row_blocks: 64 rows of a unit each: 1, 2 or 4.
+        row_tiles: 16 rows that a consumer keeps each: 1 or 2.
+        resident: blocks on a multiprocessor.
+        shares: parts of a multiprocessor's shared memory of which a block has one; 0 for one by the size.
+    """
+
+    row_blocks: int = 4
+    row_tiles: int = 2
+    resident: int = 1
+    shares: int = 0
+
+
 def plan(
     tokens: int,
     rows: int,
@@ -69,81 +117,61 @@ def plan(
     scale_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
     zeros: bool,
-    blocks: int,
-    shared_bytes: int,
-    row_blocks: int = 0,
-    row_tiles: int = 0,
+    multiprocessors: int,
+    shared: int,
+    tiling: Tiling = Tiling(),
 ) -> Plan:
-    """The plan for a product of `tokens` with a weight (rows, columns) on a GPU of `blocks` multiprocessors."""
+    """The plan for a product of `tokens` with a weight (rows, columns) on a GPU of so many multiprocessors, with
+    `shared` bytes of shared memory each."""
     one_group = group_size == -1 or group_size >= columns
-    span = min(128 if one_group else group_size, 128)
-    padded_tokens = next(n for n in (8, 16, 32, 64) if tokens <= n)
-    row_blocks = row_blocks or 4
-    row_tiles = row_tiles or 2
-    spans = 128 // span
+    span = min(COLUMNS if one_group else group_size, COLUMNS)
+    padded_tokens = next(n for n in (8, 16, 32) if tokens <= n)
     scale_bytes = 4 if scale_dtype == torch.float32 else 2
-    stage = row_blocks * (1024 * bits + 64 * spans * (scale_bytes + zeros)) + padded_tokens * 272
-    stages = min(_MOST_STAGES, (shared_bytes - _BARRIER_BYTES) // stage)
-    units = -(-rows // (64 * row_blocks)) * -(-columns // 128)
-    stages = max(1, min(stages, -(-units // min(blocks, units))))
+    stage = tiling.row_blocks * (1024 * bits + 64 * COLUMNS // span * (scale_bytes + zeros))
+    stage += padded_tokens * (2 * COLUMNS + 16)
+    across = -(-columns // COLUMNS)
+    units = -(-rows // (64 * tiling.row_blocks)) * across
+    grid = min(multiprocessors * tiling.resident, units)
+    shares = tiling.shares or (1 if units >= _UNITS_FOR_A_LONG_RING * grid else 2)
+    # What consumers give to each other comes before the stages; 1024 bytes of every block are the system's.
+    before = _BARRIER_BYTES + 4 * tiling.row_blocks * 512
+    fitting = ((shared + 1024) // shares - 1024 - before) // stage
+    stages = max(1, min(_MOST_STAGES, fitting, -(-units // grid)))
     defines = (
         ("WEIGHT_BITS", bits),
         ("ACTIVATION", _ACTIVATIONS[dtype]),
         ("TOKENS", padded_tokens),
-        ("ROW_BLOCKS", row_blocks),
-        ("ROW_TILES", row_tiles),
+        ("ROW_BLOCKS", tiling.row_blocks),
+        ("ROW_TILES", tiling.row_tiles),
         ("SPAN", span),
         ("ZEROS", int(zeros)),
         ("SCALE", _KINDS[scale_dtype]),
         ("BIAS", 0 if bias_dtype is None else _KINDS[bias_dtype]),
     )
-    threads = 32 * (4 * row_blocks // row_tiles + 1)
+    group_size = _ONE_GROUP if one_group else group_size
     return Plan(
         defines,
-        min(blocks, units),
-        threads,
-        _BARRIER_BYTES + stages * stage,
-        stages,
-        _ONE_GROUP if one_group else group_size,
+        grid,
+        32 * (4 * tiling.row_blocks // tiling.row_tiles + tiling.row_blocks),
+        before + stages * stage,
+        grid * 64 * tiling.row_blocks * padded_tokens,
+        (
+            tokens,
+            rows,
+            columns,
+            tiled_groups(columns, group_size),
+            group_size,
+            stages,
+            across,
+            units // grid,
+            units % grid,
+        ),
     )
 
 
 @functools.cache
 def stream_module(defines: tuple[tuple[str, int | str], ...]) -> Module:
     return Module(_FOLDER / "stream.cu", dict(defines), _HEADERS)
-
-
-def shared_bytes(architecture: str) -> int:
-    return _SHARED_BYTES.get(architecture, _MOST_SHARED_BYTES)
-
-
-def stream_arguments(
-    made: Plan,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    workspace: Tensor,
-) -> StreamArguments:
-    """x: (tokens, K) with rows of whole 16 bytes, aligned."""
-    return StreamArguments(
-        weight.data_ptr(),
-        scale.data_ptr(),
-        None if zero_point is None else zero_point.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        x.data_ptr(),
-        y.data_ptr(),
-        workspace.data_ptr(),
-        x.shape[0],
-        weight.shape[0],
-        x.shape[1],
-        2 * x.stride(0),
-        tiles.tiled_groups(x.shape[1], made.group_size),
-        made.group_size,
-        made.stages,
-    )
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -166,19 +194,33 @@ def linear(
 ) -> Tensor:
     """See `reference.linear_wna16`; for layout "tiled"."""
     rows, columns = weight.shape[0], x.shape[-1]
-    flat = x.reshape(-1, columns)
-    if flat.shape[0] > MOST_STREAMED_TOKENS and architecture(x.device.index) == "sm_90a":
+    flat = x if x.dim() == 2 else x.reshape(-1, columns)
+    hopper = architecture(x.device.index) == "sm_90a"
+    most = _most_streamed_tokens(x.device.index)
+    if hopper and bits == 4 and rows >= _MANY_ROWS:
+        most = _MOST_STREAMED_TOKENS_OF_MANY_ROWS
+    if hopper and flat.shape[0] > most and rows > 0:
         bias = None if bias is None else bias.to(x.dtype)
-        y = wgmma.product(flat, weight, scale, zero_point, bias, bits=bits, group_size=group_size)
-        return y.view(*x.shape[:-1], rows)
+        result = wgmma.product(flat, weight, scale, zero_point, bias, bits=bits, group_size=group_size)
+        return result.view(*x.shape[:-1], rows)
     y = x.new_empty((*x.shape[:-1], rows))
-    if flat.shape[0] == 0 or rows == 0:
+    if y.numel() == 0:
         return y
-    out = y.view(-1, rows)
-    for first in range(0, flat.shape[0], MOST_STREAMED_TOKENS):
-        part = flat[first : first + MOST_STREAMED_TOKENS]
-        _stream(part, weight, scale, zero_point, bias, bits, group_size, out[first : first + MOST_STREAMED_TOKENS])
+    if flat.shape[0] <= most:
+        _stream(flat, weight, scale, zero_point, bias, bits, group_size, y)
+        return y
+    for tokens, results in zip(flat.split(most), y.view(-1, rows).split(most), strict=True):
+        _stream(tokens, weight, scale, zero_point, bias, bits, group_size, results)
     return y
+
+
+@functools.cache
+def _most_streamed_tokens(device: int) -> int:
+    before = architecture(device) in _BEFORE_HOPPER
+    return _MOST_STREAMED_TOKENS_BEFORE_HOPPER if before else MOST_STREAMED_TOKENS
+
+
+_planned: dict[tuple[Any, ...], tuple[Plan, Kernel, bool]] = {}
 
 
 def _stream(
@@ -192,25 +234,42 @@ def _stream(
     y: Tensor,
 ) -> None:
     device = x.device.index
-    target = architecture(device)
-    made = plan(
-        x.shape[0],
-        weight.shape[0],
-        x.shape[1],
-        bits,
-        group_size,
-        x.dtype,
-        scale.dtype,
-        None if bias is None else bias.dtype,
-        zero_point is not None,
-        multiprocessors(device),
-        shared_bytes(target),
-    )
-    kernel = stream_module(made.defines).kernel("linear_stream", device)
-    x = aligned(x)
+    bias_dtype = None if bias is None else bias.dtype
+    what = (*x.shape, weight.shape[0], bits, group_size, x.dtype, scale.dtype, bias_dtype, zero_point is None)
+    key = (device, what)
+    found = _planned.get(key)
+    if found is None:
+        target = architecture(device)
+        made = plan(
+            x.shape[0],
+            weight.shape[0],
+            x.shape[1],
+            bits,
+            group_size,
+            x.dtype,
+            scale.dtype,
+            bias_dtype,
+            zero_point is not None,
+            multiprocessors(device),
+            _SHARED_BYTES.get(target, _MOST_SHARED_BYTES),
+        )
+        overlap = target not in _BEFORE_HOPPER
+        found = made, stream_module(made.defines).kernel("linear_stream", device), overlap
+        _planned[key] = found
+    made, kernel, overlap = found
+    x, weight, scale = aligned(x), _whole(weight), _whole(scale)
+    zero_point = None if zero_point is None else _whole(zero_point)
+    bias = None if bias is None else bias.contiguous()
     partial = workspace(x.device, made.workspace)
-    given = stream_arguments(made, x, weight, scale, zero_point, bias, y, partial)
-    kernel.launch(made.grid, made.block, made.shared, given, overlap=target not in ("sm_80", "sm_86", "sm_89"))
+    given = made.arguments(x, weight, scale, zero_point, bias, y, partial)
+    kernel.launch(made.grid, made.block, made.shared, given, overlap=overlap)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless it is contiguous and starts at a multiple of 16 bytes."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 _workspaces: dict[tuple[Any, ...], Tensor] = {}
@@ -222,8 +281,8 @@ def workspace(device: torch.device, elements: int) -> Tensor:
     Kernels of one stream run one after another and share it. A CUDA graph that is being captured gets its own, filled
     when the graph starts, since it may run beside others.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream
-    key = (device.index, stream, _capture(stream))
+    stream = current_stream(device.index)
+    key = (device.index, stream, capture_number(stream))
     found = _workspaces.get(key)
     if found is None or found.numel() < elements:
         if key[2]:  # earlier captures on this stream are over
@@ -233,12 +292,3 @@ def workspace(device: torch.device, elements: int) -> Tensor:
         found = torch.full((elements,), -1, dtype=torch.int32, device=device)
         _workspaces[key] = found
     return found
-
-
-def _capture(stream: int) -> int:
-    """A number for the graph that is being captured on the stream, 0 for none."""
-    if not torch.cuda.is_current_stream_capturing():
-        return 0
-    from cuda.bindings import driver
-
-    return int(driver.cuStreamGetCaptureInfo(stream)[2])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
 from tensormill.errors import InvalidArgument
+from tensormill.ops import tiles
 from tensormill.ops.bit_packing import pack_bits, packed_width, unpack_bits
 from tensormill.ops.dequantize_wna16 import check_weight, dequantize_wna16, num_groups
 from tensormill.ops.linear_wna16 import autocast, operator
+
+_CANONICAL = ("weight_packed", "weight_scale", "weight_zero_point")
+_TILED = ("weight_tiled", "weight_scale_tiled", "weight_zero_point_tiled")
 
 
 class LinearWNA16(nn.Module):
@@ -32,11 +38,17 @@ class LinearWNA16(nn.Module):
         weight_scale: (N, G) float.
         weight_zero_point: (N, G) uint8, or None.
         bias: (N,) float parameter, or None.
+        layout: "packed", or "tiled" after `to_layout`: then the buffers are in the CUDA kernels' order and have
+            other names, the three above are computed when they are asked for, and state dicts stay the same.
     """
 
+    layout: Literal["packed", "tiled"] = "packed"
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    weight_tiled: Tensor
+    weight_scale_tiled: Tensor
+    weight_zero_point_tiled: Tensor | None
 
     def __init__(
         self,
@@ -143,7 +155,8 @@ class LinearWNA16(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
-        weight = self.weight_packed
+        tiled = self.layout == "tiled"
+        weight = self.weight_tiled if tiled else self.weight_packed
         if x.shape[-1:] != (self.in_features,) or x.device != weight.device or not x.is_floating_point():
             raise InvalidArgument(
                 f"given x of {x.dtype} and shape {tuple(x.shape)} on {x.device}, expected floats "
@@ -152,13 +165,89 @@ class LinearWNA16(nn.Module):
         return operator(  # type: ignore[no-any-return]
             autocast(x),
             weight,
-            self.weight_scale,
-            self.weight_zero_point,
+            self.weight_scale_tiled if tiled else self.weight_scale,
+            self.weight_zero_point_tiled if tiled else self.weight_zero_point,
             self.bias,
             self.bits,
             self.group_size,
-            "packed",
+            self.layout,
         )
+
+    def to_layout(self, layout: Literal["packed", "tiled"]) -> LinearWNA16:
+        """Reorder the weight in place and return the layer: "tiled" for the CUDA kernels, "packed" as it was.
+
+        Results are the same and the layer holds one copy. A tiled layer runs on other devices too, slowly.
+
+        Raises:
+            InvalidArgument: the group size has no tiled form.
+        """
+        if layout not in ("packed", "tiled"):
+            raise InvalidArgument(f'given layout={layout!r}, expected "packed" or "tiled"')
+        if layout == self.layout:
+            return self
+        before, after = (_CANONICAL, _TILED) if layout == "tiled" else (_TILED, _CANONICAL)
+        convert = tiles.tile_weight if layout == "tiled" else tiles.untile_weight
+        weight, scale, zero_point = (getattr(self, name) for name in before)
+        made = convert(
+            weight,
+            scale,
+            zero_point,
+            in_features=self.in_features,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+        for name in before:
+            delattr(self, name)
+        for name, tensor in zip(after, made, strict=True):
+            self.register_buffer(name, tensor, persistent=layout == "packed")
+        self.layout = layout
+        if made[0].is_cuda:
+            # Kernels may read weights before the kernel ahead of them has ended.
+            torch.cuda.current_stream(made[0].device).synchronize()
+        return self
+
+    def to_fastest_layout(self, dtype: torch.dtype) -> LinearWNA16:
+        """Choose the layout in which activations of `dtype` are multiplied fastest where the weight lies.
+
+        "tiled" where the CUDA kernels run and take it, else "packed".
+        """
+        kernel = operator.find("cuda")
+        weight = self.weight_tiled if self.layout == "tiled" else self.weight_packed
+        x = weight.new_empty((1, self.in_features), dtype=dtype)
+        if x.is_cuda and kernel.missing() is None and tiles.can_tile(self.in_features, self.group_size):
+            self.to_layout("tiled")
+            tensors = (self.weight_tiled, self.weight_scale_tiled, self.weight_zero_point_tiled, self.bias)
+            if kernel.supports(x, *tensors, self.bits, self.group_size, "tiled"):
+                return self
+        return self.to_layout("packed")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _CANONICAL and self.__dict__.get("layout") == "tiled":
+            return self._packed()[_CANONICAL.index(name)]
+        return super().__getattr__(name)
+
+    def _packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return tiles.untile_weight(
+            self.weight_tiled,
+            self.weight_scale_tiled,
+            self.weight_zero_point_tiled,
+            in_features=self.in_features,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout == "tiled":
+            for name, tensor in zip(_CANONICAL, self._packed(), strict=True):
+                if tensor is not None:
+                    destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        layout = self.layout
+        self.to_layout("packed")
+        super()._load_from_state_dict(*arguments, **options)
+        self.to_layout(layout)
 
     def codes(self) -> Tensor:
         """The codes, (N, K) uint8."""
@@ -180,6 +269,7 @@ class LinearWNA16(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, symmetric={self.symmetric}, bias={self.bias is not None}"
+            + (', layout="tiled"' if self.layout == "tiled" else "")
         )
 
     def _check(self) -> None:

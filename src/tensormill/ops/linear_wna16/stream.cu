@@ -1,11 +1,13 @@
 // y = x W^T + bias for few tokens, W of 1 to 8 bits in the tiled layout (ops/tiles.py): bound by the bytes of W.
 //
-// One block per multiprocessor. W is cut in units of 64 ROW_BLOCKS rows x 128 columns, ordered by rows, then columns,
-// and every block takes an equal run of them. One warp, the producer, streams units (codes, scales, zero points, and
-// the columns of x that belong to them) into a ring of stages in shared memory, as far ahead as there is room. The other
-// warps each own ROW_TILES x 16 rows of a unit. Weights are the first operand of the tensor cores' products, in
-// registers, as exact integers q - z; tokens are the second, eight at a time. Sums over the columns that share a scale
-// are exact up to float32's rounding, and the scale is applied to them, not to the weights.
+// One block per multiprocessor. W is cut in units of 64 ROW_BLOCKS rows x 128 columns, ordered by rows, then columns, and
+// every block takes an equal run of them. Producer warps, one for every 64 rows, stream units (codes, scales, zero points,
+// and the columns of x that belong to them) into a ring of stages in shared memory, as far ahead as there is room.
+//
+// Consumer warps work in pairs. Each of a pair multiplies SUMMED_TILES x 16 rows of a unit by 64 of its columns: weights
+// are the first operand of the tensor cores' products, in registers, as exact integers q - z; tokens are the second, eight
+// at a time. Sums over the columns that share a scale are exact up to float32's rounding, and the scale is applied to
+// them, not to the weights. After the last column each of the pair gives half of its rows to the other and keeps the sum.
 //
 // Where a block's run begins or ends within a row of units, the sums are shared among blocks: all but the last of them
 // (in the order of columns) write theirs to the workspace, and the last adds them in order, so that results don't depend
@@ -13,9 +15,9 @@
 // writes EMPTY again, so that the workspace is ready for the next launch. Blocks take their rows from the last to the
 // first: what others wait for is computed first, and a block only waits for blocks before it.
 //
-// Macros: WEIGHT_BITS; ACTIVATION (Half or BFloat16); TOKENS (8, 16, 32, 64: padded); ROW_BLOCKS, ROW_TILES; SPAN (32,
-// 64, 128: columns of a unit that share a scale); ZEROS (whether there are zero points); SCALE and BIAS (0 none, 1
-// float16, 2 bfloat16, 3 float32).
+// Macros: WEIGHT_BITS; ACTIVATION (Half or BFloat16); TOKENS (8, 16, 32: padded); ROW_BLOCKS; ROW_TILES (1 or 2: 16 rows
+// that a consumer keeps); SPAN (32, 64, 128: columns of a unit that share a scale); ZEROS (whether there are zero points);
+// SCALE and BIAS (0 none, 1 float16, 2 bfloat16, 3 float32).
 #include "dequantize.cuh"
 
 struct Arguments {
@@ -31,57 +33,62 @@ struct Arguments {
     int groups;      // per row
     int group_size;  // columns; where it exceeds SPAN, a multiple of 128
     int stages;
+    int across;                // units of a row of units
+    int units, larger_blocks;  // of a block; so many blocks, the first, have one more
 };
 
 constexpr int COLUMNS = 128;
 constexpr int ROWS = 64 * ROW_BLOCKS;
-constexpr int WARPS = 4 * ROW_BLOCKS / ROW_TILES;  // without the producer
+constexpr int CONSUMERS = 4 * ROW_BLOCKS / ROW_TILES;
+constexpr int THREADS = 32 * (CONSUMERS + ROW_BLOCKS);
+// Many sums need more registers than an equal share: the producers leave some of theirs.
+constexpr bool SHIFTED_REGISTERS = TOKENS == 32 && CONSUMERS == 8 && ROW_BLOCKS == 4;
+constexpr int SUMMED_TILES = 2 * ROW_TILES;
 constexpr int TOKEN_TILES = TOKENS / 8;
-constexpr int QUADRUPLES = ROW_TILES * TOKEN_TILES;  // of sums in a thread
+constexpr int QUADRUPLES = ROW_TILES * TOKEN_TILES;  // of sums that a thread keeps
 constexpr int SPANS = COLUMNS / SPAN;
 constexpr int SCALE_BYTES = SCALE == 3 ? 4 : 2;
 constexpr uint32_t EMPTY = 0xffffffffu;
 
 // A stage: codes, then x, then scales, then zero points.
 constexpr int TILE_BYTES = 128 * WEIGHT_BITS;
-constexpr int BLOCK_BYTES = 8 * TILE_BYTES;         // 64 rows x 128 columns
-constexpr int X_STRIDE = 2 * COLUMNS + 16;          // rows of x start in different banks
-constexpr int BLOCK_SCALES = 64 * SPANS;            // of 64 rows
+constexpr int BLOCK_BYTES = 8 * TILE_BYTES;   // 64 rows x 128 columns
+constexpr int X_STRIDE = 2 * COLUMNS + 16;    // rows of x start in different banks
+constexpr int BLOCK_SCALES = 64 * SPANS;      // of 64 rows
 constexpr int X_OFFSET = ROW_BLOCKS * BLOCK_BYTES;
 constexpr int SCALE_OFFSET = X_OFFSET + TOKENS * X_STRIDE;
 constexpr int ZERO_OFFSET = SCALE_OFFSET + ROW_BLOCKS * BLOCK_SCALES * SCALE_BYTES;
 constexpr int STAGE_BYTES = ZERO_OFFSET + (ZEROS ? ROW_BLOCKS * BLOCK_SCALES : 0);
-constexpr int BARRIER_BYTES = 256;  // of up to 16 stages, before the stages
+// Before the stages: the barriers of up to 16, and what consumers give to each other.
+constexpr int BARRIER_BYTES = 256;
+constexpr int EXCHANGE_BYTES = CONSUMERS * ROW_TILES * 512;
 
-// A unit is worked on in halves of 64 columns. Sums of products are scaled once for both while they fit the registers.
-constexpr bool WHOLE_UNIT = SPAN == 128 && TOKENS <= 16;
-constexpr int SUMMED_STEPS = SPAN == 32 ? 2 : 4;  // of 16 columns, otherwise
-constexpr int HALF_SPANS = SPAN == 32 ? 2 : 1;
-
-// A block's units. Their number times that of blocks has less than 32 bits.
+// A block's units.
 struct Run {
-    int across, units;  // units of a row of units, and in all
-    int begin, end;
+    const int across, begin, end;
 
-    DEVICE Run(const Arguments& arguments, int block)
-        : across((arguments.columns + COLUMNS - 1) / COLUMNS), units((arguments.rows + ROWS - 1) / ROWS * across) {
-        begin = units * block / grid_size();
-        end = units * (block + 1) / grid_size();
-    }
-    // The block that has a unit.
-    DEVICE int owner(int unit) const { return ((unit + 1) * grid_size() - 1) / units; }
+    DEVICE Run(const Arguments& a, int block)
+        : across(a.across),
+          begin(block * a.units + (block < a.larger_blocks ? block : a.larger_blocks)),
+          end(begin + a.units + (block < a.larger_blocks ? 1 : 0)) {}
 };
 
-// Calls `visit(row of units, first column of units, one past the last)` for the run's rows, the last first.
-template <class Visit>
-DEVICE void for_each_row(const Run& run, Visit visit) {
-    for (int end = run.end; end > run.begin;) {
-        const int row = (end - 1) / run.across, start = row * run.across;
-        const int first = run.begin > start ? run.begin - start : 0;
-        visit(row, first, end - start);
-        end = start + first;
-    }
+DEVICE int block_of(const Arguments& a, int unit) {
+    const int in_larger = a.larger_blocks * (a.units + 1);
+    return unit < in_larger ? unit / (a.units + 1) : a.larger_blocks + (unit - in_larger) / a.units;
 }
+
+// The part of a block's run that lies in one row of units, the last row first.
+struct Part {
+    int row, first, last;  // columns of units, one past the last
+
+    DEVICE Part(const Run& run, int end) : row((end - 1) / run.across) {
+        const int start = row * run.across;
+        first = run.begin > start ? run.begin - start : 0;
+        last = end - start;
+    }
+    DEVICE int begin(const Run& run) const { return row * run.across + first; }  // where the next one ends
+};
 
 // A place in the ring of stages, and how often it went round.
 struct Place {
@@ -94,99 +101,135 @@ struct Place {
 
 DEVICE uint32_t full_barrier(int stage) { return shared_memory() + 16 * stage; }
 DEVICE uint32_t empty_barrier(int stage) { return shared_memory() + 16 * stage + 8; }
-DEVICE uint32_t stage_address(int stage) { return shared_memory() + BARRIER_BYTES + stage * STAGE_BYTES; }
+DEVICE uint32_t stage_address(int stage) {
+    return shared_memory() + BARRIER_BYTES + EXCHANGE_BYTES + stage * STAGE_BYTES;
+}
 
 #if TENSORMILL_ARCH >= 900
-constexpr int FULL_ARRIVALS = 33;  // the producer's lanes with their part of x, and one that announces bulk copies
+constexpr int PRODUCER_ARRIVALS = 33;  // its lanes, and the announcement of a bulk copy
 #else
-constexpr int FULL_ARRIVALS = 32;
+constexpr int PRODUCER_ARRIVALS = 32;
 #endif
 
-struct Producer {
+// A walk through the weights of a run, 64 rows of them: codes come by bulk copies, all else 16 bytes a lane. A unit's
+// share of time is short, so addresses are computed once per row and then move on.
+struct WeightWalk {
     const Arguments& arguments;
-    const int lane = lane_index();
-    const int across = (arguments.columns + COLUMNS - 1) / COLUMNS;
+    const Run& run;
+    const int block, lane;
+    int end, left;             // where the current row's part ends, and how many of its units are left
+    bool present;              // rows that exist
+    const uint8_t* codes;      // of the next unit
+    const uint8_t* groups[2];  // what this lane copies of scales and zero points
+    int same;                  // units until the next group
 #if TENSORMILL_ARCH >= 900
     const uint64_t policy = policy_evict_first();
 #endif
 
-    DEVICE void load_weights(int stage, int row, int column) const {
-        const int blocks = (arguments.rows + 63) / 64 - row * ROW_BLOCKS;  // of 64 rows that exist
-        const int present = blocks < ROW_BLOCKS ? blocks : ROW_BLOCKS;
-        const uint32_t address = stage_address(stage);
-        const int group = arguments.group_size > SPAN ? column * COLUMNS / arguments.group_size : column * SPANS;
-        constexpr int copied_scales = BLOCK_SCALES * SCALE_BYTES, copied_zeros = ZEROS ? BLOCK_SCALES : 0;
+    static constexpr int SCALES = BLOCK_SCALES * SCALE_BYTES, BYTES = SCALES + (ZEROS ? BLOCK_SCALES : 0);
+    static constexpr int COPIES = (BYTES + 511) / 512;  // a lane
+
+    DEVICE WeightWalk(const Arguments& arguments, const Run& run, int block)
+        : arguments(arguments), run(run), block(block), lane(lane_index()), end(run.end) {
+        begin_row();
+    }
+
+    DEVICE int units_per_group() const { return arguments.group_size > SPAN ? arguments.group_size / COLUMNS : 1; }
+
+    DEVICE void begin_row() {
+        const Part part(run, end);
+        const int64_t index = part.row * ROW_BLOCKS + block;
+        left = part.last - part.first, end = part.begin(run);
+        present = index * 64 < arguments.rows;
+        codes = arguments.weight + (index * run.across + part.first) * BLOCK_BYTES;
+        const int per_group = units_per_group(), group = per_group > 1 ? part.first / per_group : part.first;
+        same = per_group > 1 ? per_group - part.first % per_group : 1;
+        const int64_t scales = index * arguments.groups + group * SPANS;
+        groups[0] = arguments.scale + scales * (64 * SCALE_BYTES);
+        groups[1] = arguments.zero_point + scales * 64;
+    }
+
+    DEVICE void load(int stage) {
+        const uint32_t to = stage_address(stage);
 #if TENSORMILL_ARCH >= 900
-        if (lane == 0)
-            mbarrier_arrive_expect(full_barrier(stage), present * (BLOCK_BYTES + copied_scales + copied_zeros));
-        synchronize_warp();
-        const int block = lane % ROW_BLOCKS, part = lane / ROW_BLOCKS;
-        if (block >= present) return;
-        const int64_t index = row * ROW_BLOCKS + block;
-        const uint32_t barrier = full_barrier(stage);
-        if (part == 0) {
-            copy_bulk(address + block * BLOCK_BYTES, arguments.weight + (index * across + column) * BLOCK_BYTES,
-                      BLOCK_BYTES, barrier, policy);
-        } else if (part == 1) {
-            copy_bulk(address + SCALE_OFFSET + block * copied_scales,
-                      arguments.scale + (index * arguments.groups + group) * (64 * SCALE_BYTES), copied_scales, barrier,
-                      policy);
-        } else if (ZEROS && part == 2) {
-            copy_bulk(address + ZERO_OFFSET + block * copied_zeros,
-                      arguments.zero_point + (index * arguments.groups + group) * 64, copied_zeros, barrier, policy);
+        if (lane == 0) {
+            mbarrier_arrive_expect(full_barrier(stage), present ? BLOCK_BYTES : 0);
+            if (present) copy_bulk(to + block * BLOCK_BYTES, codes, BLOCK_BYTES, full_barrier(stage), policy);
         }
 #else
-        for (int block = 0; block < present; block++) {
-            const int64_t index = row * ROW_BLOCKS + block;
-            const uint8_t* codes = arguments.weight + (index * across + column) * BLOCK_BYTES;
-            const uint8_t* scales = arguments.scale + (index * arguments.groups + group) * (64 * SCALE_BYTES);
-            for (int i = 16 * lane; i < BLOCK_BYTES; i += 512)
-                copy_async16(address + block * BLOCK_BYTES + i, codes + i);
-            for (int i = 16 * lane; i < copied_scales; i += 512)
-                copy_async16(address + SCALE_OFFSET + block * copied_scales + i, scales + i);
-            if constexpr (ZEROS) {
-                const uint8_t* zeros = arguments.zero_point + (index * arguments.groups + group) * 64;
-                for (int i = 16 * lane; i < copied_zeros; i += 512)
-                    copy_async16(address + ZERO_OFFSET + block * copied_zeros + i, zeros + i);
-            }
-        }
+        for (int i = 16 * lane; i < BLOCK_BYTES && present; i += 512)
+            copy_async16(to + block * BLOCK_BYTES + i, codes + i);
 #endif
-    }
-
-    // Columns beyond the last become 0. Tokens beyond the last are not written: their products go nowhere.
-    DEVICE void load_x(int stage, int column) const {
-        const int chunk = lane % 16, first = column * COLUMNS + 8 * chunk, left = 2 * (arguments.columns - first);
-        const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
-        const uint32_t to = stage_address(stage) + X_OFFSET + 16 * chunk;
-        const uint8_t* from = arguments.x + (bytes > 0 ? 2 * first : 0);
-        for (int token = lane / 16; token < arguments.tokens; token += 2)
-            copy_async16(to + token * X_STRIDE, from + int64_t(token) * arguments.x_stride, bytes);
-        copy_async_arrive(full_barrier(stage));
-    }
-
-    DEVICE void produce(const Run& run) const {
-        // Weights don't depend on the kernel before: as many as there are stages for are under way while it ends.
-        int ahead = 0;
-        for_each_row(run, [&](int row, int first, int last) {
-            for (int column = first; column < last && ahead < arguments.stages; column++)
-                load_weights(ahead++, row, column);
-        });
-        wait_for_previous_kernel();
-        allow_next_kernel();
-        Place place;
-        int unit = 0;
-        for_each_row(run, [&](int row, int first, int last) {
-            for (int column = first; column < last; column++, unit++) {
-                if (unit >= ahead) {
-                    mbarrier_wait(empty_barrier(place.stage), place.parity ^ 1);
-                    load_weights(place.stage, row, column);
-                }
-                load_x(place.stage, column);
-                place.advance(arguments.stages);
-            }
-        });
+#pragma unroll
+        for (int copy = 0; copy < COPIES; copy++) {
+            const int i = 16 * lane + 512 * copy;
+            const bool zero = i >= SCALES;
+            const uint32_t place = zero ? ZERO_OFFSET + block * BLOCK_SCALES + i - SCALES : SCALE_OFFSET + block * SCALES + i;
+            if (i < BYTES && present) copy_async16(to + place, zero ? groups[1] + i - SCALES : groups[0] + i);
+        }
+        codes += BLOCK_BYTES;
+        if (--same == 0) {
+            same = units_per_group();
+            groups[0] += SCALES, groups[1] += BLOCK_SCALES;
+        }
+        if (--left == 0 && end > run.begin) begin_row();
     }
 };
+
+// A walk through x along a run, for one producer of ROW_BLOCKS: 16 bytes of every 2 ROW_BLOCKS-th token a lane.
+struct XWalk {
+    const Arguments& arguments;
+    const Run& run;
+    const int chunk, token;
+    int end, left;
+    int bytes;            // to the end of the row, may be negative: columns beyond the last become 0
+    const uint8_t* from;
+
+    DEVICE XWalk(const Arguments& arguments, const Run& run, int block)
+        : arguments(arguments), run(run), chunk(lane_index() % 16), token(2 * block + lane_index() / 16), end(run.end) {
+        begin_row();
+    }
+
+    DEVICE void begin_row() {
+        const Part part(run, end);
+        left = part.last - part.first, end = part.begin(run);
+        const int column = part.first * COLUMNS + 8 * chunk;
+        bytes = 2 * (arguments.columns - column);
+        from = arguments.x + int64_t(token) * arguments.x_stride + 2 * column;
+    }
+
+    // Tokens beyond the last are not written: their products go nowhere.
+    DEVICE void load(int stage) {
+        const uint32_t to = stage_address(stage) + X_OFFSET + token * X_STRIDE + 16 * chunk;
+        const int count = bytes < 0 ? 0 : bytes < 16 ? bytes : 16;
+#pragma unroll
+        for (int i = 0; i < TOKENS; i += 2 * ROW_BLOCKS)
+            if (token + i < arguments.tokens)
+                copy_async16(to + i * X_STRIDE, from + int64_t(i) * arguments.x_stride, count);
+        copy_async_arrive(full_barrier(stage));
+        bytes -= 2 * COLUMNS, from += 2 * COLUMNS;
+        if (--left == 0 && end > run.begin) begin_row();
+    }
+};
+
+DEVICE void produce(const Arguments& arguments, const Run& run, int block) {
+    WeightWalk weights(arguments, run, block);
+    // Weights don't depend on the kernel before: as many as there are stages for are under way while it ends.
+    const int units = run.end - run.begin, ahead = units < arguments.stages ? units : arguments.stages;
+    for (int stage = 0; stage < ahead; stage++) weights.load(stage);
+    wait_for_previous_kernel();
+    allow_next_kernel();
+    XWalk x(arguments, run, block);
+    Place place;
+    for (int unit = 0; unit < units; unit++) {
+        if (unit >= ahead) {
+            mbarrier_wait(empty_barrier(place.stage), place.parity ^ 1);
+            weights.load(place.stage);
+        }
+        x.load(place.stage);
+        place.advance(arguments.stages);
+    }
+}
 
 template <int KIND>
 DEVICE float number(uint32_t bits) {
@@ -198,16 +241,21 @@ DEVICE float number(uint32_t bits) {
 struct Consumer {
     const Arguments& arguments;
     const int warp, lane;
-    // Of this warp's rows, in units of 16: the block of 64 rows and the place within it.
-    const int first_tile = warp * ROW_TILES, block = first_tile / 4, tile_in_block = first_tile % 4;
-    float sum[ROW_TILES][TOKEN_TILES][4];
+    const int half = warp % 2;  // of a unit's columns; and of the rows, which it keeps at the end
+    // Of the pair's rows, in units of 16: the first in a unit, its block of 64 rows, and its place there.
+    const int first_tile = warp / 2 * SUMMED_TILES, block = first_tile / 4, tile_in_block = first_tile % 4;
+    float sum[SUMMED_TILES][TOKEN_TILES][4];  // after `exchange`, the first ROW_TILES are what the warp keeps
 
     DEVICE void clear() {
 #pragma unroll
-        for (int i = 0; i < 4 * QUADRUPLES; i++) sum[i / 4 / TOKEN_TILES][i / 4 % TOKEN_TILES][i % 4] = 0;
+        for (int i = 0; i < SUMMED_TILES; i++)
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) sum[i][n][j] = 0;
     }
 
-    // Scales and zero points of rows 16 i + lane / 4 and 8 rows on, of this warp's rows.
+    // Scales and zero points of rows 16 i + lane / 4 and 8 rows on, of the pair's rows.
     DEVICE void load_groups(uint32_t stage, int span, int i, float (&scale)[2],
                             ZeroPoint<WEIGHT_BITS, ACTIVATION> (&zero)[2]) const {
         const int index = block * BLOCK_SCALES + span * 64 + lane / 4 * 8 + 2 * (tile_in_block + i);
@@ -227,54 +275,78 @@ struct Consumer {
     }
 
     DEVICE void multiply(uint32_t stage) {
-        float scale[ROW_TILES][HALF_SPANS][2];
-        ZeroPoint<WEIGHT_BITS, ACTIVATION> zero[ROW_TILES][2];
-        float partial[ROW_TILES][TOKEN_TILES][4];
+        constexpr int steps = SPAN == 32 ? 2 : 4;  // of 16 columns, whose sums are scaled together
+        uint32_t x[TOKEN_TILES][2][4];             // B fragments of four steps
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint32_t a[ROW_TILES][4][4];
+        for (int n = 0; n < TOKEN_TILES; n++)
 #pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) {
-                uint32_t words[WEIGHT_BITS];
-                load_tile<WEIGHT_BITS>(stage + block * BLOCK_BYTES + (4 * half + tile_in_block + i) * TILE_BYTES, lane,
-                                       words);
+            for (int pair = 0; pair < 2; pair++)
+                load_matrices4(stage + X_OFFSET + (8 * n + lane % 8) * X_STRIDE + 128 * half + 64 * pair + lane / 8 * 16,
+                               x[n][pair]);
 #pragma unroll
-                for (int step = 0; step < 4; step++) {
-                    if ((64 * half + 16 * step) % SPAN == 0)
-                        load_groups(stage, (64 * half + 16 * step) / SPAN, i, scale[i][16 * step / SPAN], zero[i]);
-                    dequantize<WEIGHT_BITS, ACTIVATION>(words, step, zero[i][0], zero[i][1], a[i][step]);
+        for (int i = 0; i < SUMMED_TILES; i++) {
+            uint32_t words[WEIGHT_BITS];
+            load_tile<WEIGHT_BITS>(stage + block * BLOCK_BYTES + (4 * half + tile_in_block + i) * TILE_BYTES, lane, words);
+            float scale[2], partial[TOKEN_TILES][4];
+            ZeroPoint<WEIGHT_BITS, ACTIVATION> zero[2];
+#pragma unroll
+            for (int step = 0; step < 4; step++) {
+                if (step % steps == 0) {
+                    load_groups(stage, (64 * half + 16 * step) / SPAN, i, scale, zero);
+#pragma unroll
+                    for (int n = 0; n < TOKEN_TILES; n++)
+#pragma unroll
+                        for (int j = 0; j < 4; j++) partial[n][j] = 0;
+                }
+                uint32_t a[4];
+                dequantize<WEIGHT_BITS, ACTIVATION>(words, step, zero[0], zero[1], a);
+#pragma unroll
+                for (int n = 0; n < TOKEN_TILES; n++) {
+                    const uint32_t b[2] = {x[n][step / 2][step % 2 * 2], x[n][step / 2][step % 2 * 2 + 1]};
+                    mma<ACTIVATION>(partial[n], a, b);
+                }
+                if (step % steps == steps - 1) {
+#pragma unroll
+                    for (int n = 0; n < TOKEN_TILES; n++)
+#pragma unroll
+                        for (int j = 0; j < 4; j++) sum[i][n][j] += partial[n][j] * scale[j / 2];
                 }
             }
+        }
+    }
+
+    // The pair's sums over both halves of the columns, of half of its rows each.
+    DEVICE void exchange() {
+        const uint32_t mine = shared_memory() + BARRIER_BYTES + (warp * ROW_TILES * 32 + lane) * 16;
+        const uint32_t theirs = shared_memory() + BARRIER_BYTES + ((warp ^ 1) * ROW_TILES * 32 + lane) * 16;
 #pragma unroll
-            for (int n = 0; n < TOKEN_TILES; n++) {
-                uint32_t x[2][4];  // B fragments of two steps each
+        for (int n = 0; n < TOKEN_TILES; n++) {
 #pragma unroll
-                for (int pair = 0; pair < 2; pair++)
-                    load_matrices4(stage + X_OFFSET + (8 * n + lane % 8) * X_STRIDE +
-                                       2 * (64 * half + 32 * pair + lane / 8 * 8),
-                                   x[pair]);
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-                    for (int step = 0; step < 4; step++) {
-                        const bool starts = WHOLE_UNIT ? half == 0 && step == 0 : step % SUMMED_STEPS == 0;
-                        const bool ends = WHOLE_UNIT ? half == 1 && step == 3 : step % SUMMED_STEPS == SUMMED_STEPS - 1;
-#pragma unroll
-                        for (int j = 0; j < 4; j++)
-                            if (starts) partial[i][n][j] = 0;
-                        const uint32_t b[2] = {x[step / 2][step % 2 * 2], x[step / 2][step % 2 * 2 + 1]};
-                        mma<ACTIVATION>(partial[i][n], a[i][step], b);
-#pragma unroll
-                        for (int j = 0; j < 4; j++)
-                            if (ends) sum[i][n][j] += partial[i][n][j] * scale[i][16 * step / SPAN][j / 2];
-                    }
+            for (int i = 0; i < ROW_TILES; i++) {
+                const float(&low)[4] = sum[i][n];
+                const float(&high)[4] = sum[ROW_TILES + i][n];
+                store_shared4(mine + 512 * i,
+                              {float_to_bits(half ? low[0] : high[0]), float_to_bits(half ? low[1] : high[1]),
+                               float_to_bits(half ? low[2] : high[2]), float_to_bits(half ? low[3] : high[3])});
             }
+            barrier_sync(1 + warp / 2, 64);
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; i++) {
+                const Words4 other = load_shared4(theirs + 512 * i);
+                float(&low)[4] = sum[i][n];
+                const float(&high)[4] = sum[ROW_TILES + i][n];
+                low[0] = (half ? high[0] : low[0]) + bits_to_float(other.x);
+                low[1] = (half ? high[1] : low[1]) + bits_to_float(other.y);
+                low[2] = (half ? high[2] : low[2]) + bits_to_float(other.z);
+                low[3] = (half ? high[3] : low[3]) + bits_to_float(other.w);
+            }
+            barrier_sync(1 + warp / 2, 64);
         }
     }
 
     // This thread's quadruple i in the workspace of a block.
     DEVICE float* slot(int block, int i) const {
-        return arguments.workspace + ((int64_t(block) * QUADRUPLES + i) * (32 * WARPS) + 32 * warp + lane) * 4;
+        return arguments.workspace + ((int64_t(block) * QUADRUPLES + i) * (32 * CONSUMERS) + 32 * warp + lane) * 4;
     }
 
     DEVICE void give_away() const {
@@ -289,33 +361,30 @@ struct Consumer {
     // Adds the sums of blocks `first` to `last` - 1.
     DEVICE void add(int first, int last) {
         // Loads of several blocks are under way together, as far as registers allow.
-        constexpr int at_once = QUADRUPLES < 8 ? 8 / QUADRUPLES : 1, some = QUADRUPLES < 8 ? QUADRUPLES : 8;
+        constexpr int at_once = 8 / QUADRUPLES;
         for (int begin = first; begin < last; begin += at_once) {
+            Words4 found[at_once][QUADRUPLES];
 #pragma unroll
-            for (int from = 0; from < QUADRUPLES; from += some) {
-                Words4 found[at_once][some];
+            for (int j = 0; j < at_once; j++)
 #pragma unroll
-                for (int j = 0; j < at_once; j++)
+                for (int i = 0; i < QUADRUPLES; i++)
+                    if (begin + j < last) found[j][i] = load_relaxed4(slot(begin + j, i));
 #pragma unroll
-                    for (int i = 0; i < some; i++)
-                        if (begin + j < last) found[j][i] = load_relaxed4(slot(begin + j, from + i));
+            for (int j = 0; j < at_once; j++)
 #pragma unroll
-                for (int j = 0; j < at_once; j++)
-#pragma unroll
-                    for (int i = 0; i < some; i++) {
-                        if (begin + j >= last) continue;
-                        float* const place = slot(begin + j, from + i);
-                        Words4 words = found[j][i];
-                        while (words.x == EMPTY || words.y == EMPTY || words.z == EMPTY || words.w == EMPTY) {
-                            spin();
-                            words = load_relaxed4(place);
-                        }
-                        store_relaxed4(place, {EMPTY, EMPTY, EMPTY, EMPTY});
-                        float(&to)[4] = sum[(from + i) / TOKEN_TILES][(from + i) % TOKEN_TILES];
-                        to[0] += bits_to_float(words.x), to[1] += bits_to_float(words.y);
-                        to[2] += bits_to_float(words.z), to[3] += bits_to_float(words.w);
+                for (int i = 0; i < QUADRUPLES; i++) {
+                    if (begin + j >= last) continue;
+                    float* const place = slot(begin + j, i);
+                    Words4 words = found[j][i];
+                    while (words.x == EMPTY || words.y == EMPTY || words.z == EMPTY || words.w == EMPTY) {
+                        spin();
+                        words = load_relaxed4(place);
                     }
-            }
+                    store_relaxed4(place, {EMPTY, EMPTY, EMPTY, EMPTY});
+                    float(&to)[4] = sum[i / TOKEN_TILES][i % TOKEN_TILES];
+                    to[0] += bits_to_float(words.x), to[1] += bits_to_float(words.y);
+                    to[2] += bits_to_float(words.z), to[3] += bits_to_float(words.w);
+                }
         }
     }
 
@@ -324,7 +393,7 @@ struct Consumer {
         for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int n = row * ROWS + (first_tile + i) * 16 + 8 * h + lane / 4;
+                const int n = row * ROWS + (first_tile + half * ROW_TILES + i) * 16 + 8 * h + lane / 4;
                 if (n >= arguments.rows) continue;
                 float bias = 0;
                 if constexpr (BIAS == 3) bias = static_cast<const float*>(arguments.bias)[n];
@@ -344,34 +413,45 @@ struct Consumer {
         wait_for_previous_kernel();
         allow_next_kernel();
         Place place;
-        for_each_row(run, [&](int row, int first, int last) {
+        for (int end = run.end; end > run.begin;) {
+            const Part part(run, end);
+            end = part.begin(run);
+            // Past the last row there is nothing in shared memory but what was there.
+            const bool present = (part.row * ROW_BLOCKS + block) * 64 < arguments.rows;
             clear();
-            for (int column = first; column < last; column++) {
+            for (int column = part.first; column < part.last; column++) {
                 mbarrier_wait(full_barrier(place.stage), place.parity);
-                multiply(stage_address(place.stage));
+                if (present) multiply(stage_address(place.stage));
                 synchronize_warp();
                 if (lane == 0) mbarrier_arrive(empty_barrier(place.stage));
                 place.advance(arguments.stages);
             }
-            if (last < run.across) return give_away();
-            if (first > 0) add(run.owner(row * run.across), block_index());
-            store(row);
-        });
+            if (!present) continue;
+            exchange();
+            if (part.last < run.across) {
+                give_away();
+                continue;
+            }
+            if (part.first > 0) add(block_of(arguments, part.row * run.across), block_index());
+            store(part.row);
+        }
     }
 };
 
-KERNEL(linear_stream, 32 * (WARPS + 1), 1, Arguments) {
+KERNEL(linear_stream, THREADS, 1, Arguments) {
     if (thread_index() < arguments.stages) {
-        mbarrier_init(full_barrier(thread_index()), FULL_ARRIVALS);
-        mbarrier_init(empty_barrier(thread_index()), WARPS);
+        mbarrier_init(full_barrier(thread_index()), ROW_BLOCKS * PRODUCER_ARRIVALS);
+        mbarrier_init(empty_barrier(thread_index()), CONSUMERS);
         mbarrier_init_fence();
     }
     synchronize();
     const Run run(arguments, block_index());
     const int warp = warp_index();
-    if (warp == WARPS) {
-        Producer{arguments}.produce(run);
+    if (warp >= CONSUMERS) {
+        if constexpr (SHIFTED_REGISTERS) lower_registers<72>();
+        produce(arguments, run, warp - CONSUMERS);
     } else {
+        if constexpr (SHIFTED_REGISTERS) raise_registers<216>();
         Consumer{arguments, warp, lane_index()}.consume(run);
     }
 }

@@ -4,11 +4,11 @@
 // block computes TILE_ROWS x TILE_TOKENS of W x^T. Warps of the last warpgroup copy stages of 128 bytes of every token,
 // and the weights, scales and zero points that go with them, into a ring in shared memory. Two warpgroups of 64 PARTS
 // rows each expand the weights of half a stage in registers while their products of the half before run, and free a
-// stage once the products of the next have begun. The ring lets one begin its next tile while the other still stores.
+// stage once the products of the next have begun. Where a block has several tiles, the first warpgroup is kept some stages
+// ahead, so that it stores its sums while the other one still multiplies, and the other way round.
 //
-// CLUSTER blocks with neighbouring rows share their tokens: each copies a part of them into all. SPLIT blocks, which
-// have a tile of their own only, share it along K: each adds up and stores some of its tokens; the others send theirs
-// through shared memory, and they are added in the order of the splits.
+// SPLIT blocks, a cluster that has one tile only, share it along K: each adds up and stores some of its tokens; the others
+// send theirs through shared memory, and they are added in the order of the splits.
 //
 // Scales of groups multiply the weights, except for 8-bit x, where they multiply the integer sums of a group, which are
 // then added in float32; scales of whole rows multiply the sums at the end.
@@ -20,9 +20,8 @@
 constexpr int BITS = WEIGHT_BITS;
 constexpr int TYPE = X_TYPE;         // 0 float16, 1 bfloat16, 2 int8
 constexpr int ROWS = TILE_ROWS;      // 128, 256
-constexpr int TOKENS = TILE_TOKENS;  // 64, 128, 256
+constexpr int TOKENS = TILE_TOKENS;  // 32, 64, 128, 256
 constexpr int STAGES = RING_STAGES;
-constexpr int CLUSTER = CLUSTER_BLOCKS;
 constexpr int SPLIT = K_SPLITS;
 constexpr int GROUPS = STAGE_GROUPS;  // sets of scales in a stage: 0 (whole rows), 1, 2
 constexpr bool ZERO = HAS_ZERO;       // zero points; else 2^(BITS - 1)
@@ -44,10 +43,7 @@ using Sum = int;
 using Sum = float;
 #endif
 
-#ifndef RING_SKEW
-#define RING_SKEW 0
-#endif
-constexpr int SKEW = RING_SKEW;  // stages by which the first warpgroup is ahead
+constexpr int SKEW = RING_SKEW;  // stages by which the first warpgroup is ahead of the second
 
 constexpr bool INTEGER = TYPE == 2;
 constexpr float UNIT = INTEGER ? 1.0f / (1 << (8 - BITS)) : 1.0f;  // of the sums
@@ -58,6 +54,7 @@ constexpr int THREADS = 128 * CONSUMERS;  // that multiply
 constexpr int BLOCKS = ROWS / 64;
 constexpr int PARTS = BLOCKS / CONSUMERS;  // of 64 rows, of a warpgroup
 constexpr int SUMS = TOKENS / 2;           // of a thread, for 64 rows
+constexpr int TOTALS = GROUP_SUMS ? SUMS : 1;
 constexpr int TILES = INTEGER ? 2 : 1;     // of 64 columns, in a stage
 constexpr int TILE_BYTES = 128 * BITS;     // of 16 rows x 64 columns
 static_assert(!GROUP_SUMS || (GROUPS == 1 && PARTS == 1 && TOKENS <= 128 && !ZERO && SPLIT == 1), "registers");
@@ -81,7 +78,7 @@ constexpr int BARRIER_OFFSET = SENT_OFFSET + (SPLIT - 1) * SENT_BYTES;
 static_assert(BARRIER_OFFSET + 16 * STAGES + 8 == SHARED_BYTES, "the host's formula differs");
 
 struct Arguments {
-    TensorMap x;                 // boxes of 128 bytes x TOKENS / CLUSTER
+    TensorMap x;                 // boxes of 128 bytes x TOKENS
     TensorMap y;                 // boxes of 64 x SLICE
     const uint8_t* weight;       // [row_blocks][columns / 64, even][4] tiles
     const uint8_t* scale;        // [row_blocks][groups][32] pairs
@@ -99,12 +96,24 @@ struct Place {
     int row_tile, token_tile;
 };
 
-DEVICE Place place(const Arguments& p, int index, int row_tiles, int token_tiles) {
-    const int band = index / (row_tiles * p.width);
-    const int rest = index - band * row_tiles * p.width;
-    const int width = min(p.width, token_tiles - band * p.width);
-    return {rest / width, band * p.width + rest % width};
-}
+// Tiles in the order in which blocks take them: of `width` token tiles, all with some rows, then the next rows.
+struct Schedule {
+    int row_tiles, token_tiles, width;
+
+    DEVICE explicit Schedule(const Arguments& p) {
+        row_tiles = (p.row_blocks + BLOCKS - 1) / BLOCKS;
+        token_tiles = (p.tokens + TOKENS - 1) / TOKENS;
+        width = p.width;
+    }
+
+    DEVICE int count() const { return row_tiles * token_tiles; }
+
+    DEVICE Place place(int index) const {
+        const int band = index / (row_tiles * width), left = index - band * row_tiles * width;
+        const int tokens = min(width, token_tiles - band * width);
+        return {left / tokens, band * width + left % tokens};
+    }
+};
 
 struct Stage {
     int index = 0;
@@ -115,13 +124,19 @@ struct Stage {
     DEVICE int previous() const { return index == 0 ? STAGES - 1 : index - 1; }
 };
 
-// A warp is done with a stage, in every block that copies into it.
-DEVICE void release(uint32_t empty, int split, int lane) {
-    if constexpr (CLUSTER == 1) {
-        if (lane == 0) mbarrier_arrive(empty);
-    } else {
-        if (lane < CLUSTER) cluster_mbarrier_arrive(map_shared(empty, split * CLUSTER + lane));
-    }
+// A thread that multiplies.
+struct Worker {
+    uint32_t base, full, empty;  // addresses in shared memory: of the ring, of its barriers
+    int split;                   // this block's
+    int consumer, quarter, lane;
+    int begin, end;  // steps along K: stages of a tile
+    int pair;        // of this lane's rows, among the 32 of 64 rows
+    Stage stage;
+};
+
+// The warp is done with a stage.
+DEVICE void release(const Worker& w, int index) {
+    if (w.lane == 0) mbarrier_arrive(w.empty + 8 * index);
 }
 
 DEVICE float row_scale(const void* scale, int index) {
@@ -134,309 +149,316 @@ DEVICE uint32_t to_bits(int value) { return value; }
 DEVICE void from_bits(uint32_t bits, float& value) { value = bits_to_float(bits); }
 DEVICE void from_bits(uint32_t bits, int& value) { value = bits; }
 
+// Copies the stages of 64 of a block's rows, number `local`; the first copies x too.
+DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worker& w, int local, int cluster, int clusters) {
+    if (local == 0) {  // weights don't depend on earlier kernels, x and the memory of y do
+        wait_for_previous_kernel();
+        allow_next_kernel();
+    }
+    Stage stage;
+    const int column_tiles = (p.columns + 127) / 128 * 2;
+    for (int index = cluster; index < schedule.count(); index += clusters) {
+        const Place at = schedule.place(index);
+        const int block = at.row_tile * BLOCKS + local;
+        const bool present = block < p.row_blocks;
+        const uint8_t* weight = p.weight + (int64_t)block * column_tiles * (4 * TILE_BYTES);
+        int group = 0, column = 0;  // of the next set of scales: the group, and where in it
+        if constexpr (GROUPS > 0) group = w.begin * 64 * TILES / p.group_size, column = w.begin * 64 * TILES % p.group_size;
+        for (int step = w.begin; step < w.end; step++) {
+            const uint32_t to = w.base + stage.index * STAGE_BYTES, barrier = w.full + 8 * stage.index;
+            mbarrier_wait(w.empty + 8 * stage.index, stage.parity ^ 1);
+            mbarrier_arrive_expect(barrier, (local == 0 ? X_BYTES : 0) +
+                                                (present ? WEIGHT_BYTES + GROUPS * (SCALE_BYTES + ZERO_BYTES) : 0));
+            if (local == 0) {
+                const int x = step * (INTEGER ? 128 : 64), y = at.token_tile * TOKENS;
+                copy_tensor(to, &p.x, x, y, barrier);
+            }
+            if (present) {
+                copy_bulk(to + X_BYTES + local * WEIGHT_BYTES, weight + (int64_t)step * WEIGHT_BYTES, WEIGHT_BYTES, barrier);
+#pragma unroll
+                for (int g = 0; g < GROUPS; g++) {
+                    const int64_t set = (int64_t)block * p.groups + min(group, p.groups - 1);
+                    copy_bulk(to + SCALE_OFFSET + (local * GROUPS + g) * SCALE_BYTES, p.scale + set * SCALE_BYTES,
+                              SCALE_BYTES, barrier);
+                    if constexpr (ZERO_BYTES > 0)
+                        copy_bulk(to + ZERO_OFFSET + (local * GROUPS + g) * ZERO_BYTES, p.zero + set * 32, ZERO_BYTES,
+                                  barrier);
+                    column += 64 * TILES / (GROUPS > 0 ? GROUPS : 1);
+                    if (column >= p.group_size) column -= p.group_size, group++;
+                }
+            }
+            stage.next();
+        }
+    }
+}
+
+// Half a stage of the weights of 64 rows, number `local` of the block, as first operands of two products.
+DEVICE void expand(const Worker& w, uint32_t from, int local, int half, const ZeroPoint<BITS, X> (&row_zero)[2],
+                   uint32_t (&words)[BITS], uint32_t (&a)[2][4]) {
+    if (INTEGER || half == 0)
+        load_tile<BITS>(from + X_BYTES + local * WEIGHT_BYTES + ((INTEGER ? 4 * half : 0) + w.quarter) * TILE_BYTES, w.lane,
+                        words);
+    if constexpr (INTEGER) {
+#pragma unroll
+        for (int s = 0; s < 2; s++) dequantize_bytes<BITS>(words, s, a[s]);
+    } else {
+        const int set = local * GROUPS + (GROUPS == 2 ? half : 0);
+        ZeroPoint<BITS, X> low = row_zero[0], high = row_zero[1];
+        if constexpr (ZERO && GROUPS > 0) {
+            const uint32_t zero = load_shared_half(from + ZERO_OFFSET + set * ZERO_BYTES + w.pair * 2);
+            low = ZeroPoint<BITS, X>(zero & 255), high = ZeroPoint<BITS, X>(zero >> 8);
+        }
+#pragma unroll
+        for (int s = 0; s < 2; s++) dequantize<BITS, X>(words, 2 * half + s, low, high, a[s]);
+        if constexpr (GROUPS > 0) {
+            const uint32_t scale = load_shared(from + SCALE_OFFSET + set * SCALE_BYTES + w.pair * 4);
+#pragma unroll
+            for (int s = 0; s < 2; s++)
+#pragma unroll
+                for (int r = 0; r < 4; r++)
+                    a[s][r] = mul2<X>(a[s][r], permute_bytes(scale, 0, r & 1 ? 0x3232 : 0x1010));
+        }
+    }
+}
+
+// Adds the sums of a group, times its scale, to the totals.
+DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], float (&totals)[TOTALS]) {
+    const uint32_t scales = from + SCALE_OFFSET + w.consumer * SCALE_BYTES;
+    float low, high;
+    if constexpr (FLOAT_SCALE) {
+        const Words2 scale = load_shared2(scales + w.pair * 8);
+        low = bits_to_float(scale.x), high = bits_to_float(scale.y);
+    } else {
+        const uint32_t scale = load_shared(scales + w.pair * 4);
+        low = to_float<Y>(scale), high = to_float<Y>(scale >> 16);
+    }
+#pragma unroll
+    for (int i = 0; i < TOTALS; i++) totals[i] += float(sums[i]) * (i & 2 ? high : low);
+}
+
+// The sums of a warpgroup's rows, from `block` on; `lead`: lets the other one start after that many stages.
+DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&sums)[PARTS][SUMS],
+                     float (&totals)[TOTALS]) {
+    uint32_t a[2][PARTS][2][4];
+    uint32_t words[PARTS][BITS];
+    ZeroPoint<BITS, X> row_zero[PARTS][2];
+    if constexpr (ZERO && !INTEGER && GROUPS == 0) {
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+            if (block + part < p.row_blocks) {
+                const uint32_t zero = p.zero[(block + part) * 32 + w.pair];
+                row_zero[part][0] = ZeroPoint<BITS, X>(zero & 255);
+                row_zero[part][1] = ZeroPoint<BITS, X>(zero >> 8);
+            }
+    }
+    if constexpr (GROUP_SUMS) {
+#pragma unroll
+        for (int i = 0; i < TOTALS; i++) totals[i] = 0.0f;
+    }
+    int column = 0;  // of GROUP_SUMS: how far the group's products are
+    for (int step = w.begin; step < w.end; step++) {
+        const uint32_t from = w.base + w.stage.index * STAGE_BYTES;
+        const uint64_t tokens = wgmma_descriptor(from);
+        const bool more = GROUP_SUMS ? column > 0 : step > w.begin;  // products add to sums
+        mbarrier_wait(w.full + 8 * w.stage.index, w.stage.parity);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int part = 0; part < PARTS; part++)
+                expand(w, from, w.consumer * PARTS + part, half, row_zero[part], words[part], a[half][part]);
+            wgmma_fence();
+#pragma unroll
+            for (int s = 0; s < 2; s++)
+#pragma unroll
+                for (int part = 0; part < PARTS; part++)
+                    wgmma<KIND, TOKENS>(sums[part], a[half][part][s], tokens + 2 * (2 * half + s), more || half > 0 || s > 0);
+            wgmma_commit();
+            wgmma_wait<1>();
+            // The products of the stage before are done.
+            if (half == 0 && step > w.begin && !GROUP_SUMS) release(w, w.stage.previous());
+        }
+        if constexpr (GROUP_SUMS) {
+            wgmma_wait<0>();
+            column += 128;
+            if (column >= p.group_size || step == w.end - 1) {
+                column = 0;
+                add_group(w, from, sums[0], totals);
+            }
+            release(w, w.stage.index);
+        }
+        if (SKEW > 0 && step - w.begin == lead - 1) barrier_arrive(3, THREADS);
+        w.stage.next();
+    }
+    if constexpr (!GROUP_SUMS) {
+        wgmma_wait<0>();
+        release(w, w.stage.previous());
+    }
+}
+
+// Sends each block of a split its slice and waits for those of the others: splits before the receiver lay theirs at
+// their own index, those after it one lower.
+DEVICE void exchange(const Worker& w, uint32_t received, const Sum (&sums)[PARTS][SUMS]) {
+#pragma unroll
+    for (int to = 0; to < SPLIT; to++)
+        if (to != w.split) {
+            const uint32_t sent = map_shared(w.base + SENT_OFFSET, to) +
+                                  (w.split - (w.split > to)) * SENT_BYTES + thread_index() * 16;
+#pragma unroll
+            for (int part = 0; part < PARTS; part++)
+#pragma unroll
+                for (int i = 0; i < SLICE_SUMS; i += 4) {
+                    const Sum* s = &sums[part][to * SLICE_SUMS + i];
+                    cluster_store(sent + (part * SLICE_SUMS + i) / 4 * (16 * THREADS),
+                                  {to_bits(s[0]), to_bits(s[1]), to_bits(s[2]), to_bits(s[3])});
+                }
+        }
+    cluster_fence();
+#pragma unroll
+    for (int to = 0; to < SPLIT; to++)
+        if (to != w.split) cluster_mbarrier_arrive(map_shared(received, to));
+    cluster_mbarrier_wait(received, 0);
+}
+
+// Four sums with those of the other splits, in order.
+DEVICE void add_splits(const Worker& w, int position, int split, Sum (&s)[4]) {
+    Sum total[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int other = 0; other < SPLIT; other++) {
+        Sum more[4] = {s[0], s[1], s[2], s[3]};
+        if (other != split) {
+            const Words4 words = load_shared4(w.base + SENT_OFFSET + (other - (other > split)) * SENT_BYTES +
+                                              position / 4 * (16 * THREADS) + thread_index() * 16);
+            from_bits(words.x, more[0]), from_bits(words.y, more[1]);
+            from_bits(words.z, more[2]), from_bits(words.w, more[3]);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) total[j] += more[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) s[j] = total[j];
+}
+
+// The sums of a warpgroup's rows, from `block` on, become y.
+DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile, const Sum (&sums)[PARTS][SUMS],
+                  const float (&totals)[TOTALS]) {
+    const uint32_t output = w.base + Y_OFFSET + w.consumer * PARTS * Y_BYTES;
+    const int token = token_tile * TOKENS + w.split * SLICE;
+    if (thread_index() % 128 == 0) store_tensor_wait();
+    barrier_sync(1 + w.consumer, 128);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        float scale[2] = {UNIT, UNIT}, shift[2] = {0.0f, 0.0f};
+        int zero[2] = {0, 0};
+        if (block + part < p.row_blocks) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int row = (block + part) * 64 + 16 * w.quarter + w.lane / 4 + 8 * r;
+                if constexpr (GROUPS == 0) scale[r] *= row_scale(p.scale, (block + part) * 64 + 2 * w.pair + r);
+                if constexpr (ZERO && INTEGER)
+                    zero[r] = (int(p.zero[(block + part) * 32 + w.pair] >> 8 * r & 255) - (1 << (BITS - 1))) << (8 - BITS);
+                if (p.bias != nullptr && row < p.rows) shift[r] = to_float<Y>(p.bias[row]);
+            }
+        }
+#pragma unroll
+        for (int split = 0; split < SPLIT; split++) {
+            if (split != w.split) continue;
+#pragma unroll
+            for (int i = 0; i < SLICE_SUMS; i += 8) {  // 16 tokens
+                uint32_t packed[4];
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const int first = i + 4 * c;
+                    Sum s[4];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) s[j] = sums[part][split * SLICE_SUMS + first + j];
+                    if constexpr (SPLIT > 1) add_splits(w, part * SLICE_SUMS + first, split, s);
+                    float factor[2] = {1.0f, 1.0f};
+                    if constexpr (INTEGER) {
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            const int t = token + 2 * first + 2 * (w.lane % 4) + j;
+                            factor[j] = t < p.tokens ? p.token_scale[t] : 0.0f;
+                            if constexpr (ZERO) {
+                                const int sum = t < p.tokens ? p.token_sum[t] : 0;
+                                s[j] -= zero[0] * sum, s[2 + j] -= zero[1] * sum;
+                            }
+                        }
+                    }
+                    float value[4];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        value[j] = GROUP_SUMS ? totals[(first + j) % TOTALS] : float(s[j]);
+                        value[j] = value[j] * (scale[j / 2] * factor[j % 2]) + shift[j / 2];
+                    }
+                    packed[2 * c] = pack2<Y>(value[0], value[1]);
+                    packed[2 * c + 1] = pack2<Y>(value[2], value[3]);
+                }
+                // This lane's row, a token, of the matrices (rows, tokens) (0, 0), (8, 0), (0, 8), (8, 8).
+                const int t = 2 * i + 8 * (w.lane / 16) + w.lane % 8, chunk = 2 * w.quarter + w.lane / 8 % 2;
+                store_matrices4_transposed(output + part * Y_BYTES + t * 128 + ((chunk ^ (t & 7)) << 4), packed[0],
+                                           packed[1], packed[2], packed[3]);
+            }
+        }
+    }
+    fence_async_shared();
+    barrier_sync(1 + w.consumer, 128);
+    if (thread_index() % 128 == 0) {
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+            if ((block + part) * 64 < p.rows) store_tensor(&p.y, (block + part) * 64, token, output + part * Y_BYTES);
+        store_tensor_commit();
+    }
+}
+
 KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
     const Arguments& p = arguments;
-    const uint32_t base = shared_memory();
-    const uint32_t full = base + BARRIER_OFFSET, empty = full + 8 * STAGES, received = empty + 8 * STAGES;
-    const int warp = warp_index(), lane = lane_index();
-    const int rank = CLUSTER * SPLIT > 1 ? cluster_rank() : 0;
-    const int member = rank % CLUSTER, split = rank / CLUSTER;
+    const int warp = warp_index();
+    const int cluster = block_index() / SPLIT, clusters = grid_size() / SPLIT;
+    const int steps = (p.columns + 64 * TILES - 1) / (64 * TILES);
+    Worker w;
+    w.split = SPLIT > 1 ? cluster_rank() : 0;
+    w.base = shared_memory(), w.full = w.base + BARRIER_OFFSET, w.empty = w.full + 8 * STAGES;
+    w.consumer = warp / 4, w.quarter = warp % 4, w.lane = lane_index();
+    w.begin = steps * w.split / SPLIT, w.end = steps * (w.split + 1) / SPLIT;
+    w.pair = w.lane / 4 * 4 + w.quarter;
+    const uint32_t received = w.empty + 8 * STAGES;
 
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES; i++) {
-            mbarrier_init(full + 8 * i, BLOCKS);
-            mbarrier_init(empty + 8 * i, CLUSTER * 4 * CONSUMERS);
+            mbarrier_init(w.full + 8 * i, BLOCKS);
+            mbarrier_init(w.empty + 8 * i, 4 * CONSUMERS);
         }
-        mbarrier_init(received, (SPLIT - 1) * THREADS + 1);
+        mbarrier_init(received, SPLIT > 1 ? (SPLIT - 1) * THREADS : 1);
         mbarrier_init_fence();
         prefetch_tensor_map(&p.x);
         prefetch_tensor_map(&p.y);
     }
-    if constexpr (CLUSTER * SPLIT > 1)
+    if constexpr (SPLIT > 1)
         cluster_sync();
     else
         synchronize();
 
-    const int row_tiles = (p.row_blocks + BLOCKS * CLUSTER - 1) / (BLOCKS * CLUSTER);
-    const int token_tiles = (p.tokens + TOKENS - 1) / TOKENS;
-    const int clusters = grid_size() / (CLUSTER * SPLIT);
-    const int steps = (p.columns + 64 * TILES - 1) / (64 * TILES);
-    const int begin = steps * split / SPLIT, end = steps * (split + 1) / SPLIT;
-    Stage stage;
-
+    const Schedule schedule(p);
     if (warp >= 4 * CONSUMERS) {
         lower_registers<56>();
-        const int local = warp - 4 * CONSUMERS;  // the 64 rows that this warp copies; the first, x too
-        if (local < BLOCKS && lane == 0) {
-            if (local == 0) {  // weights don't depend on earlier kernels, x and the memory of y do
-                wait_for_previous_kernel();
-                allow_next_kernel();
-            }
-            const int column_tiles = (p.columns + 127) / 128 * 2;
-            for (int index = block_index() / (CLUSTER * SPLIT); index < row_tiles * token_tiles; index += clusters) {
-                const Place at = place(p, index, row_tiles, token_tiles);
-                const int block = (at.row_tile * CLUSTER + member) * BLOCKS + local;
-                const bool present = block < p.row_blocks;
-                const uint8_t* weight = p.weight + (int64_t)block * column_tiles * (4 * TILE_BYTES);
-                const int first_group = block * p.groups;
-                int group = 0, column = 0;  // of the next set of scales: group, and where it stands in it
-                if constexpr (GROUPS > 0) group = begin * 64 * TILES / p.group_size, column = begin * 64 * TILES % p.group_size;
-                for (int step = begin; step < end; step++) {
-                    const uint32_t to = base + stage.index * STAGE_BYTES, barrier = full + 8 * stage.index;
-                    mbarrier_wait(empty + 8 * stage.index, stage.parity ^ 1);
-                    mbarrier_arrive_expect(barrier, (local == 0 ? X_BYTES : 0) +
-                                                        (present ? WEIGHT_BYTES + GROUPS * (SCALE_BYTES + ZERO_BYTES) : 0));
-                    if (local == 0) {
-                        const int x = step * (INTEGER ? 128 : 64), y = at.token_tile * TOKENS;
-                        if constexpr (CLUSTER == 1)
-                            copy_tensor(to, &p.x, x, y, barrier);
-                        else
-                            copy_tensor_multicast(to + member * (X_BYTES / CLUSTER), &p.x, x,
-                                                  y + member * (TOKENS / CLUSTER), barrier,
-                                                  ((1 << CLUSTER) - 1) << (split * CLUSTER));
-                    }
-                    if (present) {
-                        copy_bulk(to + X_BYTES + local * WEIGHT_BYTES, weight + (int64_t)step * WEIGHT_BYTES,
-                                  WEIGHT_BYTES, barrier);
-#pragma unroll
-                        for (int g = 0; g < GROUPS; g++) {
-                            const int64_t set = first_group + min(group, p.groups - 1);
-                            copy_bulk(to + SCALE_OFFSET + (local * GROUPS + g) * SCALE_BYTES, p.scale + set * SCALE_BYTES,
-                                      SCALE_BYTES, barrier);
-                            if constexpr (ZERO_BYTES > 0)
-                                copy_bulk(to + ZERO_OFFSET + (local * GROUPS + g) * ZERO_BYTES, p.zero + set * 32,
-                                          ZERO_BYTES, barrier);
-                            column += 64 * TILES / (GROUPS > 0 ? GROUPS : 1);
-                            if (column >= p.group_size) column -= p.group_size, group++;
-                        }
-                    }
-                    stage.next();
-                }
-            }
-        }
+        const int local = warp - 4 * CONSUMERS;
+        if (local < BLOCKS && w.lane == 0) copy_tiles(p, schedule, w, local, cluster, clusters);
     } else {
         raise_registers<224>();
-        const int consumer = warp / 4, quarter = warp % 4;
-        const int pair = lane / 4 * 4 + quarter;  // of this lane's rows, among the 32 of 64 rows
         Sum sums[PARTS][SUMS];
-        float totals[GROUP_SUMS ? SUMS : 1];
-        uint32_t a[2][PARTS][2][4];
-        uint32_t words[PARTS][BITS];
-        const int first = block_index() / (CLUSTER * SPLIT);
-        if (SKEW > 0 && consumer == 1) barrier_sync(3, THREADS);
-        for (int index = first; index < row_tiles * token_tiles; index += clusters) {
-            const Place at = place(p, index, row_tiles, token_tiles);
-            const int block = (at.row_tile * CLUSTER + member) * BLOCKS + consumer * PARTS;
-            ZeroPoint<BITS, X> row_zero[PARTS][2];
-            if constexpr (ZERO && !INTEGER && GROUPS == 0) {
-#pragma unroll
-                for (int part = 0; part < PARTS; part++)
-                    if (block + part < p.row_blocks) {
-                        const uint32_t zero = p.zero[(block + part) * 32 + pair];
-                        row_zero[part][0] = ZeroPoint<BITS, X>(zero & 255);
-                        row_zero[part][1] = ZeroPoint<BITS, X>(zero >> 8);
-                    }
-            }
-            bool fresh = true;  // of GROUP_SUMS: no products of this group yet
-            if constexpr (GROUP_SUMS) {
-#pragma unroll
-                for (int i = 0; i < SUMS; i++) totals[i] = 0.0f;
-            }
-            int column = 0;  // of GROUP_SUMS: of the group, that are done
-            for (int step = begin; step < end; step++) {
-                const uint32_t from = base + stage.index * STAGE_BYTES;
-                const uint64_t tokens = wgmma_descriptor(from);
-                mbarrier_wait(full + 8 * stage.index, stage.parity);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-#pragma unroll
-                    for (int part = 0; part < PARTS; part++) {
-                        const int local = consumer * PARTS + part;
-                        if (INTEGER || half == 0)
-                            load_tile<BITS>(from + X_BYTES + local * WEIGHT_BYTES +
-                                                ((INTEGER ? 4 * half : 0) + quarter) * TILE_BYTES,
-                                            lane, words[part]);
-                        if constexpr (INTEGER) {
-#pragma unroll
-                            for (int s = 0; s < 2; s++) dequantize_bytes<BITS>(words[part], s, a[half][part][s]);
-#ifdef NO_DEQUANT
-                            for (int s = 0; s < 2; s++) for (int r = 0; r < 4; r++) a[half][part][s][r] = words[part][s];
-#endif
-                        } else {
-                            const int set = local * GROUPS + (GROUPS == 2 ? half : 0);
-                            ZeroPoint<BITS, X> low = row_zero[part][0], high = row_zero[part][1];
-                            if constexpr (ZERO && GROUPS > 0) {
-                                const uint32_t zero = load_shared_half(from + ZERO_OFFSET + set * ZERO_BYTES + pair * 2);
-                                low = ZeroPoint<BITS, X>(zero & 255), high = ZeroPoint<BITS, X>(zero >> 8);
-                            }
-#pragma unroll
-                            for (int s = 0; s < 2; s++)
-                                dequantize<BITS, X>(words[part], 2 * half + s, low, high, a[half][part][s]);
-#ifdef NO_DEQUANT
-                            for (int s = 0; s < 2; s++) for (int r = 0; r < 4; r++) a[half][part][s][r] = words[part][s];
-                            if constexpr (0) {
-#else
-                            if constexpr (GROUPS > 0) {
-#endif
-                                const uint32_t scale = load_shared(from + SCALE_OFFSET + set * SCALE_BYTES + pair * 4);
-#pragma unroll
-                                for (int s = 0; s < 2; s++)
-#pragma unroll
-                                    for (int r = 0; r < 4; r++)
-                                        a[half][part][s][r] = mul2<X>(
-                                            a[half][part][s][r], permute_bytes(scale, 0, r & 1 ? 0x3232 : 0x1010));
-                            }
-                        }
-                    }
-                    wgmma_fence();
-#pragma unroll
-                    for (int s = 0; s < 2; s++)
-#pragma unroll
-                        for (int part = 0; part < PARTS; part++)
-                            wgmma<KIND, TOKENS>(sums[part], a[half][part][s], tokens + 2 * (2 * half + s),
-                                                (GROUP_SUMS ? !fresh : step > begin) || half > 0 || s > 0);
-                    wgmma_commit();
-                    wgmma_wait<1>();
-                    if (half == 0 && step > begin && !GROUP_SUMS) release(empty + 8 * stage.previous(), split, lane);
-                }
-                if constexpr (GROUP_SUMS) {
-                    wgmma_wait<0>();
-                    column += 128;
-                    fresh = column >= p.group_size || step == end - 1;
-                    if (fresh) {
-                        column = 0;
-                        float low, high;
-                        const uint32_t scales = from + SCALE_OFFSET + consumer * SCALE_BYTES;
-                        if constexpr (FLOAT_SCALE) {
-                            const Words2 scale = load_shared2(scales + pair * 8);
-                            low = bits_to_float(scale.x), high = bits_to_float(scale.y);
-                        } else {
-                            const uint32_t scale = load_shared(scales + pair * 4);
-                            low = to_float<Y>(scale), high = to_float<Y>(scale >> 16);
-                        }
-#pragma unroll
-                        for (int i = 0; i < SUMS; i++) totals[i] += float(sums[0][i]) * (i & 2 ? high : low);
-                    }
-                    release(empty + 8 * stage.index, split, lane);
-                }
-                if (SKEW > 0 && consumer == 0 && index == first && step == begin + min(SKEW, end - begin) - 1)
-                    barrier_arrive(3, THREADS);
-                stage.next();
-            }
-            if constexpr (!GROUP_SUMS) {
-                wgmma_wait<0>();
-                release(empty + 8 * stage.previous(), split, lane);
-            }
-
-            if constexpr (SPLIT > 1) {
-                // Splits before the receiver lay theirs at their own index, those after it one lower.
-#pragma unroll
-                for (int to = 0; to < SPLIT; to++)
-                    if (to != split) {
-                        const uint32_t sent = map_shared(base + SENT_OFFSET, to * CLUSTER + member) +
-                                              (split - (split > to)) * SENT_BYTES + thread_index() * 16;
-#pragma unroll
-                        for (int part = 0; part < PARTS; part++)
-#pragma unroll
-                            for (int i = 0; i < SLICE_SUMS; i += 4) {
-                                const Sum* s = &sums[part][to * SLICE_SUMS + i];
-                                cluster_store(sent + (part * SLICE_SUMS + i) / 4 * (16 * THREADS),
-                                              {to_bits(s[0]), to_bits(s[1]), to_bits(s[2]), to_bits(s[3])});
-                            }
-                        cluster_mbarrier_arrive(map_shared(received, to * CLUSTER + member));
-                    }
-                if (thread_index() == 0) mbarrier_arrive(received);
-                cluster_mbarrier_wait(received, 0);
-            }
-
-            const uint32_t output = base + Y_OFFSET + consumer * PARTS * Y_BYTES;
-            const int token = at.token_tile * TOKENS + split * SLICE;
-            if (thread_index() % 128 == 0) store_tensor_wait();
-            barrier_sync(1 + consumer, 128);
-#pragma unroll
-            for (int part = 0; part < PARTS; part++) {
-                float scale[2] = {UNIT, UNIT}, shift[2] = {0.0f, 0.0f};
-                int zero[2] = {0, 0};
-                if (block + part < p.row_blocks) {
-#pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        const int row = (block + part) * 64 + 16 * quarter + lane / 4 + 8 * r;
-                        if constexpr (GROUPS == 0) scale[r] *= row_scale(p.scale, (block + part) * 64 + 2 * pair + r);
-                        if constexpr (ZERO && INTEGER)
-                            zero[r] = (int(p.zero[(block + part) * 32 + pair] >> 8 * r & 255) - (1 << (BITS - 1)))
-                                      << (8 - BITS);
-                        if (p.bias != nullptr && row < p.rows) shift[r] = to_float<Y>(p.bias[row]);
-                    }
-                }
-#pragma unroll
-                for (int to = 0; to < SPLIT; to++) {
-                    if (to != split) continue;
-#pragma unroll
-                    for (int i = 0; i < SLICE_SUMS; i += 8) {  // 16 tokens
-                        uint32_t packed[4];
-#pragma unroll
-                        for (int c = 0; c < 2; c++) {
-                            Sum s[4];
-#pragma unroll
-                            for (int j = 0; j < 4; j++) s[j] = sums[part][to * SLICE_SUMS + i + 4 * c + j];
-                            if constexpr (SPLIT > 1) {
-                                Sum total[4] = {0, 0, 0, 0};
-#pragma unroll
-                                for (int o = 0; o < SPLIT; o++) {
-                                    Sum other[4] = {s[0], s[1], s[2], s[3]};
-                                    if (o != to) {
-                                        const Words4 words =
-                                            load_shared4(base + SENT_OFFSET + (o - (o > to)) * SENT_BYTES +
-                                                         (part * SLICE_SUMS + i + 4 * c) / 4 * (16 * THREADS) +
-                                                         thread_index() * 16);
-                                        from_bits(words.x, other[0]), from_bits(words.y, other[1]);
-                                        from_bits(words.z, other[2]), from_bits(words.w, other[3]);
-                                    }
-#pragma unroll
-                                    for (int j = 0; j < 4; j++) total[j] += other[j];
-                                }
-#pragma unroll
-                                for (int j = 0; j < 4; j++) s[j] = total[j];
-                            }
-                            float factor[2] = {1.0f, 1.0f};
-                            float value[4];
-                            if constexpr (INTEGER) {
-#pragma unroll
-                                for (int j = 0; j < 2; j++) {
-                                    const int t = token + 2 * (i + 4 * c) + 2 * (lane % 4) + j;
-                                    factor[j] = t < p.tokens ? p.token_scale[t] : 0.0f;
-                                    if constexpr (ZERO) {
-                                        const int sum = t < p.tokens ? p.token_sum[t] : 0;
-                                        s[j] -= zero[0] * sum, s[2 + j] -= zero[1] * sum;
-                                    }
-                                }
-                            }
-#pragma unroll
-                            for (int j = 0; j < 4; j++) {
-                                value[j] = GROUP_SUMS ? totals[i + 4 * c + j] : float(s[j]);
-                                value[j] = value[j] * (scale[j / 2] * factor[j % 2]) + shift[j / 2];
-                            }
-                            packed[2 * c] = pack2<Y>(value[0], value[1]);
-                            packed[2 * c + 1] = pack2<Y>(value[2], value[3]);
-                        }
-                        // This lane's row, a token, of the matrices (rows, tokens) (0, 0), (8, 0), (0, 8), (8, 8).
-                        const int t = 2 * i + 8 * (lane / 16) + lane % 8, chunk = 2 * quarter + lane / 8 % 2;
-                        store_matrices4_transposed(output + part * Y_BYTES + t * 128 + ((chunk ^ (t & 7)) << 4),
-                                                   packed[0], packed[1], packed[2], packed[3]);
-                    }
-                }
-            }
-            fence_async_shared();
-            barrier_sync(1 + consumer, 128);
-            if (thread_index() % 128 == 0) {
-#pragma unroll
-                for (int part = 0; part < PARTS; part++)
-                    if ((block + part) * 64 < p.rows)
-                        store_tensor(&p.y, (block + part) * 64, token, output + part * Y_BYTES);
-                store_tensor_commit();
-            }
+        float totals[TOTALS];
+        const bool skewed = SKEW > 0 && cluster + clusters < schedule.count();
+        int lead = skewed && w.consumer == 0 ? min(SKEW, w.end - w.begin) : 0;
+        if (skewed && w.consumer == 1) barrier_sync(3, THREADS);
+        for (int index = cluster; index < schedule.count(); index += clusters) {
+            const Place at = schedule.place(index);
+            const int block = at.row_tile * BLOCKS + w.consumer * PARTS;
+            multiply(p, w, block, lead, sums, totals);
+            if constexpr (SPLIT > 1) exchange(w, received, sums);
+            store(p, w, block, at.token_tile, sums, totals);
+            lead = 0;
         }
         if (thread_index() % 128 == 0) store_tensor_wait();
     }
-    if constexpr (CLUSTER * SPLIT > 1) cluster_sync();  // none leaves while another may still write into it
+    if constexpr (SPLIT > 1) cluster_sync();  // none leaves while another may still write into it
 }

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tensormill.cuda import DEVICE_HEADER, Module, multiprocessors, tensor_map
+from tensormill.cuda import HOPPER_HEADER, Kernel, Module, multiprocessors, tensor_map
 from tensormill.ops.tiles import tiled_groups
 
 _FOLDER = Path(__file__).parent
 _HEADERS = (
-    DEVICE_HEADER.with_name("hopper.cuh"),
+    HOPPER_HEADER,
     _FOLDER / "dequantize.cuh",
     _FOLDER.parent / "linear_wna8" / "dequantize_bytes.cuh",
 )
 _X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
 _Y_TYPES = {torch.float16: 0, torch.bfloat16: 1}
 _THREADS = 384
-# Of H200: what a multiprocessor reads from the second-level cache in a cycle; what a tile costs beside its products.
-_L2_BYTES = 32.0
-_TILE_CYCLES = 3000.0
-_SPLIT_CYCLES = 1500.0
 _MOST_SHARED = 232448  # bytes of shared memory that a block of sm_90 can have
 
 
@@ -35,19 +32,17 @@ class Tile:
 
     Attributes:
         rows: of the weight, 128 or 256.
-        tokens: 64, 128 or 256, with at most 128 * 256 elements.
-        cluster: blocks with neighbouring rows that share their tokens' copies.
-        split: blocks that share a tile along K; they run once, so there should be no more than fit the GPU.
+        tokens: 32, 64, 128 or 256, with at most 256 * 128 elements in a tile.
+        split: blocks that share a tile along K, 1, 2 or 4, with at least 16 tokens for each.
     """
 
     rows: int
     tokens: int
-    cluster: int = 1
     split: int = 1
 
-    def blocks(self, tokens: int, rows: int) -> int:
-        """Blocks of a product."""
-        return -(-rows // (self.rows * self.cluster)) * -(-tokens // self.tokens) * self.cluster * self.split
+    def count(self, tokens: int, rows: int) -> int:
+        """Tiles of a product."""
+        return -(-rows // self.rows) * -(-tokens // self.tokens)
 
 
 @dataclass(frozen=True)
@@ -71,24 +66,9 @@ class Format:
     float_scale: bool = False
 
 
-_TensorMap = ctypes.c_uint64 * 16
-
-
-class _Arguments(ctypes.Structure):
-    """`Arguments` of wgmma.cu, less the alignment."""
-
-    _fields_ = (
-        ("x", _TensorMap),
-        ("y", _TensorMap),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("weight", "scale", "zero", "bias", "token_scale", "token_sum")
-        ),
-        *(
-            (name, ctypes.c_int)
-            for name in ("tokens", "rows", "row_blocks", "columns", "groups", "group_size", "width")
-        ),
-    )
+# `Arguments` of wgmma.cu, after the two tensor maps: addresses; sizes, and the bytes that the struct's alignment adds.
+_ADDRESSES = struct.Struct("6Q")
+_SIZES = struct.Struct("7i52x")
 
 
 def shared_bytes(form: Format, tile: Tile) -> tuple[int, int]:
@@ -115,11 +95,11 @@ def module(form: Format, tile: Tile) -> Module:
         "TILE_ROWS": tile.rows,
         "TILE_TOKENS": tile.tokens,
         "RING_STAGES": stages,
-        "CLUSTER_BLOCKS": tile.cluster,
         "K_SPLITS": tile.split,
         "STAGE_GROUPS": form.scale_sets,
         "HAS_ZERO": int(form.zero_points),
         "SCALE_TYPE": 2 if form.float_scale else _Y_TYPES[form.y],
+        "RING_SKEW": min(2, stages // 3),
         "SHARED_BYTES": shared,
     }
     return Module(_FOLDER / "wgmma.cu", defines, _HEADERS)
@@ -168,107 +148,76 @@ def product(
     Returns:
         (M, N).
     """
-    (tokens, columns), rows = x.shape, weight.shape[0]
     if x.dtype != torch.int8:
         dtype = x.dtype
     assert dtype is not None
     if scale.dtype != dtype and (x.dtype != torch.int8 or scale.dtype != torch.float32):
         scale = scale.to(dtype if x.dtype != torch.int8 else torch.float32)
-    sets = scale_sets(x.dtype, columns, group_size)
-    form = Format(bits, x.dtype, dtype, sets, zero_point is not None, scale.dtype == torch.float32)
+    (tokens, columns), rows = x.shape, weight.shape[0]
+    zeros, float_scale = zero_point is not None, scale.dtype == torch.float32
+    made = _plan(
+        x.device.index, tokens, rows, columns, bits, group_size, x.dtype, dtype, zeros, float_scale, tile
+    )
     multiple = 16 // x.element_size()  # copies want rows at multiples of 16 bytes
     if x.stride(1) != 1 or x.stride(0) % multiple or x.data_ptr() % 16:
         padded = x.new_empty(tokens, -(-columns // multiple) * multiple)
         padded[:, :columns] = x
         x = padded[:, :columns]
-    y = torch.empty((tokens, -(-rows // 8) * 8), dtype=dtype, device=x.device)[:, :rows]
-    if tile is None:
-        tile = choose(form, tokens, rows, columns, multiprocessors(x.device.index))
-    summed = x.sum(1, dtype=torch.int32) if x_scale is not None and zero_point is not None else None
-    launch(form, tile, x, weight, scale, zero_point, bias, x_scale, summed, y, group_size, overlap)
-    return y.contiguous()
-
-
-_MAPS: dict[tuple[object, ...], ctypes.Array[ctypes.c_uint64]] = {}
-
-
-def _map(tensor: Tensor, box: tuple[int, int]) -> ctypes.Array[ctypes.c_uint64]:
-    """`tensor_map`, which takes longer than a launch, of a tensor that is often at the same place."""
-    key = (tensor.data_ptr(), tensor.dtype, *tensor.shape, tensor.stride(0), box)
-    found = _MAPS.get(key)
-    if found is None:
-        if len(_MAPS) >= 4096:
-            _MAPS.clear()
-        found = _MAPS[key] = _TensorMap.from_buffer_copy(tensor_map(tensor, box))
-    return found
-
-
-# Rows, tokens, cluster, split.
-_TILES = tuple(
-    Tile(*sizes)
-    for sizes in (
-        (256, 128, 1, 1),
-        (256, 128, 2, 1),
-        (128, 256, 2, 1),
-        (128, 128, 2, 1),
-        (128, 128, 2, 2),
-        (128, 128, 2, 4),
-        (256, 64, 1, 1),
-        (256, 64, 1, 2),
-        (256, 64, 1, 4),
+    width = -(-rows // 8) * 8
+    y = torch.empty((tokens, width), dtype=dtype, device=x.device)
+    result = y if width == rows else y[:, :rows]
+    summed = x.sum(1, dtype=torch.int32) if zero_point is not None and x_scale is not None else None
+    addresses = _ADDRESSES.pack(
+        weight.data_ptr(),
+        scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if x_scale is None else x_scale.data_ptr(),
+        0 if summed is None else summed.data_ptr(),
     )
-)
+    maps = _map(x, made.x_box) + _map(result, made.y_box)
+    made.kernel.launch(
+        made.grid,
+        _THREADS,
+        made.shared,
+        maps + addresses + made.sizes,
+        cluster=made.cluster,
+        overlap=overlap,
+    )
+    return result.contiguous()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A launch, less what changes from call to call."""
+
+    kernel: Kernel
+    grid: int
+    cluster: int
+    shared: int
+    x_box: tuple[int, int]
+    y_box: tuple[int, int]
+    sizes: bytes
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> Tile:
-    """The tile that should be fastest: a model of a block's cycles, times the tiles that each must do."""
-    return min(_tiles(form), key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
-
-
-def _tiles(form: Format) -> list[Tile]:
-    """Tiles that a kernel exists for."""
-    if form.x == torch.int8 and form.scale_sets > 0:
-        return [tile for tile in _TILES if tile.rows == 128 and tile.tokens <= 128 and tile.split == 1]
-    return [tile for tile in _TILES if shared_bytes(form, tile)[0] >= 3]
-
-
-def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
-    """Clock cycles of the product."""
-    integer = form.x == torch.int8
-    stage_columns = 128 if integer else 64
-    products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
-    copies = (tile.tokens * 128 / tile.cluster + tile.rows * stage_columns * form.bits / 8) / _L2_BYTES
-    stages = -(-columns // stage_columns) / tile.split
-    tail = _TILE_CYCLES + (tile.split > 1) * _SPLIT_CYCLES
-    together = multiprocessors // (tile.cluster * tile.split) * tile.cluster * tile.split
-    turns = -(-tile.blocks(tokens, rows) // together)
-    return turns * (stages * max(products, copies) + tail)
-
-
-def launch(
-    form: Format,
-    tile: Tile,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    token_scale: Tensor | None,
-    token_sum: Tensor | None,
-    y: Tensor,
+def _plan(
+    device: int,
+    tokens: int,
+    rows: int,
+    columns: int,
+    bits: int,
     group_size: int,
-    overlap: bool = True,
-) -> None:
-    """Write the product to y (M, N), whose rows, as x's, begin at multiples of 16 bytes."""
-    (tokens, columns), rows = x.shape, y.shape[1]
-    arguments = _Arguments(
-        _map(x, (tile.tokens // tile.cluster, 128 // x.element_size())),
-        _map(y, (tile.tokens // tile.split, 64)),
-        *(
-            None if tensor is None else tensor.data_ptr()
-            for tensor in (weight, scale, zero_point, bias, token_scale, token_sum)
-        ),
+    x: torch.dtype,
+    y: torch.dtype,
+    zero_points: bool,
+    float_scale: bool,
+    tile: Tile | None,
+) -> _Plan:
+    form = Format(bits, x, y, scale_sets(x, columns, group_size), zero_points, float_scale)
+    if tile is None:
+        tile = choose(form, tokens, rows, columns, multiprocessors(device))
+    sizes = _SIZES.pack(
         tokens,
         rows,
         -(-rows // 64),
@@ -277,11 +226,94 @@ def launch(
         group_size,
         max(1, 1024 // tile.tokens),
     )
-    blocks = tile.blocks(tokens, rows)
-    if tile.split == 1:  # each block takes one tile after another
-        fit = multiprocessors(x.device.index) // tile.cluster * tile.cluster
-        blocks = min(blocks, fit)
-    _, shared = shared_bytes(form, tile)
-    kernel = module(form, tile).kernel("linear_wgmma", x.device.index)
-    cluster = tile.cluster * tile.split
-    kernel.launch(blocks, _THREADS, shared, arguments, cluster=cluster, overlap=overlap)
+    return _Plan(
+        kernel=module(form, tile).kernel("linear_wgmma", device),
+        grid=_blocks(tile, tokens, rows, multiprocessors(device)),
+        cluster=tile.split,
+        shared=shared_bytes(form, tile)[1],
+        x_box=(tile.tokens, 128 // x.itemsize),
+        y_box=(tile.tokens // tile.split, 64),
+        sizes=sizes,
+    )
+
+
+_MAPS: dict[tuple[object, ...], bytes] = {}
+
+
+def _map(tensor: Tensor, box: tuple[int, int]) -> bytes:
+    """`tensor_map`, which takes longer than a launch, of a tensor that is often at the same place."""
+    key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(0), box)
+    found = _MAPS.get(key)
+    if found is None:
+        if len(_MAPS) >= 4096:
+            _MAPS.clear()
+        found = _MAPS[key] = tensor_map(tensor, box)
+    return found
+
+
+# Rows, tokens, split: those that were fastest somewhere on an H200, 16-bit activations.
+_TILES = tuple(
+    Tile(*sizes)
+    for sizes in (
+        (256, 128, 1),
+        (128, 256, 1),
+        (256, 128, 2),
+        (128, 128, 1),
+        (128, 128, 2),
+        (256, 64, 1),
+        (256, 64, 2),
+        (256, 64, 4),
+        (128, 64, 1),
+        (128, 64, 2),
+        (256, 32, 1),
+        (256, 32, 2),
+        (128, 32, 1),
+        (128, 32, 2),
+    )
+)
+# Fitted to measurements there: cycles that a stage (of a small or a large tile), a tile and a split take beside products;
+# from how many tokens on power sets the clock, and by how much products are faster then if fewer weights are expanded.
+_SMALL_STAGE_CYCLES, _STAGE_CYCLES = 400, 600
+_TILE_CYCLES = 2600
+_SPLIT_CYCLES = 8000
+_MANY_TOKENS, _FEWER_WEIGHTS = 1024, 0.97
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> Tile:
+    """The tile that should be fastest: a model of a block's cycles, times the tiles that each must do."""
+    if form.x == torch.int8:
+        return Tile(128, 128) if form.scale_sets > 0 else Tile(256, 128)
+    stages = -(-columns // _stage_columns(form))  # every split needs one
+    tiles = [t for t in _TILES if t.split <= min(stages, multiprocessors) and shared_bytes(form, t)[0] >= 3]
+    return min(tiles, key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
+
+
+def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
+    """Clock cycles of the product."""
+    products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
+    if tile.tokens == 256 and tokens >= _MANY_TOKENS:
+        products *= _FEWER_WEIGHTS
+    small = tile.rows == 128 and tile.tokens < 256
+    stages = -(-columns // _stage_columns(form)) / tile.split
+    turns = -(-tile.count(tokens, rows) // _fitting(tile, multiprocessors))
+    beside = _TILE_CYCLES + (tile.split > 1) * _SPLIT_CYCLES
+    return turns * (stages * math.hypot(products, _SMALL_STAGE_CYCLES if small else _STAGE_CYCLES) + beside)
+
+
+def _fitting(tile: Tile, multiprocessors: int) -> int:
+    """Tiles that run at once; clusters must fit the GPU's parts, of up to 18 multiprocessors, some of fewer."""
+    if tile.split <= 2:
+        return multiprocessors // tile.split
+    return max(1, multiprocessors * 10 // 11 // tile.split)
+
+
+def _blocks(tile: Tile, tokens: int, rows: int, multiprocessors: int) -> int:
+    """Blocks to launch: with splits for all tiles, else as many as fit, which take one tile after another."""
+    count = tile.count(tokens, rows)
+    return count * tile.split if tile.split > 1 else min(multiprocessors, count)
+
+
+def _stage_columns(form: Format) -> int:
+    """Columns in a stage: 128 bytes of x."""
+    return 128 // form.x.itemsize

@@ -1,4 +1,4 @@
-// Codes of a lane in the tiled layout of kind "i8" (../linear_wna16/tiles.py) become bytes (q - 2^(BITS-1)) 2^(8-BITS):
+// Codes of a lane in the tiled layout of kind "i8" (../tiles.py) become bytes (q - 2^(BITS-1)) 2^(8-BITS):
 // the code at the top of its byte, with the top bit inverted. One shift and one logical operation do it for a field
 // of four codes. The power of two belongs into the scale.
 #pragma once

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class LinearWNA8(LinearWNA16):
     def from_wna16(
         cls, layer: LinearWNA16, *, x_dtype: torch.dtype = torch.int8, x_group_size: int = -1
     ) -> LinearWNA8:
-        """The layer with the same weight and bias (shared, not copied) and 8-bit activations.
+        """The layer with the same weight and bias (shared, not copied, unless it is tiled) and 8-bit activations.
 
         Raises:
             InvalidArgument: activations can't be quantized so, or sums might leave 32 bits.
@@ -102,20 +102,41 @@ class LinearWNA8(LinearWNA16):
         if self._prepared is None:
             return operator(*self._canonical(x, x_scale, dtype))  # type: ignore[no-any-return]
         weight, scale, zero_point, layout = self._prepared
+        if layout == "tiled" and dtype == torch.float32:
+            return operator(*self._canonical(x, x_scale, dtype))  # type: ignore[no-any-return]
         arguments = list(self._canonical(x, x_scale, dtype))
         arguments[2:5] = weight, scale, zero_point
         arguments[-1] = layout
         return operator(*arguments)  # type: ignore[no-any-return]
 
-    def prepare(self) -> None:
-        """Bring the weight into the order of the implementation that this device uses, unless it is there."""
+    def to_layout(self, layout: Literal["packed", "tiled"]) -> LinearWNA16:
+        """The layer itself for "packed".
+
+        Raises:
+            InvalidArgument: for "tiled", the order for 16-bit activations; `prepare` makes the one for these.
+        """
+        if layout != "packed":
+            raise InvalidArgument(
+                f'given layout={layout!r} for a layer with 8-bit activations, expected "packed"; call prepare()'
+            )
+        return self
+
+    def prepare(self, tokens: int = 1) -> None:
+        """Bring the weight into the order of the implementation that this device uses, unless it is in an order.
+
+        Args:
+            tokens: of the calls that should be fastest. From 256 on, Hopper uses a kernel with an order of its own,
+                which is slower than the usual one with a few tokens.
+        """
         now = [t for t in (self.weight_packed, self.weight_scale, self.weight_zero_point) if t is not None]
         before = self._prepared_from
         if len(now) == len(before) and all(
             t is old and t._version == version for t, (old, version) in zip(now, before, strict=True)
         ):
             return
-        x = torch.empty(1, self.in_features, dtype=self.weight_scale.dtype, device=self.weight_packed.device)
+        x = torch.empty(
+            tokens, self.in_features, dtype=self.weight_scale.dtype, device=self.weight_packed.device
+        )
         canonical = self._canonical(x, None, x.dtype)
         implementation = operator.select(*canonical)
         self._prepared = None

@@ -24,6 +24,7 @@ from torch import Tensor
 from tensormill.operator import interpreting
 from tensormill.ops.linear_wna8 import planes as layouts
 from tensormill.ops.linear_wna8.reference import segment_size
+from tensormill.ops.overlap import overlap_options
 from tensormill.ops.quantize_activations.triton import quantize
 
 _ROWS = tl.constexpr(layouts.ROWS)
@@ -637,7 +638,6 @@ def prepare(
 ) -> tuple[Any, ...]:
     """The canonical arguments with the weight in planes, and scales and zero points as (G, N)."""
     columns = x.shape[-1]
-    # with room for activations in groups, whichever these are going to be
     width = part_width(bits, segment_size(128, group_size, x_group_size))
     kind = product(bits, x_dtype)
     weight = layouts.to_planes(weight, bits, columns, width, kind == "fp8")
@@ -707,7 +707,7 @@ def run(
         grid = (triton.cdiv(tokens, config.block_m), triton.cdiv(out_features, config.block_n), splits)
         tile = config.block_m * config.block_n
     tiles = grid[0] if isinstance(config, GemvConfig) else grid[0] * grid[1]
-    overlap = not interpreting()
+    overlap: bool = overlap_options(x)["OVERLAP"]
     counters = None
     if splits > 1:
         counters = torch.empty(tiles, dtype=torch.int32, device=x.device)
@@ -718,6 +718,8 @@ def run(
     else:
         overlap = False
         x, x_scale = x.contiguous(), x_scale.contiguous()
+        if x.storage_offset() % 16:  # codes are read many at a time
+            x = x.clone()
         if counters is not None:
             counters.zero_()
     segment = segment_size(columns, group_size, x_group_size)

@@ -19,7 +19,7 @@ _SMALLEST = (127 - 100) << 23  # the bits of 2^-100
 _INFINITY = 0x7F800000
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counter_count", "M"])
 def _kernel(
     x,
     norm_weight,
@@ -28,6 +28,7 @@ def _kernel(
     codes,
     scales,
     counters,
+    counter_count,
     M,
     K,
     groups,
@@ -43,20 +44,20 @@ def _kernel(
     HAS_PERMUTATION: tl.constexpr,
     HAS_BITS: tl.constexpr,
     INTEGERS: tl.constexpr,
-    COUNTERS: tl.constexpr,
+    HAS_COUNTERS: tl.constexpr,
     FOLLOWED: tl.constexpr,
     SMALLEST: tl.constexpr,
     INFINITY: tl.constexpr,
 ):
     """Program (r, c): ROWS rows, GROUPS groups of at most GROUP channels (CONTIGUOUS: exactly GROUP, or one group).
 
-    Zeroes the first COUNTERS `counters`, for a kernel that follows; if FOLLOWED by one that waits, it may start early.
+    Zeroes the `counters`, 256 a program, for a kernel that follows; if FOLLOWED by one that waits, it may start early.
     """
     if FOLLOWED:
         tl.extra.cuda.gdc_launch_dependents()
-    if COUNTERS > 0:
-        index = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 256 + tl.arange(0, 256)
-        tl.store(counters + index, tl.zeros((256,), tl.int32), mask=index < COUNTERS)
+    if HAS_COUNTERS:
+        place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 256 + tl.arange(0, 256)
+        tl.store(counters + place, tl.zeros((256,), tl.int32), mask=place < counter_count)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = (row < M)[:, None]
     row_start = row[:, None].to(tl.int64) * K
@@ -106,18 +107,16 @@ def _kernel(
     tl.store(scales + scale_offsets, scale, mask=row_mask & (group < groups)[None, :])
 
 
-def geometry(channels: int, group_size: int, norm: bool) -> tuple[int, int, int, int, int]:
-    """Rows and groups of a program, padded size of a group, programs along a row, warps."""
+def geometry(channels: int, group_size: int, whole: bool) -> tuple[int, int, int, int, int]:
+    """Rows and groups of a program, padded size of a group, programs along a row, warps; `whole`: rows must be."""
     groups = num_groups(channels, group_size)
     group = triton.next_power_of_2(channels if group_size == -1 else group_size)
-    # eight elements a thread at least, in rows that are taken whole
-    whole = norm or groups == 1
-    at_once = (
-        triton.next_power_of_2(groups) if whole else min(triton.next_power_of_2(groups), -(-4096 // group))
-    )
+    at_once = triton.next_power_of_2(groups)
+    if not whole:
+        at_once = min(at_once, -(-4096 // group))
     size = at_once * group
     rows = max(1, 1024 // size)
-    warps = max(1, min(16, rows * size // 512))
+    warps = max(1, min(32, rows * size // 1024))
     return rows, at_once, group, triton.cdiv(groups, at_once), warps
 
 
@@ -150,8 +149,9 @@ def quantize(
         return codes, scales
     rows, at_once, group, programs, warps = geometry(columns, group_size, norm_weight is not None)
     row_programs = triton.cdiv(tokens, rows)
-    if counters is not None:
-        assert counters.numel() <= 256 * row_programs * programs
+    if counters is not None and counters.numel() > 256 * row_programs * programs:
+        counters.zero_()
+        counters = None
     _kernel[(row_programs, programs)](
         x,
         x if norm_weight is None else norm_weight.contiguous(),
@@ -160,6 +160,7 @@ def quantize(
         codes,
         scales,
         scales if counters is None else counters,
+        0 if counters is None else counters.numel(),
         tokens,
         columns,
         groups,
@@ -175,7 +176,7 @@ def quantize(
         HAS_PERMUTATION=permutation is not None,
         HAS_BITS=block_bits is not None,
         INTEGERS=dtype == torch.int8,
-        COUNTERS=0 if counters is None else counters.numel(),
+        HAS_COUNTERS=counters is not None,
         FOLLOWED=followed,
         SMALLEST=_SMALLEST,
         INFINITY=_INFINITY,

@@ -419,7 +419,7 @@ def emulated(blocks: int = 5, sixteens: int = 1, **changed: object) -> tuple[str
         grid = blocks * -(-rows // latent.ROWS)
         kernel.launch(grid, latent.THREADS, latent.shared_bytes(query.shape[-1]), packed)
     else:
-        assert cuda.takes(*arguments)
+        assert cuda.supports(*arguments)
         config = cuda.Config(sixteens, 3, 2, 2)
         tile = config.block_tokens
         macros = cuda.defines(query, key, *stored, table, window, softcap, config)

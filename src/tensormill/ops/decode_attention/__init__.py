@@ -275,6 +275,12 @@ def _cuda_supports(*arguments: Any) -> bool:
     return supports(*arguments)
 
 
+def _latent_supports(*arguments: Any) -> bool:
+    from tensormill.ops.decode_attention.latent import supports
+
+    return supports(*arguments)
+
+
 operator = Operator(
     "decode_attention",
     schema=SCHEMA,
@@ -299,6 +305,13 @@ operator.implementation(
     entry="tensormill.ops.decode_attention.triton:decode_attention",
     supports=_triton_supports,
     missing=triton_missing,
+)
+operator.implementation(
+    "latent",
+    devices=("cuda",),
+    entry="tensormill.ops.decode_attention.latent:decode_attention",
+    supports=_latent_supports,
+    missing=cuda_missing,
 )
 peers.register(operator)
 

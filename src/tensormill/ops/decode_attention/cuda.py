@@ -1,5 +1,4 @@
-"""Decode attention in CUDA C++: launches `attend.cu`, for quantized caches, and `merge.cu`. The entry of `latent.cu`
-too, for MLA."""
+"""Decode attention over quantized caches in CUDA C++: launches `attend.cu` and `merge.cu`."""
 
 from __future__ import annotations
 
@@ -55,19 +54,7 @@ class Arguments(ctypes.Structure):
     )
 
 
-def supports(*arguments: Any) -> bool:
-    """Whether one of the two kernels takes the call."""
-    from tensormill.ops.decode_attention import latent
-
-    if arguments[2] is not None:
-        return takes(*arguments)
-    query = arguments[0]
-    # wgmma exists on sm_90 only
-    hopper = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == 9
-    return hopper and latent.supports(*arguments)
-
-
-def takes(
+def supports(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -228,10 +215,6 @@ def configuration(rows: int, bits: int, exponents: bool) -> Config:
 
 def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See `tensormill.ops.decode_attention`."""
-    if arguments[2] is None:
-        from tensormill.ops.decode_attention import latent
-
-        return latent.decode_attention(*arguments)
     query, key, key_scale = arguments[0], arguments[1], arguments[3]
     rows = query.shape[1] // key.shape[1] * query.shape[2]
     return run(configuration(rows, bits_of(key), key_scale.dtype == torch.uint8), *arguments)

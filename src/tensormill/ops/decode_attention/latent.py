@@ -47,7 +47,9 @@ def supports(
     window: int,
     softcap: float,
 ) -> bool:
-    """One latent for all heads, of 512 or 256 channels of values and 64 or more others, in 16 bits."""
+    """One latent for all heads, of 512 or 256 channels of values and 64 or more others, in 16 bits; on sm_90."""
+    if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] != 9:
+        return False  # wgmma exists there only
     if value is not None or key_scale is not None or query.dtype not in _NAMES or 0 in key.shape:
         return False
     if sinks is not None and sinks.dtype not in (*_NAMES, torch.float32):

@@ -21,7 +21,9 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(interpreting(), reason="already interpreting")
-@pytest.mark.parametrize("name", ["test_battery.py", "test_linear_wna16_triton.py"])
+@pytest.mark.parametrize(
+    "name", ["test_battery.py", "test_linear_wna16_triton.py", "test_linear_wna8_triton.py"]
+)
 def test_interpreted(name):
     pytest.importorskip("triton")
     import tensormill

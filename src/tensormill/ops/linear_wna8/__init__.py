@@ -7,7 +7,6 @@ with few tokens, twice the rate of 16-bit layers with many (FlexQ, arXiv 2508.04
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tensormill.errors import InvalidArgument
-from tensormill.operator import Operator, Sample
+from tensormill.operator import Operator, Sample, interpreting, triton_missing
 from tensormill.ops.dequantize_wna16 import check_weight, make_weight, num_groups, weight_bytes
-from tensormill.ops.linear_wna8 import reference
+from tensormill.ops.linear_wna8 import peers, reference
 from tensormill.ops.linear_wna16 import autocast
 from tensormill.ops.quantize_activations import check_quantization
 from tensormill.ops.quantize_activations.reference import quantize_activations
@@ -31,12 +30,6 @@ SCHEMA = (
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Shape = Mapping[str, Any]
-
-
-def segment_size(in_features: int, group_size: int, x_group_size: int) -> int:
-    """Columns over which integers are summed before a scale changes (the last segment may be shorter)."""
-    whole = max(in_features, 1)
-    return math.gcd(whole if group_size == -1 else group_size, whole if x_group_size == -1 else x_group_size)
 
 
 def cost(shape: Shape) -> Cost:
@@ -175,11 +168,46 @@ def _fake(
     return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
 
 
+def _triton_supports(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    x_group_size: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    layout: str,
+) -> bool:
+    columns = x.shape[-1]
+    floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
+    groups = (group_size == -1 or group_size % 32 == 0) and (x_group_size == -1 or x_group_size % 32 == 0)
+    return (
+        (layout == "packed" or "planes" in layout)
+        and (x_dtype == torch.int8 or not interpreting())
+        and 0 < columns <= 65536
+        and groups
+        and all(t.dtype in DTYPES for t in floats)
+        # Triton's interpreter truncates where bf16 should be rounded.
+        and (dtype in DTYPES and not (interpreting() and dtype == torch.bfloat16))
+    )
+
+
 class _LinearWNA8(Operator):
     """The result's type sets the tolerance, not that of the first tensor, which may be codes."""
 
     def tolerance(self, dtype: torch.dtype, shape: Shape) -> float:
         return super().tolerance(getattr(torch, shape["dtype"]), shape)
+
+
+def _triton_prepare(*arguments: Any) -> tuple[Any, ...]:
+    from tensormill.ops.linear_wna8.triton import prepare
+
+    return prepare(*arguments)
 
 
 operator = _LinearWNA8(
@@ -192,6 +220,15 @@ operator = _LinearWNA8(
     samples=samples(),
     reduction=lambda shape: shape["in_features"],
 )
+operator.implementation(
+    "triton",
+    devices=("cuda",),
+    entry="tensormill.ops.linear_wna8.triton:linear",
+    supports=_triton_supports,
+    missing=triton_missing,
+    prepare=_triton_prepare,
+)
+peers.register(operator)
 
 
 def linear_wna8(
@@ -264,14 +301,19 @@ def linear_wna8(
         raise InvalidArgument(
             f"given bias of {bias.dtype} and shape {tuple(bias.shape)}, expected floats ({rows},)"
         )
-    segment = min(columns, segment_size(columns, group_size, x_group_size))
-    if segment << (bits + 7) >= 1 << 31:
-        raise InvalidArgument(
-            f"given {segment} columns of {bits} bits with one scale, whose sums might leave 32 bits; expected at"
-            f" most {(1 << (24 - bits)) - 1}: use groups"
-        )
+    check_activations(columns, bits, group_size, x_group_size)
     for name, tensor in (("weight", weight), ("bias", bias), ("x_scale", x_scale)):
         if tensor is not None and tensor.device != x.device:
             raise InvalidArgument(f"given {name} on {tensor.device} and x on {x.device}, expected one device")
     options = (rows, bits, group_size, x_group_size, x_dtype, dtype, "packed")
     return operator(x, x_scale, weight, weight_scale, zero_point, bias, *options)  # type: ignore[no-any-return]
+
+
+def check_activations(in_features: int, bits: int, group_size: int, x_group_size: int) -> None:
+    """Raise `InvalidArgument` if sums of products might leave 32 bits before a scale is applied."""
+    segment = min(in_features, reference.segment_size(in_features, group_size, x_group_size))
+    if segment << (bits + 7) >= 1 << 31:
+        raise InvalidArgument(
+            f"given {segment} columns of {bits} bits with one scale, whose sums might leave 32 bits; expected at"
+            f" most {(1 << (24 - bits)) - 1}: use groups"
+        )

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from tensormill.ops.bit_packing import unpack_bits
+from tensormill.ops.linear_wna8.planes import from_planes
 from tensormill.ops.quantize_activations.reference import quantize_activations
+
+
+def segment_size(in_features: int, group_size: int, x_group_size: int) -> int:
+    """Columns over which integers are summed before a scale changes (the last segment may be shorter)."""
+    size = math.gcd(max(group_size, 0), max(x_group_size, 0))
+    return size if size > 0 else max(in_features, 1)
 
 
 def linear_wna8(
@@ -45,20 +52,26 @@ def linear_wna8(
         x_group_size: channels of x that share a scale, -1 for all.
         x_dtype: of the activations' codes: torch.int8, or torch.float8_e4m3fn.
         dtype: of the result.
-        layout: "packed".
+        layout: "packed", or that of `planes` with parts of w columns, "planes<w>" or
+            "signed_planes<w>", and scales and zero points (G, N).
 
     Returns:
         (..., N) of `dtype` (float64 for a float64 `weight_scale`).
     """
     if x_scale is None:
         x, x_scale = quantize_activations(x, None, None, None, 0.0, 0.0, 8, x_group_size, x_dtype)
+    if layout != "packed":
+        sign, width = layout.startswith("signed"), int(layout.rpartition("planes")[2])
+        weight = from_planes(weight, bits, out_features, x.shape[-1], width, sign)
+        weight_scale = weight_scale.T
+        zero_point = None if zero_point is None else zero_point.T
     compute = torch.float64 if weight_scale.dtype == torch.float64 else torch.float32
     columns = x.shape[-1]
     codes = unpack_bits(weight, bits, columns).double()
     group = max(columns, 1) if group_size == -1 else group_size
     x_group = max(columns, 1) if x_group_size == -1 else x_group_size
     total = torch.zeros((*x.shape[:-1], out_features), dtype=compute, device=x.device)
-    step = math.gcd(group, x_group)
+    step = segment_size(columns, group_size, x_group_size)
     for begin in range(0, columns, step):
         g, gx = begin // group, begin // x_group
         zero = float(1 << (bits - 1)) if zero_point is None else zero_point[:, g, None].double()

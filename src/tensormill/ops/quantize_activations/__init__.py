@@ -7,14 +7,14 @@ of channels, so that blocks of outliers have 8 bits and all others 4 (COMET, arX
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensormill.errors import InvalidArgument
-from tensormill.operator import Operator, Sample
+from tensormill.operator import Operator, Sample, requires, triton_missing
 from tensormill.ops.dequantize_wna16 import num_groups
 from tensormill.ops.quantize_activations import reference
 from tensormill.roofline import Cost
@@ -130,6 +130,16 @@ def _fake(
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
 
 
+def _compiled(*arguments: Any) -> Callable[[], Any]:
+    compiled = torch.compile(reference.quantize_activations, dynamic=False)
+    compiled(*arguments)
+    return lambda: compiled(*arguments)
+
+
+def _triton_supports(x: Tensor, *arguments: Any) -> bool:
+    return x.dtype in FLOATS and 0 < x.shape[-1] <= 65536
+
+
 operator = Operator(
     "quantize_activations",
     schema=SCHEMA,
@@ -138,6 +148,20 @@ operator = Operator(
     cost=cost,
     inputs=_inputs,
     samples=samples(),
+)
+operator.implementation(
+    "triton",
+    devices=("cuda",),
+    entry="tensormill.ops.quantize_activations.triton:quantize",
+    supports=_triton_supports,
+    missing=triton_missing,
+)
+operator.peer(
+    "torch.compile of the reference",
+    devices=("cuda",),
+    make=_compiled,
+    missing=requires("triton"),
+    tolerance=float("inf"),  # its products and sums are fused, which moves some codes by one
 )
 
 

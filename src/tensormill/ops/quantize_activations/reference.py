@@ -45,7 +45,7 @@ def quantize_activations(
     values = x.float()
     if norm_weight is not None:
         mean_square = values.double().square().mean(-1, keepdim=True)
-        factor = (1 / (mean_square + eps).sqrt()).float()
+        factor = (1 / (mean_square + torch.tensor(eps, dtype=torch.float32).double()).sqrt()).float()
         values = values * factor * (norm_weight.float() + norm_offset)
     if permutation is not None:
         values = values[..., permutation]

@@ -1,0 +1,329 @@
+"""What is special to layers with 8-bit activations; the battery does the comparison with the reference."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tensormill.errors import InvalidArgument
+from tensormill.operator import interpreting
+from tensormill.ops import OPERATORS, linear_wna8, quantize_activations, use_implementation
+from tensormill.ops.bit_packing import pack_bits
+from tensormill.ops.correctness import deviation
+from tensormill.ops.linear_wna8.module import LinearWNA8
+from tensormill.ops.linear_wna8.planes import from_planes, to_planes
+from tensormill.ops.linear_wna16.module import LinearWNA16
+
+operator = OPERATORS["linear_wna8"]
+
+
+def weight(rows, columns, bits, group_size, symmetric, seed=0, scale=None):
+    """Codes, float weights, and the operator's canonical weight arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size == -1 else -(-columns // group_size)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    if scale is None:
+        scale = torch.rand(rows, groups, generator=generator) + 0.5
+    zero = torch.full((rows, groups), 1 << (bits - 1), dtype=torch.uint8)
+    if not symmetric:
+        zero = torch.randint(0, 1 << bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    size = columns if group_size == -1 else group_size
+    wide = [t.double().repeat_interleave(size, 1)[:, :columns] for t in (zero, scale)]
+    dense = (codes.double() - wide[0]) * wide[1]
+    return dense, (pack_bits(codes, bits), scale, None if symmetric else zero)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 8),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.booleans(),
+    st.integers(0, 1 << 30),
+)
+def test_integers_are_exact(bits, tokens, rows, columns, symmetric, seed):
+    dense, arguments = weight(rows, columns, bits, -1, symmetric, seed, torch.ones(rows, 1))
+    x = torch.randint(-128, 128, (tokens, columns), generator=torch.Generator().manual_seed(seed))
+    one = torch.ones(tokens, 1)
+    y = linear_wna8(x.to(torch.int8), *arguments, bits=bits, group_size=-1, x_scale=one, dtype=torch.float32)
+    assert torch.equal(y.double(), x.double() @ dense.T)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("group_size", "x_group_size"), [(-1, -1), (128, -1), (-1, 64), (32, 128), (24, 36)])
+def test_scales_multiply_codes(x_dtype, group_size, x_group_size):
+    dense, arguments = weight(21, 300, 5, group_size, False)
+    x = torch.randn(2, 3, 300)
+    codes, scale = quantize_activations(x, dtype=x_dtype, group_size=x_group_size)
+    size = 300 if x_group_size == -1 else x_group_size
+    dequantized = codes.double() * scale.double().repeat_interleave(size, -1)[..., :300]
+    options = {"bits": 5, "group_size": group_size, "x_group_size": x_group_size}
+    y = linear_wna8(codes, *arguments, x_scale=scale, dtype=torch.float32, **options)
+    assert deviation(y, dequantized @ dense.T, 1e-5) is None
+    # floats are quantized alike
+    assert torch.equal(linear_wna8(x, *arguments, x_dtype=x_dtype, **options), y)
+
+
+def test_close_to_the_layer_with_16_bits():
+    """8-bit activations of Gaussian values cost about 1 % of the result; outliers in groups of their own little more."""
+    dense, arguments = weight(64, 512, 4, 128, True)
+    x = torch.randn(50, 512)
+    x[:, :3] *= 100
+    exact = x.double() @ dense.T
+    for x_group_size, allowed in ((-1, 0.1), (32, 0.015)):
+        y = linear_wna8(x, *arguments, bits=4, group_size=128, x_group_size=x_group_size)
+        assert (y - exact).norm() / exact.norm() < allowed
+
+
+def test_mixed_blocks():
+    """COMET: after a permutation, outliers' blocks have 8 bits, the others 4, in one product."""
+    columns = 512
+    dense, _ = weight(40, columns, 4, 128, True)
+    x = torch.randn(30, columns, generator=torch.Generator().manual_seed(5))
+    x[:, ::64] *= 40
+    order = torch.argsort(x.abs().amax(0), descending=True, stable=True)
+    bits = torch.tensor([8, 4, 4, 4], dtype=torch.uint8)
+    options = {"group_size": 128, "permutation": order, "block_bits": bits}
+    codes, scale = quantize_activations(x, **options)
+    assert codes[:, :128].abs().max() == 127 and codes[:, 128:].abs().max() == 7
+    # the weight's columns are permuted once, before they are quantized
+    permuted = dense[:, order]
+    group = permuted.unflatten(1, (-1, 128))
+    weight_scale = group.abs().amax(-1) / 7
+    weight_codes = (group / weight_scale[..., None]).round().clamp(-8, 7) + 8
+    packed = pack_bits(weight_codes.flatten(1).to(torch.uint8), 4)
+    y = linear_wna8(
+        codes, packed, weight_scale.float(), bits=4, group_size=128, x_scale=scale, x_group_size=128
+    )
+    quantized = ((weight_codes - 8) * weight_scale[..., None]).flatten(1)
+    exact = x[:, order].double() @ quantized.T
+    assert (y - exact).norm() / exact.norm() < 0.05
+    narrow, narrow_scale = quantize_activations(x, bits=4, group_size=128)
+    unsorted = (narrow.double() * narrow_scale.double().repeat_interleave(128, 1)) @ quantized[
+        :, order.argsort()
+    ].T
+    assert (unsorted - exact).norm() / exact.norm() > 0.05
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    ("rows", "columns", "width"), [(64, 512, 64), (100, 1000, 32), (1, 1, 128), (4100, 70, 64)]
+)
+def test_planes_are_a_bijection(bits, rows, columns, width):
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8)
+    packed = pack_bits(codes, bits)
+    planes = to_planes(packed, bits, columns, width)
+    assert planes.dtype == torch.int8 and planes.dim() == 3
+    assert torch.equal(from_planes(planes, bits, rows, columns, width), packed)
+    signed = to_planes(packed, bits, columns, width, sign=True)
+    assert torch.equal(from_planes(signed, bits, rows, columns, width, sign=True), packed)
+
+
+def test_planes_of_six_bits():
+    """Byte i of an upper sub-block: columns i of two neighbouring parts; of the lower one: of four."""
+    codes = torch.arange(256).remainder(64).to(torch.uint8)[None].expand(64, 256).contiguous()
+    tile = to_planes(pack_bits(codes, 6), 6, 256, 64).view(torch.uint8).view(3, 64, 64)
+    signed = (codes ^ 32)[0].view(4, 64)
+    upper, lower = signed >> 2, signed & 3
+    assert torch.equal(tile[0, 5], upper[0] | upper[1] << 4)
+    assert torch.equal(tile[1, 5], upper[2] | upper[3] << 4)
+    assert torch.equal(tile[2, 5], lower[0] | lower[1] << 2 | lower[2] << 4 | lower[3] << 6)
+
+
+class TestLayer:
+    def layer(self, symmetric=False, **more):
+        _, (packed, scale, zero) = weight(24, 192, 4, 64, symmetric)
+        half = {"in_features": 192, "bits": 4, "group_size": 64}
+        bias = nn.Parameter(torch.randn(24))
+        return LinearWNA16.from_packed(packed, scale, zero, bias=bias, **half), more
+
+    @pytest.mark.parametrize("more", [{}, {"x_group_size": 64}, {"x_dtype": torch.float8_e4m3fn}])
+    def test_from_wna16(self, more):
+        wide, _ = self.layer()
+        layer = LinearWNA8.from_wna16(wide, **more)
+        assert layer.weight_packed is wide.weight_packed and layer.bias is wide.bias
+        x = torch.randn(2, 5, 192)
+        tensors = (layer.weight_packed, layer.weight_scale, layer.weight_zero_point, layer.bias)
+        assert torch.equal(layer(x), linear_wna8(x, *tensors, bits=4, group_size=64, **more))
+        codes, scale = quantize_activations(x, dtype=layer.x_dtype, group_size=layer.x_group_size)
+        assert torch.equal(layer(codes, scale), layer(x))
+        assert (layer(x) - wide(x)).norm() / wide(x).norm() < (0.02 if "x_dtype" not in more else 0.06)
+        assert "x_dtype" in repr(layer) and sorted(layer.state_dict()) == sorted(wide.state_dict())
+
+    def test_state_dict_and_dtype(self):
+        wide, _ = self.layer(symmetric=True)
+        layer = LinearWNA8.from_wna16(wide)
+        new = LinearWNA8(192, 24, bits=4, group_size=64, symmetric=True)
+        x = torch.randn(3, 192)
+        before = new(x)
+        new.load_state_dict(layer.state_dict())
+        assert torch.equal(new(x), layer(x)) and not torch.equal(before, new(x))
+        half = copy.deepcopy(layer).half()
+        assert half.weight_scale.dtype == torch.float16 and half(x.half()).dtype == torch.float16
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+
+    def test_prepared_weight_follows_the_buffers(self, monkeypatch):
+        """An implementation's own order is made once, and again when a buffer has changed."""
+        made = []
+
+        def prepare(*arguments):
+            made.append(1)
+            planes = to_planes(arguments[2], 4, 192, 64)
+            return (*arguments[:2], planes, arguments[3].T, arguments[4].T, *arguments[5:-1], "planes64")
+
+        reference = operator.find("reference")
+        monkeypatch.setitem(reference.__dict__, "prepare", prepare)
+        layer = LinearWNA8.from_wna16(self.layer()[0])
+        x = torch.randn(4, 192)
+        tensors = (layer.weight_packed, layer.weight_scale, layer.weight_zero_point, layer.bias)
+        with use_implementation(linear_wna8="reference"):
+            expected = linear_wna8(x, *tensors, bits=4, group_size=64)
+            assert torch.equal(layer(x), expected) and torch.equal(layer(x), expected)
+            assert made == [1]
+            layer.weight_scale.mul_(2)
+            assert torch.allclose(layer(x) - layer.bias, 2 * (expected - layer.bias), rtol=1e-4, atol=1e-4)
+            assert made == [1, 1]
+            assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+            assert made == [1, 1, 1]
+
+    def test_compiles(self):
+        layer = LinearWNA8.from_wna16(self.layer()[0])
+        x = torch.randn(4, 192)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(x), layer(x))
+
+    def test_refusals(self):
+        layer = LinearWNA8.from_wna16(self.layer()[0])
+        with pytest.raises(InvalidArgument, match=r"expected floats \(\.\.\., 192\) on cpu"):
+            layer(torch.zeros(2, 191))
+        with pytest.raises(InvalidArgument, match=r"expected torch\.int8 \(\.\.\., 192\)"):
+            layer(torch.zeros(2, 192), torch.ones(2, 1))
+        with pytest.raises(InvalidArgument, match=r"expected torch\.int8 or torch\.float8_e4m3fn"):
+            LinearWNA8(192, 24, bits=4, group_size=64, x_dtype=torch.float16)
+
+
+def test_refusals_say_what_to_do():
+    _, (packed, scale, zero) = weight(8, 256, 4, 64, False)
+    x = torch.zeros(2, 256)
+    sizes = {"bits": 4, "group_size": 64}
+    with pytest.raises(InvalidArgument, match=r"torch\.int8 without x_scale"):
+        linear_wna8(x.to(torch.int8), packed, scale, zero, **sizes)
+    with pytest.raises(InvalidArgument, match=r"x_scale .* expected torch\.float32 of shape \(2, 4\)"):
+        linear_wna8(x.to(torch.int8), packed, scale, zero, x_scale=torch.ones(2, 1), x_group_size=64, **sizes)
+    with pytest.raises(InvalidArgument, match=r"torch\.float32, expected torch\.int8"):
+        linear_wna8(x, packed, scale, zero, x_scale=torch.ones(2, 1), **sizes)
+    with pytest.raises(InvalidArgument, match="32 words a row"):
+        linear_wna8(x[:, 1:], packed, scale, zero, bits=5, group_size=64)
+    with pytest.raises(InvalidArgument, match=r"bias .* expected floats \(8,\)"):
+        linear_wna8(x, packed, scale, zero, torch.zeros(9), **sizes)
+    with pytest.raises(InvalidArgument, match=r"65536 columns of 8 bits .* at most 65535: use groups"):
+        linear_wna8(
+            torch.zeros(1, 65536),
+            torch.zeros(1, 16384, dtype=torch.int32),
+            torch.ones(1, 1),
+            bits=8,
+            group_size=-1,
+        )
+    with pytest.raises(InvalidArgument, match="bias on meta and x on cpu"):
+        linear_wna8(x, packed, scale, zero, torch.zeros(8, device="meta"), **sizes)
+
+
+@pytest.mark.parametrize(
+    "mistake", ["zero point forgotten", "a token's scale", "a tail of K", "one code by one"]
+)
+def test_tolerance_catches_planted_errors(mistake):
+    dense, (packed, scale, zero) = weight(64, 1000, 4, 64, False)
+    x = torch.randn(32, 1000, generator=torch.Generator().manual_seed(1))
+    y = linear_wna8(x, packed, scale, zero, bits=4, group_size=64)
+    codes, x_scale = quantize_activations(x)
+    wide = scale.repeat_interleave(64, 1)[:, :1000].double()
+    expected = (codes.double() * x_scale) @ dense.T
+    tolerance = operator.tolerance(torch.float32, {"in_features": 1000, "dtype": "float16"})
+    assert deviation(y.half(), expected, tolerance) is None
+    wrong = {
+        "zero point forgotten": expected + 0.02 * x_scale.double() * codes.double() @ wide.T,
+        "a token's scale": expected * torch.where(torch.arange(32) == 3, 1.1, 1.0)[:, None],
+        "a tail of K": (codes[:, :960].double() * x_scale) @ dense[:, :960].T,
+        "one code by one": expected + 10 * x_scale.double() * (codes[:, 7, None] * wide[:, 7]),
+    }[mistake]
+    assert deviation(wrong.half(), expected, tolerance) is not None
+
+
+COMPILE = """
+import importlib, json, re, subprocess, tempfile
+from pathlib import Path
+import triton, triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+kernels = importlib.import_module("tensormill.ops.linear_wna8.triton")
+disassembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+types = {"x": "*i8", "x_scale": "*fp32", "weight": "*i8", "weight_scale": "*fp16", "zero_point": "*fp16",
+         "x_sums": "*fp32", "bias": "*fp16", "y": "*fp16", "partial": "*fp32", "counters": "*i32"}
+common = {"HAS_ZERO": False, "HAS_BIAS": False, "OVERLAP": True, "INTERPRETED": False}
+
+def check(kernel, warps, stages, types, constants):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in "NK" or signature[n][0] == "*"}
+    built = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
+                           target=GPUTarget("cuda", 90, 32),
+                           options={"num_warps": warps, "num_stages": stages, "launch_pdl": True})
+    spills = products = None
+    if disassembler.exists():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"])
+            file.flush()
+            text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True).stdout
+        spills, products = (len(re.findall(p, text)) for p in (r"\\b(?:STL|LDL)\\b", r"\\b(?:IGMMA|QGMMA|IDP)\\b"))
+    print(json.dumps({"shared": built.metadata.shared, "spills": spills, "products": products}))
+
+def gemm(bits, width, run, block_m, block_n, warps, stages, kind="int8"):
+    x = "*i8" if kind == "int8" else "*fp8e4nv"
+    check(kernels._gemm_kernel, warps, stages, {**types, "x": x},
+          {**common, "KIND": kind, "BITS": bits, "WIDTH": width, "RUN": run, "BLOCK_M": block_m, "BLOCK_N": block_n,
+           "WHOLE_BLOCKS": True, "X_GROUPED": False, "SPLIT": False})
+
+gemm(4, 64, 0, 256, 128, 8, 4)
+gemm(4, 64, 2, 128, 128, 8, 4)
+gemm(6, 64, 0, 16, 64, 4, 4)
+gemm(4, 64, 2, 128, 128, 8, 4, "fp8")
+check(kernels._gemv_kernel, 4, 3, {**types, "x": "*i32", "weight": "*i32"},
+      {**common, "BITS": 6, "WIDTH": 64, "RUN": 0, "TOKENS": 1, "AHEAD": 2, "SPLIT": True})
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or interpreting(), reason="needs triton, not interpreting"
+)
+def test_compiles_for_hopper():
+    """Products on the units meant, nothing spilled, shared memory that fits."""
+    source = str(Path(operator.reference.__code__.co_filename).parents[3])
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_DEFAULT_FP_FUSION": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines() if re.match(r"\{", line)]
+    assert len(reports) == 5
+    for report in reports:
+        assert report["shared"] <= 227 << 10, report
+        assert report["spills"] in (0, None), report
+        assert report["products"] is None or report["products"] > 0, report

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensormill.errors import InvalidArgument
-from tensormill.operator import Operator, Sample, interpreting, triton_missing
+from tensormill.operator import Operator, Sample, interpreting, native_missing, triton_missing
 from tensormill.ops.dequantize_wna16 import check_weight, make_weight, num_groups, weight_bytes
 from tensormill.ops.linear_wna8 import peers, reference
 from tensormill.ops.linear_wna16 import autocast
@@ -197,6 +197,26 @@ def _triton_supports(
     )
 
 
+def _cpu_supports(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    x_group_size: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    layout: str,
+) -> bool:
+    floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
+    kinds = all(t.dtype in DTYPES for t in floats) and dtype in DTYPES
+    return layout == "packed" and x_dtype == torch.int8 and x.shape[-1] > 0 and kinds
+
+
 class _LinearWNA8(Operator):
     """The result's type sets the tolerance, not that of the first tensor, which may be codes."""
 
@@ -219,6 +239,13 @@ operator = _LinearWNA8(
     inputs=_inputs,
     samples=samples(),
     reduction=lambda shape: shape["in_features"],
+)
+operator.implementation(
+    "cpu",
+    devices=("cpu",),
+    entry="tensormill.ops.linear_wna8.cpu:linear",
+    supports=_cpu_supports,
+    missing=native_missing("tensormill.ops.linear_wna8._cpu"),
 )
 operator.implementation(
     "triton",

@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "isa.h"
 #include "packed_weight.h"
@@ -285,41 +286,57 @@ TM_VNNI void arrange_token(const int8_t *codes, const float *units, int64_t unit
 constexpr int kRows = 4;
 constexpr int kPadding = 16;  // a block's scales are loaded as one vector
 
-// Scales and factors of the zero points, -scale * zero_point, of some rows in float32, zero past the last group.
-struct RowScales {
-  int64_t stride;
-  Aligned storage;
-  float *scale, *correction;
-  RowScales(int64_t groups, int64_t rows)
-      : stride((groups + 15) / 16 * 16 + kPadding),
-        storage(2 * rows * stride * 4),
-        scale(reinterpret_cast<float *>(storage.data)),
-        correction(scale + rows * stride) {
-    std::memset(storage.data, 0, 2 * rows * stride * 4);
-  }
-};
-
-template <int KIND>
-TM_VNNI void load_scales(const Weight &w, int64_t row, int64_t slot, const RowScales &s) {
-  const __m512 middle = _mm512_set1_ps(-static_cast<float>(1 << (w.bits - 1)));
+// Scales of a row, and the zero points' share of its result: -sum over groups of scale * zero_point * sum(x), by lanes.
+template <int KIND, bool ZEROS>
+TM_VNNI __m512 load_row(const Weight &w, int64_t row, float *scales, const float *sums) {
+  __m512 total = _mm512_setzero_ps();
   for (int64_t g = 0; g < w.groups; g += 16) {
     const __mmask16 mask = lanes_below(w.groups - g);
     const int64_t i = row * w.groups + g;
     const __m512 scale = load_floats(w.scale, i, KIND, mask);
-    __m512 zero = middle;
-    if (w.zero != nullptr)
-      zero = _mm512_cvtepi32_ps(
-          _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zero + i))));
-    _mm512_store_ps(s.scale + slot * s.stride + g, scale);
-    _mm512_store_ps(s.correction + slot * s.stride + g, _mm512_mul_ps(scale, zero));
+    _mm512_store_ps(scales + g, scale);
+    __m512 share = _mm512_load_ps(sums + g);
+    if (ZEROS)
+      share = _mm512_mul_ps(share, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zero + i))));
+    total = _mm512_fnmadd_ps(share, scale, total);
+  }
+  return ZEROS ? total : _mm512_mul_ps(total, _mm512_set1_ps(static_cast<float>(1 << (w.bits - 1))));
+}
+
+// Scales of a row, and scale * zero_point (not where there are none).
+template <int KIND, bool ZEROS>
+TM_VNNI void load_scales(const Weight &w, int64_t row, float *scales, float *products) {
+  for (int64_t g = 0; g < w.groups; g += 16) {
+    const __mmask16 mask = lanes_below(w.groups - g);
+    const int64_t i = row * w.groups + g;
+    const __m512 scale = load_floats(w.scale, i, KIND, mask);
+    _mm512_store_ps(scales + g, scale);
+    if (ZEROS)
+      _mm512_store_ps(products + g, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+                                                             _mm_maskz_loadu_epi8(mask, w.zero + i)))));
   }
 }
 
-inline void load_scales(const Weight &w, int64_t row, int64_t slot, const RowScales &s) {
+// Fetches rows' scales and zero points into the second-level cache.
+TM_VNNI_INLINE void prefetch_scales(const Weight &w, int64_t row, int64_t rows) {
+  const int64_t size = w.scale_kind == kFloat32 ? 4 : 2;
+  const char *scale = static_cast<const char *>(w.scale) + row * w.groups * size;
+  for (int64_t i = 0; i < rows * w.groups * size; i += 64) __builtin_prefetch(scale + i, 0, 2);
+  if (w.zero == nullptr) return;
+  for (int64_t i = 0; i < rows * w.groups; i += 64) __builtin_prefetch(w.zero + row * w.groups + i, 0, 2);
+}
+
+// Calls body with constants for the type of the scales and whether there are zero points.
+template <class Body>
+TM_VNNI_INLINE auto with_kind(const Weight &w, Body &&body) {
+  using std::integral_constant;
+  const auto zeros = [&](auto kind) {
+    return w.zero != nullptr ? body(kind, integral_constant<bool, true>()) : body(kind, integral_constant<bool, false>());
+  };
   switch (w.scale_kind) {
-    case kFloat32: return load_scales<kFloat32>(w, row, slot, s);
-    case kBFloat16: return load_scales<kBFloat16>(w, row, slot, s);
-    default: load_scales<kFloat16>(w, row, slot, s);
+    case kFloat32: return zeros(integral_constant<int, kFloat32>());
+    case kBFloat16: return zeros(integral_constant<int, kBFloat16>());
+    default: return zeros(integral_constant<int, kFloat16>());
   }
 }
 
@@ -409,21 +426,22 @@ template <int BITS, int DIGITS, bool UNIFORM>
 TM_VNNI void dot_rows(const Call<BITS> &call, int64_t begin, int64_t end) {
   const Weight &w = call.w;
   const int64_t blocks = call.a.blocks, groups = call.a.padded_groups, full = w.row_bytes / kBlockBytes<BITS>;
-  const RowScales s(w.groups, kRows);
+  const Aligned scales(kRows * (groups + kPadding) * 4);
+  std::memset(scales.data, 0, kRows * (groups + kPadding) * 4);
+  const auto load = with_kind(w, [](auto kind, auto zeros) { return &load_row<decltype(kind)::value, decltype(zeros)::value>; });
   for (int64_t i = begin; i < end; i += kRows) {
     Rows rows;
-    rows.ahead = std::max(kRows * w.row_bytes, kLeastAhead);
     int64_t row[kRows];
     __m512 total[kRows];
+    rows.ahead = std::max(kRows * w.row_bytes, kLeastAhead);
+    prefetch_scales(w, i + 2 * kRows, kRows);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       row[r] = std::min(i + r, end - 1);  // the last row again where there is no fourth
-      load_scales(w, row[r], r, s);
       rows.codes[r] = w.codes + row[r] * w.row_bytes;
-      rows.scale[r] = s.scale + r * s.stride;
-      total[r] = _mm512_setzero_ps();
-      for (int64_t g = 0; g < groups; g += 16)
-        total[r] = _mm512_fmadd_ps(_mm512_load_ps(call.a.sums + g), _mm512_load_ps(s.correction + r * s.stride + g), total[r]);
+      float *scale = reinterpret_cast<float *>(scales.data) + r * (groups + kPadding);
+      rows.scale[r] = scale;
+      total[r] = load(w, row[r], scale, call.a.sums);
     }
     int64_t block = 0;
     for (; block + 2 <= full; block += 2) add_blocks<BITS, DIGITS, UNIFORM, 2>(call, rows, block, total);
@@ -521,8 +539,8 @@ constexpr int64_t kStripRows = kStrips * kLanes;
 // 32 rows (fewer at the end of the matrix) with their scales, transposed, and what is summed so far.
 struct Strips {
   int64_t row, rows;
-  const float *scale, *correction;  // [groups][32]
-  float *total;                     // [tokens][32]
+  const float *scale, *product;  // [groups][32], the scales, and their products with the zero points
+  float *total;                  // [tokens][32]
 };
 
 // Vectors that a row's block is while it is transposed: packed codes, or decoded ones.
@@ -659,22 +677,38 @@ TM_VNNI TM_VNNI_INLINE void store_floats(void *out, int64_t i, int kind, __mmask
   _mm256_mask_storeu_epi16(static_cast<uint16_t *>(out) + i, mask, bits);
 }
 
-// Zero points, bias, and out.
-template <int BITS>
-TM_VNNI void finish(const Call<BITS> &call, const Strips &strips) {
+// Zero points, bias, and out: TOKENS tokens at a time, so that additions don't wait for each other.
+template <int TOKENS, int BITS>
+TM_VNNI void finish(const Call<BITS> &call, const Strips &strips, int64_t token) {
   const Output &out = call.out;
-  for (int64_t s = 0; s * kLanes < strips.rows; ++s) {
-    const __mmask16 mask = lanes_below(strips.rows - s * kLanes);
+  const bool zeros = call.w.zero != nullptr;
+  const float *const by = zeros ? strips.product : strips.scale;
+  const __m512 zero = _mm512_set1_ps(zeros ? 1.0f : static_cast<float>(1 << (BITS - 1)));
+  __m512 share[kStrips][TOKENS];
+#pragma GCC unroll 2
+  for (int s = 0; s < kStrips; ++s)
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) share[s][t] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < call.w.groups; ++g) {
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) {
+      const __m512 sum = _mm512_set1_ps(call.a.sums[(token + t) * call.a.padded_groups + g]);
+#pragma GCC unroll 2
+      for (int s = 0; s < kStrips; ++s)
+        share[s][t] = _mm512_fmadd_ps(sum, _mm512_load_ps(by + g * kStripRows + s * kLanes), share[s][t]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int s = 0; s < kStrips; ++s) {
     const int64_t row = strips.row + s * kLanes;
+    const __mmask16 mask = lanes_below(strips.rows - s * kLanes);
+    if (mask == 0) break;
     const __m512 bias = out.bias == nullptr ? _mm512_setzero_ps() : load_floats(out.bias, row, out.bias_kind, mask);
-    for (int64_t t = 0; t < call.a.M; ++t) {
-      __m512 value = _mm512_add_ps(_mm512_load_ps(strips.total + t * kStripRows + s * kLanes), bias);
-      __m512 correction = _mm512_setzero_ps();
-      const float *sums = call.a.sums + t * call.a.padded_groups;
-      for (int64_t g = 0; g < call.w.groups; ++g)
-        correction = _mm512_fmadd_ps(_mm512_set1_ps(sums[g]),
-                                     _mm512_load_ps(strips.correction + g * kStripRows + s * kLanes), correction);
-      store_floats(out.y, t * out.N + row, out.kind, mask, _mm512_add_ps(value, correction));
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) {
+      const __m512 total = _mm512_load_ps(strips.total + (token + t) * kStripRows + s * kLanes);
+      store_floats(out.y, (token + t) * out.N + row, out.kind, mask,
+                   _mm512_fnmadd_ps(share[s][t], zero, _mm512_add_ps(total, bias)));
     }
   }
 }
@@ -683,18 +717,23 @@ template <int BITS, int DIGITS>
 TM_VNNI void multiply_strips(const Call<BITS> &call, const Tile *tiles, int64_t count, const uint16_t *ends,
                              int64_t begin, int64_t end) {
   const Weight &w = call.w;
-  const RowScales s(w.groups, kStripRows);
-  const int64_t blocks = call.a.blocks, groups = (w.groups + 3) / 4 * 4, tokens = tiles[count - 1].first + tiles[count - 1].width;
-  const Aligned floats((2 * groups + tokens) * kStripRows * 4), storage(4 * kStagedBytes<BITS>);
-  float *scale = reinterpret_cast<float *>(floats.data), *correction = scale + groups * kStripRows;
+  const int64_t blocks = call.a.blocks, groups = call.a.padded_groups, tokens = tiles[count - 1].first + tiles[count - 1].width;
+  const Aligned floats((4 * groups + tokens) * kStripRows * 4), storage(4 * kStagedBytes<BITS>);
+  float *const by_row = reinterpret_cast<float *>(floats.data), *const scale = by_row + 2 * groups * kStripRows;
+  float *const product = scale + groups * kStripRows, *const total = product + groups * kStripRows;
+  std::memset(floats.data, 0, 2 * groups * kStripRows * 4);
+  const auto load = with_kind(
+      w, [](auto kind, auto zeros) { return &load_scales<decltype(kind)::value, decltype(zeros)::value>; });
   uint8_t *const copied[2] = {storage.data, storage.data + kStagedBytes<BITS>};
   uint8_t *const words[2] = {storage.data + 2 * kStagedBytes<BITS>, storage.data + 3 * kStagedBytes<BITS>};
   for (int64_t row = begin; row < end; row += kStripRows) {
-    const Strips strips{row, std::min(kStripRows, end - row), scale, correction, correction + groups * kStripRows};
-    for (int64_t r = 0; r < strips.rows; ++r) load_scales(w, row + r, r, s);
+    const Strips strips{row, std::min(kStripRows, end - row), scale, product, total};
+    for (int64_t r = 0; r < strips.rows; ++r)
+      load(w, row + r, by_row + r * groups, by_row + (kStripRows + r) * groups);
     for (int64_t first = 0; first < kStripRows; first += kLanes) {
-      transpose_floats(s.scale + first * s.stride, s.stride, w.groups, kStripRows, scale + first);
-      transpose_floats(s.correction + first * s.stride, s.stride, w.groups, kStripRows, correction + first);
+      transpose_floats(by_row + first * groups, groups, w.groups, kStripRows, scale + first);
+      if (w.zero != nullptr)
+        transpose_floats(by_row + (kStripRows + first) * groups, groups, w.groups, kStripRows, product + first);
     }
     std::memset(strips.total, 0, tokens * kStripRows * 4);
     const auto stage = [&](int64_t block) {  // what happens during the block
@@ -720,7 +759,9 @@ TM_VNNI void multiply_strips(const Call<BITS> &call, const Tile *tiles, int64_t 
       for (int64_t i = 0; i < count; ++i)
         multiply_tile<BITS, DIGITS>(call, strips, tiles[i], block, ends[block], words[block % 2],
                                     i == 0 ? stage(block) : Staging{});
-    finish(call, strips);
+    int64_t token = 0;
+    for (; token + 4 <= call.a.M; token += 4) finish<4>(call, strips, token);
+    for (; token < call.a.M; ++token) finish<1>(call, strips, token);
   }
 }
 

@@ -47,6 +47,42 @@ def test_sums_of_integers_are_exact(bits, tokens):
         assert torch.equal(y.long(), expected)
 
 
+@pytest.mark.skipif(OPERATOR.find("lut").missing() is not None, reason="no AVX-512 with VBMI and VNNI")
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
+def test_sums_looked_up_are_those_of_products(bits, tokens):
+    """Table entries have two bytes, so that look-ups lose nothing, at the largest codes and activations too."""
+    generator = torch.Generator().manual_seed(tokens)
+    rows, columns = 45, 1000
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes[0], codes[1] = 0, (1 << bits) - 1
+    x = torch.randint(-128, 128, (tokens, columns), generator=generator, dtype=torch.int8)
+    x[-1], x[0] = 127, -128
+    x_scale = torch.rand(tokens, 1, generator=generator)
+    for group_size in (-1, 32, 96):
+        groups = 1 if group_size == -1 else -(-columns // group_size)
+        scale = torch.rand(rows, groups, generator=generator)
+        zero = torch.randint(0, 1 << bits, (rows, groups), generator=generator, dtype=torch.uint8)
+        results = []
+        for implementation in ("lut", "cpu"):
+            with use_implementation(linear_wna8=implementation):
+                results.append(
+                    linear_wna8(
+                        x,
+                        pack_bits(codes, bits),
+                        scale,
+                        zero,
+                        bits=bits,
+                        group_size=group_size,
+                        x_scale=x_scale,
+                    )
+                )
+        if tokens == 1:  # one token is summed in another order
+            torch.testing.assert_close(*results, rtol=1e-5, atol=2e-2)
+        else:
+            assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("x_group_size", [-1, 8, 64, 100])
 def test_activations_are_quantized_as_by_their_operator(dtype, x_group_size):

@@ -648,13 +648,108 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
   }
 }
 
+// ---------------------------------------------------------------- by tables instead of products
+//
+// A byte of a row holds two nibbles of 4 / BITS codes each, so that a nibble has 16 possible sums of products with a
+// token's activations. They are tabulated once per call and looked up for every row, 64 at a time with VPERMB: 16 rows
+// times the four bytes of a word, each with its own table. Sums have two bytes, high and low (signed), in two tables, so
+// that nothing is lost; VPDPBUSD with ones adds them up. One bit takes 4 look-ups where 8 products would be, two bits
+// take as many of either.
+
+// [blocks][16 words][2 nibbles][2: high, low][4 bytes of the word][16 sums] of one token.
+template <int BITS>
+constexpr int64_t kTableBytes = kLanes * 2 * 2 * 64;
+
+template <int BITS>
+void build_tables(const Activations<BITS> &a, int64_t token, int8_t *out) {
+  constexpr int CODES = 4 / BITS, J = kVectors<BITS>;
+  for (int64_t block = 0; block < a.blocks; ++block) {
+    const int8_t *x = a.block_values(token, block);
+    for (int64_t word = 0; word < kLanes; ++word)
+      for (int nibble = 0; nibble < 2; ++nibble, out += 128)
+        for (int byte = 0; byte < 4; ++byte) {
+          int16_t sum[16] = {};
+          for (int i = 0; i < CODES; ++i) {  // vector j has in byte p the column of the j-th code of packed byte p
+            const int16_t value = x[(nibble * (J / 2) + i) * 64 + word * 4 + byte];
+            for (int n = 0; n < 16; ++n) sum[n] += static_cast<int16_t>((n >> (BITS * i) & ((1 << BITS) - 1)) * value);
+          }
+          for (int n = 0; n < 16; ++n) {
+            out[byte * 16 + n] = static_cast<int8_t>((sum[n] + 128) >> 8);
+            out[64 + byte * 16 + n] = static_cast<int8_t>(sum[n]);
+          }
+        }
+  }
+}
+
+// As multiply, with the tokens' tables one behind the other.
+template <int BITS, int TOKENS>
+TM_VNNI void look_up(const Call<BITS> &call, const Strips &strips, const Tile &tile, int64_t block, uint32_t ends,
+                     const uint8_t *codes, const Staging &staging) {
+  const int64_t stride = call.a.blocks * kTableBytes<BITS>;
+  const auto *table = reinterpret_cast<const uint8_t *>(tile.words) + block * kTableBytes<BITS>;
+  const float *units = tile.units + block * kLanes * TOKENS;
+  const int32_t *lane = call.lanes.lane.get() + block * kLanes;
+  float *total = strips.total + tile.first * kStripRows;
+  const __m512i ones = _mm512_set1_epi8(1), low_half = _mm512_set1_epi8(15), which = _mm512_set1_epi32(0x30201000);
+  __m512i high[kStrips][TOKENS], low[kStrips][TOKENS];
+#pragma GCC unroll 2
+  for (int s = 0; s < kStrips; ++s)
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) high[s][t] = low[s][t] = _mm512_setzero_si512();
+  for (int64_t c = 0; c < kLanes; ++c) {
+    staging.copy<BITS>(c);
+    staging.transpose<BITS>(c);
+    __m512i packed[kStrips];
+#pragma GCC unroll 2
+    for (int s = 0; s < kStrips; ++s) packed[s] = _mm512_load_si512(codes + (s * kLanes + c) * 64);
+#pragma GCC unroll 2
+    for (int nibble = 0; nibble < 2; ++nibble) {
+      __m512i index[kStrips];
+#pragma GCC unroll 2
+      for (int s = 0; s < kStrips; ++s)  // (packed & low_half) | which
+        index[s] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(packed[s], 4 * nibble), low_half, which, 0xea);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t) {
+        const uint8_t *of = table + t * stride + (2 * c + nibble) * 128;
+        const __m512i high_bytes = _mm512_load_si512(of), low_bytes = _mm512_load_si512(of + 64);
+#pragma GCC unroll 2
+        for (int s = 0; s < kStrips; ++s) {
+          high[s][t] = _mm512_dpbusd_epi32(high[s][t], ones, _mm512_permutexvar_epi8(index[s], high_bytes));
+          low[s][t] = _mm512_dpbusd_epi32(low[s][t], ones, _mm512_permutexvar_epi8(index[s], low_bytes));
+        }
+      }
+    }
+    if (ends >> c & 1) {
+      const float *scales = strips.scale + (call.lanes.first[block] + lane[c]) * kStripRows;
+#pragma GCC unroll 2
+      for (int s = 0; s < kStrips; ++s)
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; ++t) {
+          const __m512i exact = _mm512_add_epi32(_mm512_slli_epi32(high[s][t], 8), low[s][t]);
+          const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(units[c * TOKENS + t]));
+          float *to = total + t * kStripRows + s * kLanes;
+          _mm512_store_ps(to, _mm512_fmadd_ps(scaled, _mm512_load_ps(scales + s * kLanes), _mm512_load_ps(to)));
+          high[s][t] = low[s][t] = _mm512_setzero_si512();
+        }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- strips of rows
+
+constexpr int kByTables = 0;  // in place of a number of digits
+
 template <int DIGITS>
-constexpr int64_t kMostTokens = DIGITS == 1 ? 8 : 4;  // of a tile: sixteen sums
+constexpr int64_t kMostTokens = DIGITS == kByTables ? 2 : DIGITS == 1 ? 8 : 4;  // of a tile: up to sixteen sums
 
 template <int BITS, int DIGITS>
 void multiply_tile(const Call<BITS> &call, const Strips &strips, const Tile &tile, int64_t block, uint32_t ends,
                    const uint8_t *codes, const Staging &staging) {
-  switch (tile.width) {
+  if constexpr (DIGITS == kByTables) {
+    if (tile.width == 1) return look_up<BITS, 1>(call, strips, tile, block, ends, codes, staging);
+    return look_up<BITS, 2>(call, strips, tile, block, ends, codes, staging);
+  }
+  else switch (tile.width) {
     case 2: return multiply<BITS, DIGITS, 2>(call, strips, tile, block, ends, codes, staging);
     case 4: return multiply<BITS, DIGITS, 4>(call, strips, tile, block, ends, codes, staging);
     default: return multiply<BITS, DIGITS, kMostTokens<DIGITS>>(call, strips, tile, block, ends, codes, staging);
@@ -771,7 +866,7 @@ template <int BITS, int DIGITS>
 void linear(const Weight &w, const Activations<BITS> &a, const Lanes &lanes, const Output &out, int threads) {
   const Call<BITS> call{w, a, lanes, out};
   if (a.M == 0) return;
-  if (a.M == 1) {
+  if constexpr (DIGITS != kByTables) if (a.M == 1) {
     const bool uniform = w.groups == 1 || w.group_size % kBlock<BITS> == 0;
     parallel_chunks(out.N, kRows, threads, [&](int64_t begin, int64_t end) {
       if (uniform) return dot_rows<BITS, DIGITS, true>(call, begin, end);
@@ -793,15 +888,21 @@ void linear(const Weight &w, const Activations<BITS> &a, const Lanes &lanes, con
     }
   }
   constexpr int64_t kMost = kMostTokens<DIGITS>;
-  const int64_t count = (a.M + kMost - 1) / kMost, words = a.blocks * kLanes * kVectors<BITS> * DIGITS;
+  const int64_t count = (a.M + kMost - 1) / kMost;
+  const int64_t words = a.blocks * (DIGITS == kByTables ? kTableBytes<BITS> / 4 : kBlock<BITS> / 4 * DIGITS);
   const Aligned word_storage(count * kMost * words * 4), unit_storage(count * kMost * a.blocks * kLanes * 4);
   std::unique_ptr<Tile[]> tiles(new Tile[count]);
   parallel_ranges(count, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t tokens = std::min(kMost, a.M - i * kMost), width = tokens <= 2 ? 2 : tokens <= 4 ? 4 : kMost;
+      const int64_t tokens = std::min(kMost, a.M - i * kMost);
+      const int64_t width = DIGITS == kByTables ? tokens : tokens <= 2 ? 2 : tokens <= 4 ? 4 : kMost;
       auto *to = reinterpret_cast<int32_t *>(word_storage.data) + i * kMost * words;
       auto *units = reinterpret_cast<float *>(unit_storage.data) + i * kMost * a.blocks * kLanes;
-      arrange_tile<BITS, DIGITS>(a, i * kMost, tokens, width, to);
+      if constexpr (DIGITS == kByTables) {
+        for (int64_t t = 0; t < tokens; ++t) build_tables<BITS>(a, i * kMost + t, reinterpret_cast<int8_t *>(to + t * words));
+      } else {
+        arrange_tile<BITS, DIGITS>(a, i * kMost, tokens, width, to);
+      }
       arrange_units<BITS>(a, i * kMost, tokens, width, units);
       tiles[i] = {i * kMost, tokens, width, to, units};
     }
@@ -825,8 +926,8 @@ bool linear_of_floats(const Weight &w, const void *x, int x_kind, int64_t M, con
   return finite;
 }
 
-// Codes of 8 bits, [M][K], with units [M][units] for every `unit_size` columns.
-template <int BITS>
+// Codes of 8 bits, [M][K], with units [M][units] for every `unit_size` columns; by products or by tables.
+template <int BITS, bool TABLES = false>
 void linear_of_codes(const Weight &w, const int8_t *x, const float *unit, int64_t units, int64_t unit_size, int64_t M,
                      const Output &out, int threads) {
   Activations<BITS> a(M, w.K, w.groups, 1);
@@ -835,7 +936,7 @@ void linear_of_codes(const Weight &w, const int8_t *x, const float *unit, int64_
     for (int64_t token = begin; token < end; ++token)
       arrange_token<BITS>(x + token * w.K, unit + token * units, unit_size, token, lanes, a);
   });
-  linear<BITS, 1>(w, a, lanes, out, threads);
+  linear<BITS, TABLES ? kByTables : 1>(w, a, lanes, out, threads);
 }
 
 }  // namespace tensormill::low_bit::vnni

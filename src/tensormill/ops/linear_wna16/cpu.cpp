@@ -664,6 +664,11 @@ void dequantize_512(const Weight &w, void *out, int kind, int64_t N, int threads
 // ---------------------------------------------------------------- entry points
 
 #if TENSORMILL_X86
+template <int BITS>
+bool takes_vnni(const Weight &w) {
+  return vnni::takes<BITS>(w.groups, w.group_size, 1, 0);
+}
+
 // Whether the call was computed with 8-bit products.
 template <int BITS>
 bool linear_vnni(const Weight &w, const void *x, int x_kind, int64_t M, const Output &out, int threads) {
@@ -699,6 +704,21 @@ Weight make_weight(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t K, 
           group_size < 0 ? K : group_size,
           bits,
           scale_kind};
+}
+
+// Whether 16-bit activations are multiplied with 8-bit products.
+bool multiplies_bytes(int64_t groups, int64_t group_size, int bits) {
+#if TENSORMILL_X86
+  Weight w{};
+  w.groups = groups;
+  w.group_size = group_size;
+  w.bits = bits;
+  if (instruction_set() < tensormill::kAvx512Vnni) return false;
+  TM_DISPATCH_BITS(takes_vnni, w)
+#else
+  static_cast<void>(groups), static_cast<void>(group_size), static_cast<void>(bits);
+  return false;
+#endif
 }
 
 // y [M, N] = x [M, K] W^T + bias, all contiguous; zero and bias may be null.
@@ -763,5 +783,6 @@ void dequantize(uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t out,
 NB_MODULE(_cpu, m) {
   m.def("linear", &linear, nb::call_guard<nb::gil_scoped_release>());
   m.def("dequantize", &dequantize, nb::call_guard<nb::gil_scoped_release>());
+  m.def("multiplies_bytes", &multiplies_bytes);
   m.def("instruction_set", [] { return static_cast<int>(instruction_set()); });
 }

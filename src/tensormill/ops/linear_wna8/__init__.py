@@ -217,6 +217,20 @@ def _cpu_supports(
     return layout == "packed" and x_dtype == torch.int8 and x.shape[-1] > 0 and kinds
 
 
+def _tables_support(*arguments: Any) -> bool:
+    x, bits, group_size, x_group_size = arguments[0], *arguments[7:10]
+    words = all(size in (-1, x.shape[-1]) or size % (32 // bits) == 0 for size in (group_size, x_group_size))
+    return _cpu_supports(*arguments) and bits <= 2 and words
+
+
+def _tables_missing() -> str | None:
+    if (reason := native_missing("tensormill.ops.linear_wna8._cpu")()) is not None:
+        return reason
+    from tensormill.ops.linear_wna8.cpu import tables_missing
+
+    return tables_missing()
+
+
 class _LinearWNA8(Operator):
     """The result's type sets the tolerance, not that of the first tensor, which may be codes."""
 
@@ -246,6 +260,14 @@ operator.implementation(
     entry="tensormill.ops.linear_wna8.cpu:linear",
     supports=_cpu_supports,
     missing=native_missing("tensormill.ops.linear_wna8._cpu"),
+)
+# Slower than "cpu" at nearly all sizes (docs/operators/linear_wna8.md), so never chosen by itself.
+operator.implementation(
+    "lut",
+    devices=("cpu",),
+    entry="tensormill.ops.linear_wna8.cpu:linear_by_tables",
+    supports=_tables_support,
+    missing=_tables_missing,
 )
 operator.implementation(
     "triton",

@@ -66,6 +66,15 @@ TM_INLINE void quantize_token_body(const void *x, int64_t first, int64_t K, int6
   }
 }
 
+#if TENSORMILL_X86
+__attribute__((target("avx2,fma,f16c"))) void widen_halves(const uint16_t *from, int64_t count, float *to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i))));
+  for (; i < count; ++i) to[i] = half_to_float(from[i]);
+}
+#endif
+
 #define TM_QUANTIZE(NAME, ...)                                                                                  \
   __VA_ARGS__ void NAME(const void *x, int kind, int64_t first, int64_t K, int64_t size, float *natural,        \
                         int8_t *codes, float *unit) {                                                           \
@@ -83,12 +92,18 @@ void quantize(const void *x, int kind, int64_t M, int64_t K, int64_t unit_size, 
               int threads) {
   const int64_t units = (K + unit_size - 1) / unit_size;
   tensormill::parallel_ranges(M, 1, M * K >= 65536 ? threads : 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<float[]> natural(new float[std::min(unit_size, K)]);
+    std::unique_ptr<float[]> natural(new float[std::min(unit_size, K)]), wide(new float[kind == kFloat16 ? K : 0]);
     for (int64_t t = begin; t < end; ++t) {
       const auto run = [&](auto quantize_token) {
         quantize_token(x, kind, t * K, K, unit_size, natural.get(), codes + t * K, unit + t * units);
       };
 #if TENSORMILL_X86
+      if (kind == kFloat16 && instruction_set() >= tensormill::kAvx2) {
+        widen_halves(static_cast<const uint16_t *>(x) + t * K, K, wide.get());
+        const auto quantize_token = instruction_set() >= tensormill::kAvx512 ? quantize_token_avx512 : quantize_token_avx2;
+        quantize_token(wide.get(), kFloat32, 0, K, unit_size, natural.get(), codes + t * K, unit + t * units);
+        continue;
+      }
       if (instruction_set() >= tensormill::kAvx512) {
         run(quantize_token_avx512);
         continue;
@@ -250,22 +265,28 @@ __attribute__((target(TM_AVX2_FEATURES ",avxvnni"))) void linear_rows_avx_vnni(c
 }
 
 template <int BITS>
-bool linear_vnni(const Weight &w, const Codes &x, const Output &out, int threads) {
+bool linear_vnni(const Weight &w, const Codes &x, const Output &out, bool tables, int threads) {
   if (!vnni::takes<BITS>(w.groups, w.group_size, x.units, x.unit_size)) return false;
+  if constexpr (BITS <= 2) {
+    if (tables) {
+      vnni::linear_of_codes<BITS, true>(w, x.values, x.unit, x.units, x.unit_size, x.M, out, threads);
+      return true;
+    }
+  }
   vnni::linear_of_codes<BITS>(w, x.values, x.unit, x.units, x.unit_size, x.M, out, threads);
   return true;
 }
 
-bool linear_vnni(const Weight &w, const Codes &x, const Output &out, int threads) {
+bool linear_vnni(const Weight &w, const Codes &x, const Output &out, bool tables, int threads) {
   switch (w.bits) {
-    case 1: return linear_vnni<1>(w, x, out, threads);
-    case 2: return linear_vnni<2>(w, x, out, threads);
-    case 3: return linear_vnni<3>(w, x, out, threads);
-    case 4: return linear_vnni<4>(w, x, out, threads);
-    case 5: return linear_vnni<5>(w, x, out, threads);
-    case 6: return linear_vnni<6>(w, x, out, threads);
-    case 7: return linear_vnni<7>(w, x, out, threads);
-    default: return linear_vnni<8>(w, x, out, threads);
+    case 1: return linear_vnni<1>(w, x, out, tables, threads);
+    case 2: return linear_vnni<2>(w, x, out, tables, threads);
+    case 3: return linear_vnni<3>(w, x, out, tables, threads);
+    case 4: return linear_vnni<4>(w, x, out, tables, threads);
+    case 5: return linear_vnni<5>(w, x, out, tables, threads);
+    case 6: return linear_vnni<6>(w, x, out, tables, threads);
+    case 7: return linear_vnni<7>(w, x, out, tables, threads);
+    default: return linear_vnni<8>(w, x, out, tables, threads);
   }
 }
 #endif  // TENSORMILL_X86
@@ -275,10 +296,11 @@ bool linear_vnni(const Weight &w, const Codes &x, const Output &out, int threads
 constexpr int64_t kSerialWork = 1 << 19;  // multiply-adds below which waking another thread costs more than it saves
 
 // y [M, N] = x [M, K] W^T + bias, all contiguous; zero and bias may be null. x are int8 codes with float32 units
-// [M, units]; or floats of x_kind where unit is null.
+// [M, units]; or floats of x_kind where unit is null. `tables` asks for look-ups, where there is such a kernel.
 void linear(uintptr_t x, int x_kind, uintptr_t unit, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t bias,
             uintptr_t y, int64_t M, int64_t N, int64_t K, int64_t row_words, int64_t groups, int64_t group_size,
-            int64_t units, int64_t unit_size, int bits, int scale_kind, int bias_kind, int y_kind, int threads) {
+            int64_t units, int64_t unit_size, int bits, int scale_kind, int bias_kind, int y_kind, bool tables,
+            int threads) {
   const Weight w{reinterpret_cast<const uint8_t *>(codes),
                  reinterpret_cast<const void *>(scale),
                  reinterpret_cast<const uint8_t *>(zero),
@@ -303,7 +325,9 @@ void linear(uintptr_t x, int x_kind, uintptr_t unit, uintptr_t codes, uintptr_t 
     given.unit = quantized_unit.get();
   }
 #if TENSORMILL_X86
-  if (instruction_set() >= tensormill::kAvx512Vnni && linear_vnni(w, given, out, threads)) return;
+  if (instruction_set() >= tensormill::kAvx512Vnni && linear_vnni(w, given, out, tables, threads)) return;
+#else
+  static_cast<void>(tables);
 #endif
   const Segments segments(w, given);
   tensormill::parallel_chunks(N, 1, threads, [&](int64_t begin, int64_t end) {

@@ -45,7 +45,7 @@ def _libraries() -> tuple[Any, Any]:
     base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
     cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    signatures = {
+    signatures: dict[Any, dict[str, tuple[Any, list[Any]]]] = {
         base: {
             "ggml_init": (pointer, [_InitParams]),
             "ggml_new_tensor_2d": (pointer, [pointer, integer, ctypes.c_int64, ctypes.c_int64]),
@@ -95,7 +95,12 @@ def _pack_q4_0(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def product(
-    x: Tensor, kind: int, *, dense: Tensor | None = None, codes: Tensor | None = None, scale: Tensor | None = None
+    x: Tensor,
+    kind: int,
+    *,
+    dense: Tensor | None = None,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Callable[[], Tensor]:
     """A function that multiplies x (M, K) with a weight (N, K) in ggml's format `kind`; it returns (M, N) float32.
 

@@ -11,8 +11,8 @@
 // vectors of 64 bytes, whose 32-bit lane d holds codes of the d-th sixteenth of the block; activations are brought into
 // the same order once per call. Two ways to walk:
 // - few tokens: lanes are columns. Rows are dotted with x, and summed across lanes at the end.
-// - more tokens: lanes are rows. Blocks of 16 rows are transposed, so that each of x's 32-bit words is broadcast and the
-//   sums of 16 rows are one vector: nothing but VPDPBUSD happens per token until a segment ends.
+// - more tokens: lanes are rows. Blocks of 32 rows are transposed, so that each of x's 32-bit words is broadcast and
+//   the sums of 16 rows are one vector: nothing but VPDPBUSD happens per token until a segment ends.
 #pragma once
 
 #include <cmath>
@@ -233,7 +233,7 @@ TM_VNNI bool split_token(const void *x, int kind, int64_t token, const Lanes &la
       const int64_t column = block * kBlock<BITS> + i;
       const __m512 value = load_floats(x, token * a.K + column, kind, lanes_below(a.K - column));
       _mm512_store_ps(natural + i, value);
-      // max(accumulated, value) would lose a NaN, max(value, accumulated) keeps only the last
+      // as integers magnitudes have the same order, and NaN is above all of them
       largest = _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(largest),
                                                      _mm512_castps_si512(_mm512_abs_ps(value))));
     }
@@ -331,7 +331,8 @@ template <class Body>
 TM_VNNI_INLINE auto with_kind(const Weight &w, Body &&body) {
   using std::integral_constant;
   const auto zeros = [&](auto kind) {
-    return w.zero != nullptr ? body(kind, integral_constant<bool, true>()) : body(kind, integral_constant<bool, false>());
+    if (w.zero != nullptr) return body(kind, integral_constant<bool, true>());
+    return body(kind, integral_constant<bool, false>());
   };
   switch (w.scale_kind) {
     case kFloat32: return zeros(integral_constant<int, kFloat32>());
@@ -349,7 +350,7 @@ struct Call {
 };
 
 // Bytes from what is decoded to what is fetched into the second-level cache: past the rows that are decoded now.
-constexpr int64_t kLeastAhead = 8192;
+constexpr int64_t kLeastAhead = 16384;
 
 struct Rows {
   const uint8_t *codes[kRows];
@@ -357,14 +358,14 @@ struct Rows {
   int64_t ahead;
 };
 
-// Adds a block of kRows rows; `LAST` for one that may be shorter, `UNIFORM` where a block never has two groups.
+// Adds a block of kRows rows; UNIFORM where a block never has two groups.
 template <int BITS, int DIGITS, bool UNIFORM>
 TM_VNNI TM_VNNI_INLINE void add_block(const Call<BITS> &call, const Rows &rows, int64_t block,
                                       const Packed (&packed)[kRows], __m512 (&total)[kRows]) {
   constexpr int J = kVectors<BITS>;
   const int8_t *x = call.a.block_values(0, block);
   __m512i sum[kRows][DIGITS];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
     for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_setzero_si512();
@@ -374,7 +375,7 @@ TM_VNNI TM_VNNI_INLINE void add_block(const Call<BITS> &call, const Rows &rows, 
     __m512i digit[DIGITS];
 #pragma GCC unroll 2
     for (int d = 0; d < DIGITS; ++d) digit[d] = _mm512_load_si512(x + (d * J + j) * 64);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const __m512i code = decode<BITS>(packed[r], j);
 #pragma GCC unroll 2
@@ -383,7 +384,7 @@ TM_VNNI TM_VNNI_INLINE void add_block(const Call<BITS> &call, const Rows &rows, 
   }
   const __m512 unit = _mm512_load_ps(call.a.units + block * kLanes);
   const int64_t first = call.lanes.first[block];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     const __m512i exact =
         DIGITS == 1 ? sum[r][0] : _mm512_add_epi32(_mm512_slli_epi32(sum[r][0], 8), sum[r][DIGITS - 1]);
@@ -399,7 +400,7 @@ template <int BITS, int DIGITS, bool UNIFORM, int COUNT>
 TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows, int64_t block,
                                        __m512 (&total)[kRows]) {
   Packed packed[COUNT][kRows];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int b = 0; b < COUNT; ++b) {
@@ -412,11 +413,12 @@ TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows,
   for (int b = 0; b < COUNT; ++b) add_block<BITS, DIGITS, UNIFORM>(call, rows, block + b, packed[b], total);
 }
 
-TM_VNNI TM_VNNI_INLINE __m128 sums_of(const __m512 *total) {
+TM_VNNI TM_VNNI_INLINE __m128 sums_of(const __m512 (&total)[kRows]) {
   const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(total[0], total[1]), _mm512_unpackhi_ps(total[0], total[1]));
   const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(total[2], total[3]), _mm512_unpackhi_ps(total[2], total[3]));
   const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
-  const __m512 sum = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  const __m512 even = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), odd = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  const __m512 sum = _mm512_add_ps(even, odd);
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
@@ -428,14 +430,15 @@ TM_VNNI void dot_rows(const Call<BITS> &call, int64_t begin, int64_t end) {
   const int64_t blocks = call.a.blocks, groups = call.a.padded_groups, full = w.row_bytes / kBlockBytes<BITS>;
   const Aligned scales(kRows * (groups + kPadding) * 4);
   std::memset(scales.data, 0, kRows * (groups + kPadding) * 4);
-  const auto load = with_kind(w, [](auto kind, auto zeros) { return &load_row<decltype(kind)::value, decltype(zeros)::value>; });
+  const auto load =
+      with_kind(w, [](auto kind, auto zeros) { return &load_row<decltype(kind)::value, decltype(zeros)::value>; });
   for (int64_t i = begin; i < end; i += kRows) {
     Rows rows;
     int64_t row[kRows];
     __m512 total[kRows];
     rows.ahead = std::max(kRows * w.row_bytes, kLeastAhead);
     prefetch_scales(w, i + 2 * kRows, kRows);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       row[r] = std::min(i + r, end - 1);  // the last row again where there is no fourth
       rows.codes[r] = w.codes + row[r] * w.row_bytes;
@@ -447,8 +450,7 @@ TM_VNNI void dot_rows(const Call<BITS> &call, int64_t begin, int64_t end) {
     for (; block + 2 <= full; block += 2) add_blocks<BITS, DIGITS, UNIFORM, 2>(call, rows, block, total);
     for (; block < blocks; ++block) add_blocks<BITS, DIGITS, UNIFORM, 1>(call, rows, block, total);
     alignas(16) float sums[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r += 4) _mm_store_ps(sums + r, sums_of(total + r));
+    _mm_store_ps(sums, sums_of(total));
     for (int r = 0; r < kRows; ++r) call.out.store(0, row[r], sums[r]);
   }
 }
@@ -512,7 +514,8 @@ TM_VNNI void arrange_tile(const Activations<BITS> &a, int64_t first, int64_t tok
               _mm512_storeu_si512(to + c * J * DIGITS * width, _mm512_load_si512(words[c]));
           } else {
             for (int64_t t = 0; t < here; ++t)
-              for (int64_t c = 0; c < kLanes; ++c) std::memcpy(to + c * J * DIGITS * width + t, x + t * stride + 4 * c, 4);
+              for (int64_t c = 0; c < kLanes; ++c)
+                std::memcpy(to + c * J * DIGITS * width + t, x + t * stride + 4 * c, 4);
           }
         }
   }
@@ -635,8 +638,8 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
         const __m512 scale = _mm512_load_ps(scales + s * kLanes);
 #pragma GCC unroll 16
         for (int t = 0; t < TOKENS; ++t) {
-          const __m512i exact = DIGITS == 1 ? sum[s][0][t]
-                                            : _mm512_add_epi32(_mm512_slli_epi32(sum[s][0][t], 8), sum[s][DIGITS - 1][t]);
+          __m512i exact = sum[s][0][t];
+          if (DIGITS == 2) exact = _mm512_add_epi32(_mm512_slli_epi32(exact, 8), sum[s][DIGITS - 1][t]);
           const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(units[c * TOKENS + t]));
           float *to = total + t * kStripRows + s * kLanes;
           _mm512_store_ps(to, _mm512_fmadd_ps(scaled, scale, _mm512_load_ps(to)));
@@ -652,8 +655,8 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
 //
 // A byte of a row holds two nibbles of 4 / BITS codes each, so that a nibble has 16 possible sums of products with a
 // token's activations. They are tabulated once per call and looked up for every row, 64 at a time with VPERMB: 16 rows
-// times the four bytes of a word, each with its own table. Sums have two bytes, high and low (signed), in two tables, so
-// that nothing is lost; VPDPBUSD with ones adds them up. One bit takes 4 look-ups where 8 products would be, two bits
+// times the four bytes of a word, each with its own table. Sums have two bytes, high and low (signed), in two tables,
+// so that nothing is lost; VPDPBUSD with ones adds them up. One bit takes 4 look-ups where 8 products would be, two bits
 // take as many of either.
 
 // [blocks][16 words][2 nibbles][2: high, low][4 bytes of the word][16 sums] of one token.
@@ -747,12 +750,13 @@ void multiply_tile(const Call<BITS> &call, const Strips &strips, const Tile &til
                    const uint8_t *codes, const Staging &staging) {
   if constexpr (DIGITS == kByTables) {
     if (tile.width == 1) return look_up<BITS, 1>(call, strips, tile, block, ends, codes, staging);
-    return look_up<BITS, 2>(call, strips, tile, block, ends, codes, staging);
-  }
-  else switch (tile.width) {
-    case 2: return multiply<BITS, DIGITS, 2>(call, strips, tile, block, ends, codes, staging);
-    case 4: return multiply<BITS, DIGITS, 4>(call, strips, tile, block, ends, codes, staging);
-    default: return multiply<BITS, DIGITS, kMostTokens<DIGITS>>(call, strips, tile, block, ends, codes, staging);
+    look_up<BITS, 2>(call, strips, tile, block, ends, codes, staging);
+  } else {
+    switch (tile.width) {
+      case 2: return multiply<BITS, DIGITS, 2>(call, strips, tile, block, ends, codes, staging);
+      case 4: return multiply<BITS, DIGITS, 4>(call, strips, tile, block, ends, codes, staging);
+      default: return multiply<BITS, DIGITS, kMostTokens<DIGITS>>(call, strips, tile, block, ends, codes, staging);
+    }
   }
 }
 
@@ -812,7 +816,8 @@ template <int BITS, int DIGITS>
 TM_VNNI void multiply_strips(const Call<BITS> &call, const Tile *tiles, int64_t count, const uint16_t *ends,
                              int64_t begin, int64_t end) {
   const Weight &w = call.w;
-  const int64_t blocks = call.a.blocks, groups = call.a.padded_groups, tokens = tiles[count - 1].first + tiles[count - 1].width;
+  const int64_t blocks = call.a.blocks, groups = call.a.padded_groups;
+  const int64_t tokens = tiles[count - 1].first + tiles[count - 1].width;
   const Aligned floats((4 * groups + tokens) * kStripRows * 4), storage(4 * kStagedBytes<BITS>);
   float *const by_row = reinterpret_cast<float *>(floats.data), *const scale = by_row + 2 * groups * kStripRows;
   float *const product = scale + groups * kStripRows, *const total = product + groups * kStripRows;
@@ -866,13 +871,15 @@ template <int BITS, int DIGITS>
 void linear(const Weight &w, const Activations<BITS> &a, const Lanes &lanes, const Output &out, int threads) {
   const Call<BITS> call{w, a, lanes, out};
   if (a.M == 0) return;
-  if constexpr (DIGITS != kByTables) if (a.M == 1) {
-    const bool uniform = w.groups == 1 || w.group_size % kBlock<BITS> == 0;
-    parallel_chunks(out.N, kRows, threads, [&](int64_t begin, int64_t end) {
-      if (uniform) return dot_rows<BITS, DIGITS, true>(call, begin, end);
-      dot_rows<BITS, DIGITS, false>(call, begin, end);
-    });
-    return;
+  if constexpr (DIGITS != kByTables) {
+    if (a.M == 1) {
+      const bool uniform = w.groups == 1 || w.group_size % kBlock<BITS> == 0;
+      parallel_chunks(out.N, kRows, threads, [&](int64_t begin, int64_t end) {
+        if (uniform) return dot_rows<BITS, DIGITS, true>(call, begin, end);
+        dot_rows<BITS, DIGITS, false>(call, begin, end);
+      });
+      return;
+    }
   }
   std::unique_ptr<uint16_t[]> ends(new uint16_t[a.blocks]);
   for (int64_t block = 0; block < a.blocks; ++block) {
@@ -899,7 +906,8 @@ void linear(const Weight &w, const Activations<BITS> &a, const Lanes &lanes, con
       auto *to = reinterpret_cast<int32_t *>(word_storage.data) + i * kMost * words;
       auto *units = reinterpret_cast<float *>(unit_storage.data) + i * kMost * a.blocks * kLanes;
       if constexpr (DIGITS == kByTables) {
-        for (int64_t t = 0; t < tokens; ++t) build_tables<BITS>(a, i * kMost + t, reinterpret_cast<int8_t *>(to + t * words));
+        for (int64_t t = 0; t < tokens; ++t)
+          build_tables<BITS>(a, i * kMost + t, reinterpret_cast<int8_t *>(to + t * words));
       } else {
         arrange_tile<BITS, DIGITS>(a, i * kMost, tokens, width, to);
       }

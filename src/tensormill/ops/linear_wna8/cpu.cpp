@@ -1,9 +1,9 @@
 // Linear layer with low-bit weights and 8-bit activations on the CPU.
 //
-// Sums of integers are exact; scales and zero points are applied in float32 to sums over a *segment*, columns that share
-// a scale of the weight and one of the activations. AVX-512 VNNI has a kernel of its own (integer_products.h). The
-// others decode a row of weights to a byte per code, once for all tokens, and multiply it with the tokens' codes as they
-// lie in memory: AVX-VNNI like AVX-512 VNNI, AVX2 by VPMADDUBSW, whose 16-bit sums of two products are exact up to 7
+// Sums of integers are exact; scales and zero points are applied in float32 to sums over a *segment*, columns that
+// share a scale of the weight and one of the activations. AVX-512 VNNI has a kernel of its own (integer_products.h).
+// The others decode a row of weights to a byte per code, once for all tokens, and multiply it with the tokens' codes as
+// they lie in memory: AVX-VNNI like AVX-512 VNNI, AVX2 by VPMADDUBSW, whose 16-bit sums of two products are exact up to 7
 // bits, and by 16-bit products for 8 bits.
 #include <nanobind/nanobind.h>
 
@@ -100,8 +100,8 @@ void quantize(const void *x, int kind, int64_t M, int64_t K, int64_t unit_size, 
 #if TENSORMILL_X86
       if (kind == kFloat16 && instruction_set() >= tensormill::kAvx2) {
         widen_halves(static_cast<const uint16_t *>(x) + t * K, K, wide.get());
-        const auto quantize_token = instruction_set() >= tensormill::kAvx512 ? quantize_token_avx512 : quantize_token_avx2;
-        quantize_token(wide.get(), kFloat32, 0, K, unit_size, natural.get(), codes + t * K, unit + t * units);
+        const bool avx512 = instruction_set() >= tensormill::kAvx512;
+        (avx512 ? quantize_token_avx512 : quantize_token_avx2)(wide.get(), kFloat32, 0, K, unit_size, natural.get(), codes + t * K, unit + t * units);
         continue;
       }
       if (instruction_set() >= tensormill::kAvx512) {

@@ -17,14 +17,14 @@
 
 #include <cmath>
 
-#include "weight.h"
+#include "packed_weight.h"
 
 #if TENSORMILL_X86
 
 #define TM_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define TM_AVX2_INLINE TM_AVX2 inline __attribute__((always_inline))
 
-namespace tensormill::wna16::avx2 {
+namespace tensormill::low_bit::avx2 {
 
 template <int BITS>
 constexpr int kCodes = BITS <= 4 ? 8 : 4;  // codes of a lane
@@ -545,6 +545,6 @@ void dequantize(const Weight &w, void *out, int kind, int64_t N, int threads) {
   });
 }
 
-}  // namespace tensormill::wna16::avx2
+}  // namespace tensormill::low_bit::avx2
 
 #endif  // TENSORMILL_X86

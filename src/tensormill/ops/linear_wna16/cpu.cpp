@@ -14,47 +14,20 @@
 // 0.54 for a float32 FMA of half its width), so that it would be the slower way.
 #include <nanobind/nanobind.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
 #include "avx2.h"
-#include "weight.h"
-
-#if defined(__linux__) && defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own AVX-512 headers trip these (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
+#include "integer_products.h"
+#include "isa.h"
+#include "packed_weight.h"
 
 namespace nb = nanobind;
 
-using namespace tensormill::wna16;
+using namespace tensormill::low_bit;
+using tensormill::instruction_set;
 
 namespace {
-
-enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
-
-// TENSORMILL_CPU_ISA=portable|avx2|avx512 caps the instruction set, for tests; avx512 leaves out AMX.
-Isa instruction_set() {
-  static const Isa chosen = [] {
-    Isa best = kPortable;
-    if (tensormill::has_avx2()) best = kAvx2;
-    if (best == kAvx2 && tensormill::has_avx512_vbmi()) best = kAvx512;
-    const char *asked = std::getenv("TENSORMILL_CPU_ISA");
-    if (asked == nullptr) return best;
-    if (std::strcmp(asked, "portable") == 0) return kPortable;
-    if (std::strcmp(asked, "avx2") == 0) return std::min(best, kAvx2);
-    return best;
-  }();
-  return chosen;
-}
 
 // ---------------------------------------------------------------- portable path
 
@@ -440,20 +413,6 @@ void linear_512(const Weight &w, const void *x, int x_kind, int64_t M, const Out
 #if TENSORMILL_AMX
 #define TM_AMX __attribute__((target(TM_512_FEATURES ",avx512bf16,amx-tile,amx-bf16")))
 
-// Linux gives a process the tile registers when it asks for them.
-bool amx_usable() {
-  static const bool yes = [] {
-    unsigned a, b, c, d;
-    if (instruction_set() < kAvx512 || !tensormill::has_avx512_bf16()) return false;
-    if (const char *asked = std::getenv("TENSORMILL_CPU_ISA"); asked && std::strcmp(asked, "avx512") == 0) return false;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const bool present = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    return present && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  }();
-  return yes;
-}
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -615,8 +574,6 @@ void linear_amx(const Weight &w, const void *x, int64_t M, const Output &out, in
     linear_rows_amx<BITS>(w, lanes, tiles.data, M, blocks, out, begin, end);
   });
 }
-#else
-bool amx_usable() { return false; }
 #endif  // TENSORMILL_AMX
 
 // 64 codes of a row in natural order, a byte each.
@@ -702,11 +659,22 @@ void dequantize_512(const Weight &w, void *out, int kind, int64_t N, int threads
   });
 }
 
-#else
-bool amx_usable() { return false; }
 #endif  // TENSORMILL_X86
 
 // ---------------------------------------------------------------- entry points
+
+#if TENSORMILL_X86
+template <int BITS>
+bool takes_vnni(const Weight &w) {
+  return vnni::takes<BITS>(w.groups, w.group_size, 1, 0);
+}
+
+// Whether the call was computed with 8-bit products.
+template <int BITS>
+bool linear_vnni(const Weight &w, const void *x, int x_kind, int64_t M, const Output &out, int threads) {
+  return vnni::takes<BITS>(w.groups, w.group_size, 1, 0) && vnni::linear_of_floats<BITS>(w, x, x_kind, M, out, threads);
+}
+#endif
 
 #define TM_DISPATCH_BITS(FUNCTION, ...)        \
   switch (w.bits) {                            \
@@ -723,7 +691,7 @@ bool amx_usable() { return false; }
 constexpr int64_t kDecodedTokens = 4;     // up to here AVX-512 beats AMX, whose tiles hold 16 tokens
 
 // Multiply-adds below which waking another thread costs more than it saves.
-int64_t serial_work() { return instruction_set() == kPortable ? 1 << 15 : 1 << 19; }
+int64_t serial_work() { return instruction_set() == tensormill::kPortable ? 1 << 15 : 1 << 19; }
 
 Weight make_weight(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t K, int64_t row_words, int64_t groups,
                    int64_t group_size, int bits, int scale_kind) {
@@ -738,6 +706,21 @@ Weight make_weight(uintptr_t codes, uintptr_t scale, uintptr_t zero, int64_t K, 
           scale_kind};
 }
 
+// Whether 16-bit activations are multiplied with 8-bit products.
+bool multiplies_bytes(int64_t groups, int64_t group_size, int bits) {
+#if TENSORMILL_X86
+  Weight w{};
+  w.groups = groups;
+  w.group_size = group_size;
+  w.bits = bits;
+  if (instruction_set() < tensormill::kAvx512Vnni) return false;
+  TM_DISPATCH_BITS(takes_vnni, w)
+#else
+  static_cast<void>(groups), static_cast<void>(group_size), static_cast<void>(bits);
+  return false;
+#endif
+}
+
 // y [M, N] = x [M, K] W^T + bias, all contiguous; zero and bias may be null.
 void linear(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t bias, uintptr_t y, int64_t M,
             int64_t N, int64_t K, int64_t row_words, int64_t groups, int64_t group_size, int bits, int x_kind,
@@ -749,14 +732,16 @@ void linear(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintp
 #if TENSORMILL_X86
   const bool whole_octets = groups == 1 || group_size % 8 == 0;
 #if TENSORMILL_AMX
-  if (M > kDecodedTokens && x_kind == kBFloat16 && whole_octets && amx_usable()) {
+  if (M > kDecodedTokens && x_kind == kBFloat16 && whole_octets && instruction_set() == tensormill::kAmx) {
     TM_DISPATCH_BITS(linear_amx, w, values, M, out, threads)
   }
 #endif
-  if (instruction_set() >= kAvx512 && whole_octets) {
+  const auto of_integers = [&] { TM_DISPATCH_BITS(linear_vnni, w, values, x_kind, M, out, threads) };
+  if (x_kind != kFloat32 && instruction_set() >= tensormill::kAvx512Vnni && of_integers()) return;
+  if (instruction_set() >= tensormill::kAvx512 && whole_octets) {
     TM_DISPATCH_BITS(linear_512, w, values, x_kind, M, out, threads)
   }
-  if (instruction_set() >= kAvx2 && whole_octets) {
+  if (instruction_set() >= tensormill::kAvx2 && whole_octets) {
     TM_DISPATCH_BITS(avx2::linear, w, values, x_kind, M, out, threads)
   }
 #endif
@@ -764,7 +749,7 @@ void linear(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintp
   for (int64_t i = 0; i < M * K; ++i) single[i] = load_float(values, i, x_kind);
   tensormill::parallel_ranges(N, 1, threads, [&](int64_t begin, int64_t end) {
 #if TENSORMILL_X86
-    if (instruction_set() >= kAvx2) return linear_rows_avx2(w, single.get(), M, out, begin, end);
+    if (instruction_set() >= tensormill::kAvx2) return linear_rows_avx2(w, single.get(), M, out, begin, end);
 #endif
     linear_rows_portable(w, single.get(), M, out, begin, end);
   });
@@ -778,16 +763,16 @@ void dequantize(uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t out,
   void *target = reinterpret_cast<void *>(out);
   if (N * K < serial_work()) threads = 1;
 #if TENSORMILL_X86
-  if (instruction_set() >= kAvx512 && (groups == 1 || group_size % 16 == 0)) {
+  if (instruction_set() >= tensormill::kAvx512 && (groups == 1 || group_size % 16 == 0)) {
     TM_DISPATCH_BITS(dequantize_512, w, target, out_kind, N, threads)
   }
-  if (instruction_set() >= kAvx2 && (groups == 1 || group_size % 8 == 0)) {
+  if (instruction_set() >= tensormill::kAvx2 && (groups == 1 || group_size % 8 == 0)) {
     TM_DISPATCH_BITS(avx2::dequantize, w, target, out_kind, N, threads)
   }
 #endif
   tensormill::parallel_ranges(N, 1, threads, [&](int64_t begin, int64_t end) {
 #if TENSORMILL_X86
-    if (instruction_set() >= kAvx2) return dequantize_rows_avx2(w, target, out_kind, begin, end);
+    if (instruction_set() >= tensormill::kAvx2) return dequantize_rows_avx2(w, target, out_kind, begin, end);
 #endif
     dequantize_rows_portable(w, target, out_kind, begin, end);
   });
@@ -798,6 +783,6 @@ void dequantize(uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t out,
 NB_MODULE(_cpu, m) {
   m.def("linear", &linear, nb::call_guard<nb::gil_scoped_release>());
   m.def("dequantize", &dequantize, nb::call_guard<nb::gil_scoped_release>());
+  m.def("multiplies_bytes", &multiplies_bytes);
   m.def("instruction_set", [] { return static_cast<int>(instruction_set()); });
-  m.def("amx_usable", &amx_usable);
 }

@@ -14,7 +14,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # 64 for float32 activations.
 _MOST_DECODED_TOKENS = 8
 _MOST_DECODED_TOKENS_AVX2 = 64
-_AVX2 = 1  # of _cpu.instruction_set()
+_AVX2, _AMX = 1, 4  # of _cpu.instruction_set()
 # Tokens, or elements of x, up to which decoding into AMX tiles beats it: x stays in the second-level cache.
 _MOST_TILED_TOKENS = 32
 _MOST_TILED_ELEMENTS = 3 << 18
@@ -38,7 +38,13 @@ def linear(
     avx2 = whole_octets and _cpu.instruction_set() == _AVX2
     most_decoded = _MOST_DECODED_TOKENS_AVX2 if avx2 else _MOST_DECODED_TOKENS
     tiled = tokens <= _MOST_TILED_TOKENS or x.numel() <= _MOST_TILED_ELEMENTS
-    if tokens > most_decoded and not (tiled and x.dtype == torch.bfloat16 and _cpu.amx_usable()):
+    amx = _cpu.instruction_set() == _AMX
+    if amx and x.dtype == torch.bfloat16:
+        direct = tokens <= most_decoded or tiled
+    else:
+        integers = x.dtype != torch.float32 and _cpu.multiplies_bytes(scale.shape[1], group_size, bits)
+        direct = integers or tokens <= most_decoded
+    if not direct:
         return _linear_by_panels(x, weight, scale, zero_point, bias, bits, group_size)
     rows, columns = weight.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], rows))

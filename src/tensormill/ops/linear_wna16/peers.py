@@ -96,7 +96,9 @@ def _tinygemm_takes(
     return bits == 4 and x.dim() == 2 and group in (32, 64, 128, 256) and columns % group == 0 and fits
 
 
-def _onnxruntime(accuracy_level: int) -> Callable[..., Call]:
+def onnxruntime(accuracy_level: int) -> Callable[..., Call]:
+    """`make` of MatMulNBits: accuracy level 0 computes in float32, 4 quantizes activations to 8 bits."""
+
     def make(
         x: Tensor,
         weight: Tensor,
@@ -107,21 +109,21 @@ def _onnxruntime(accuracy_level: int) -> Callable[..., Call]:
         group_size: int,
         layout: str,
     ) -> Call:
-        import onnxruntime
+        from onnxruntime import InferenceSession, SessionOptions
 
         model = _matmul_nbits_model(x, weight, scale, zero_point, bias, bits, group_size, accuracy_level)
-        options = onnxruntime.SessionOptions()
+        options = SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # Idle threads would otherwise spin on the cores of whoever is timed next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = InferenceSession(model, options, providers=["CPUExecutionProvider"])
         given = {"A": x.float().numpy()}
         return lambda: torch.from_numpy(session.run(None, given)[0])
 
     return make
 
 
-def _onnxruntime_takes(
+def onnxruntime_takes(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -131,6 +133,7 @@ def _onnxruntime_takes(
     group_size: int,
     layout: str,
 ) -> bool:
+    """Whether MatMulNBits takes these arguments."""
     group = _group(x.shape[-1], group_size)
     power_of_two = group >= 16 and group & (group - 1) == 0
     return bits in (2, 4, 8) and power_of_two and x.shape[-1] % group == 0
@@ -333,9 +336,9 @@ def register(operator: Operator) -> None:
         operator.peer(
             f"onnxruntime MatMulNBits {_kind}",
             devices=("cpu",),
-            make=_onnxruntime(_level),
+            make=onnxruntime(_level),
             missing=requires("onnxruntime"),
-            supports=_onnxruntime_takes,
+            supports=onnxruntime_takes,
             tolerance=_BF16_TOLERANCE,
         )
     operator.peer(

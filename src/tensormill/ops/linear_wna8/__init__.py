@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensormill.cuda import cuda_missing
 from tensormill.errors import InvalidArgument
-from tensormill.operator import Operator, Sample, interpreting, triton_missing
+from tensormill.operator import Operator, Sample, interpreting, native_missing, triton_missing
 from tensormill.ops.dequantize_wna16 import check_weight, make_weight, num_groups, weight_bytes
 from tensormill.ops.linear_wna8 import peers, reference
 from tensormill.ops.linear_wna16 import autocast
@@ -237,6 +237,40 @@ def _hopper_missing() -> str | None:
     return reason
 
 
+def _cpu_supports(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    x_group_size: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    layout: str,
+) -> bool:
+    floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
+    kinds = all(t.dtype in DTYPES for t in floats) and dtype in DTYPES
+    return layout == "packed" and x_dtype == torch.int8 and x.shape[-1] > 0 and kinds
+
+
+def _tables_support(*arguments: Any) -> bool:
+    x, bits, group_size, x_group_size = arguments[0], *arguments[7:10]
+    words = all(size in (-1, x.shape[-1]) or size % (32 // bits) == 0 for size in (group_size, x_group_size))
+    return _cpu_supports(*arguments) and bits <= 2 and words
+
+
+def _tables_missing() -> str | None:
+    if (reason := native_missing("tensormill.ops.linear_wna8._cpu")()) is not None:
+        return reason
+    from tensormill.ops.linear_wna8.cpu import tables_missing
+
+    return tables_missing()
+
+
 class _LinearWNA8(Operator):
     """The result's type sets the tolerance, not that of the first tensor, which may be codes."""
 
@@ -265,6 +299,21 @@ operator = _LinearWNA8(
     inputs=_inputs,
     samples=samples(),
     reduction=lambda shape: shape["in_features"],
+)
+operator.implementation(
+    "cpu",
+    devices=("cpu",),
+    entry="tensormill.ops.linear_wna8.cpu:linear",
+    supports=_cpu_supports,
+    missing=native_missing("tensormill.ops.linear_wna8._cpu"),
+)
+# Slower than "cpu" at nearly all sizes (docs/operators/linear_wna8.md), so never chosen by itself.
+operator.implementation(
+    "lut",
+    devices=("cpu",),
+    entry="tensormill.ops.linear_wna8.cpu:linear_by_tables",
+    supports=_tables_support,
+    missing=_tables_missing,
 )
 operator.implementation(
     "cuda",

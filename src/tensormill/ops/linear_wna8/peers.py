@@ -1,7 +1,8 @@
 """Other people's linear layers with 8-bit activations, and 16-bit ones, for the benchmark.
 
 Every peer gets the same codes and scales, converted to its own layout outside the timing, and quantizes float
-activations inside it where it can. cuBLAS's 8-bit products are yardsticks of a layer with 8-bit weights: integers
+activations inside it where it can (onnxruntime a scale per group of the weight, llama.cpp one per 32 or 256
+channels). cuBLAS's 8-bit products are yardsticks of a layer with 8-bit weights: integers
 in, integers out, without scales.
 """
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from tensormill.operator import Operator, requires
 from tensormill.ops.bit_packing import unpack_bits
 from tensormill.ops.dequantize_wna16.reference import dequantize_wna16
+from tensormill.ops.linear_wna8 import ggml
+from tensormill.ops.linear_wna16 import peers as weight_only_peers
 
 # Activations that were not quantized differ from those that were by this much.
 _QUANTIZATION = 3e-2
@@ -148,8 +151,110 @@ def _humming_takes(
     )
 
 
+def _onnxruntime(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    *rest: Any,
+) -> Call:
+    return weight_only_peers.onnxruntime(4)(
+        x, weight, weight_scale, zero_point, bias, bits, group_size, "packed"
+    )
+
+
+def _onnxruntime_takes(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    *rest: Any,
+) -> bool:
+    return x_scale is None and weight_only_peers.onnxruntime_takes(
+        x, weight, weight_scale, zero_point, bias, bits, group_size, "packed"
+    )
+
+
+def _llama_cpp(kind: int) -> Callable[..., Call]:
+    def make(
+        x: Tensor,
+        x_scale: Tensor | None,
+        weight: Tensor,
+        weight_scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        *rest: Any,
+    ) -> Call:
+        columns = x.shape[-1]
+        x = x.reshape(-1, columns)
+        if kind != ggml.Q4_0:
+            dense = dequantize_wna16(
+                weight, weight_scale, zero_point, columns, bits, group_size, "packed", torch.float32
+            )
+            return ggml.product(x, kind, dense=dense)
+        repeated = torch.arange(columns // 32) * 32 // (columns if group_size == -1 else group_size)
+        codes = unpack_bits(weight, bits, columns)
+        return ggml.product(x, kind, codes=codes, scale=weight_scale[:, repeated])
+
+    return make
+
+
+def _llama_cpp_takes(kind: int) -> Callable[..., bool]:
+    def takes(
+        x: Tensor,
+        x_scale: Tensor | None,
+        weight: Tensor,
+        weight_scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        *rest: Any,
+    ) -> bool:
+        columns = x.shape[-1]
+        if x_scale is not None or bias is not None or x.numel() == 0:
+            return False
+        if kind == ggml.Q4_0:
+            whole = group_size % 32 == 0 if group_size != -1 else True
+            return bits == 4 and zero_point is None and whole and columns % 32 == 0
+        return bits == {ggml.Q2_K: 2, ggml.Q4_K: 4}[kind] and columns % 256 == 0
+
+    return takes
+
+
 def register(operator: Operator) -> None:
     """Add the peers to the operator."""
+    operator.peer(
+        "onnxruntime MatMulNBits int8",
+        devices=("cpu",),
+        make=_onnxruntime,
+        missing=requires("onnxruntime"),
+        supports=_onnxruntime_takes,
+        tolerance=_QUANTIZATION,
+    )
+    for name, kind in (("Q4_0", ggml.Q4_0), ("Q4_K", ggml.Q4_K), ("Q2_K", ggml.Q2_K)):
+        operator.peer(
+            f"llama.cpp {name}",
+            devices=("cpu",),
+            make=_llama_cpp(kind),
+            missing=ggml.missing,
+            supports=_llama_cpp_takes(kind),
+            tolerance=_QUANTIZATION if kind == ggml.Q4_0 else float("inf"),
+        )
     for name, dtype, devices in (
         ("bf16", torch.bfloat16, ("cpu", "cuda")),
         ("fp16", torch.float16, ("cuda",)),

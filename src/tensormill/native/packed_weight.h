@@ -7,7 +7,7 @@
 
 #include "parallel.h"
 
-namespace tensormill::wna16 {
+namespace tensormill::low_bit {
 
 enum Kind : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -117,4 +117,4 @@ struct Lanes {
   }
 };
 
-}  // namespace tensormill::wna16
+}  // namespace tensormill::low_bit

@@ -480,7 +480,7 @@ def test_cuda_kernels_compile_without_spills(storage):
         assert resources(code)["latent"].stack <= 8  # a word for the two register counts, no spill
         assert disassembly(code).count("HGMMA") == 36 + 4
         return
-    config = cuda.configuration(4, cuda.bits_of(key), "bfp" in storage)
+    config = cuda.configuration(4, cuda.bits_of(key))
     module = cuda.module(**cuda.defines(query, key, *stored, table, window, softcap, config))
     used = resources(compile_or_skip(module, "sm_90a"))["attend"]
     assert used.stack <= 32  # which of 8 bits, with all its scales, needs with some compilers

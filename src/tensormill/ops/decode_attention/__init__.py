@@ -293,18 +293,19 @@ operator = Operator(
     shape_defaults=DEFAULTS,
 )
 operator.implementation(
-    "cuda",
-    devices=("cuda",),
-    entry="tensormill.ops.decode_attention.cuda:decode_attention",
-    supports=_cuda_supports,
-    missing=cuda_missing,
-)
-operator.implementation(
     "triton",
     devices=("cuda",),
     entry="tensormill.ops.decode_attention.triton:decode_attention",
     supports=_triton_supports,
     missing=triton_missing,
+)
+# Faster than Triton for quantized caches, but changed since it was last seen on a GPU: chosen by name only, as the next.
+operator.implementation(
+    "cuda",
+    devices=("cuda",),
+    entry="tensormill.ops.decode_attention.cuda:decode_attention",
+    supports=_cuda_supports,
+    missing=cuda_missing,
 )
 operator.implementation(
     "latent",

@@ -19,11 +19,6 @@ DEVICE void mma_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
     });
 }
 
-DEVICE void mma_bits128(int (&d)[4], const uint32_t (&a)[2], uint32_t b) {
-    const uint32_t left[4] = {a[0], a[1], 0, 0}, right[2] = {b, 0};
-    mma_bits(d, left, right);
-}
-
 namespace emulation {
 // Word k of a row of 256 bits of an operand in 128-byte swizzle.
 inline uint32_t operand_word(uint64_t descriptor, int row, int k) {

@@ -24,7 +24,6 @@ def emulation(monkeypatch):
     """The wrapper launches the emulation: `(config, shape) -> what is wrong, or None`."""
     for name, module in (("_gemm", cuda._gemm), ("_skinny", cuda._skinny), ("_stream", cuda._stream)):
         monkeypatch.setattr(cuda, name, lambda *a, module=module: _Emulated(module(*a)))
-    monkeypatch.setattr(cuda, "_grouped", lambda *a, module=cuda._grouped: _Emulated(module(*a)))
     monkeypatch.setattr(cuda, "tensor_map", emulated_tensor_map)
     monkeypatch.setattr(cuda, "_maps", {})
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 3)
@@ -38,10 +37,7 @@ def emulation(monkeypatch):
             **shape,
         }
         arguments = OPERATOR.inputs(shape, torch.device("cpu"), torch.Generator().manual_seed(3))
-        if isinstance(config, cuda.GroupedConfig):
-            result = cuda.run_grouped(config, *arguments)
-        else:
-            result = cuda.run(config, *arguments[:9], arguments[10])
+        result = cuda.run(config, *arguments[:9], arguments[10])
         expected = OPERATOR.reference(*upcast(arguments))
         dtype = arguments[4].dtype if arguments[4] is not None else torch.float64
         return deviation(result, expected, OPERATOR.tolerance(dtype, shape))
@@ -95,13 +91,6 @@ def test_kernels(emulation, config, p, q, rows, dtype):
     assert emulation(config, sizes(1, rows + 4, 100, p, q, **formats)) is None
 
 
-def test_groups(emulation):
-    config, formats = cuda.GroupedConfig(2, 8, 2, 2), {"weight_format": "bipolar", "x_format": "signed"}
-    formats |= {"group_size": 256, "dtype": "float32"}
-    assert emulation(config, sizes(9, 37, 1300, 2, 3, **formats)) is None
-    assert emulation(config, sizes(1, 16, 640, 2, 3, **formats)) is None
-
-
 @pytest.mark.parametrize(
     ("make", "name", "instructions"),
     [
@@ -117,11 +106,6 @@ def test_groups(emulation):
         ),
         (lambda: cuda._skinny(Skinny(1, 16, 2, 4), 4, HALF), "skinny", ["BGMMA.64x64x256.AND.POPC"]),
         (lambda: cuda._stream(Stream(1, 16), 2, 2, HALF), "stream", ["BMMA.168256.AND.POPC", "LDG.E.128"]),
-        (
-            lambda: cuda._grouped(cuda.GroupedConfig(1, 8), 2, 8, 1, HALF),
-            "stream_grouped",
-            ["BMMA.168128.AND.POPC"],
-        ),
     ],
 )
 def test_compiles(make, name, instructions):

@@ -12,13 +12,6 @@ DEVICE void mma_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d (16 x 8, int32) += a (16 x 128 bits) b (128 bits x 8): the first half of the above.
-DEVICE void mma_bits128(int (&d)[4], const uint32_t (&a)[2], uint32_t b) {
-    asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-
 #define TM_BITS_LIST_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TM_BITS_LIST_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define TM_OUT_8(c, d, i) TM_OUT_4(c, d, i), TM_OUT_4(c, d, i + 4)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensormill.cuda import DEVICE_HEADER, Module, cuda_missing, multiprocessors, tensor_map
+from tensormill.cuda import HOPPER_HEADER, Module, cuda_missing, multiprocessors, tensor_map
 from tensormill.ops.bit_planes import affine_product
 
-_HEADERS = tuple(DEVICE_HEADER.with_name(name) for name in ("hopper.cuh", "bits.cuh"))
+_HEADERS = (HOPPER_HEADER, HOPPER_HEADER.with_name("bits.cuh"))
 _OUTPUTS = {torch.int32: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _MOST_SHARED = 227 << 10  # bytes of shared memory of a block
 _MOST_REGISTERS = 200  # of a thread, for sums and weights in `stream.cu`
@@ -113,21 +113,6 @@ KINDS: dict[str, type[Config]] = {
 }
 
 
-@dataclass(frozen=True)
-class GroupedConfig:
-    """Of `stream_grouped.cu`: tiles of 16 rows and tokens of a block, its warps, groups whose loads are issued at once."""
-
-    row_tiles: int
-    tokens: int
-    warps: int = 8
-    unroll: int = 2
-
-    def fits(self, p: int, q: int, group_size: int) -> bool:
-        """Whether it takes p-bit weights and q-bit activations in such groups within registers."""
-        sums = self.row_tiles * self.tokens // 2 * (p + q)
-        return sums + 2 * self.row_tiles * p <= _MOST_REGISTERS // 2 and group_size <= 1024
-
-
 class _Common(ctypes.Structure):
     _fields_ = [
         ("y", ctypes.c_void_p),
@@ -161,20 +146,6 @@ class _StreamArguments(ctypes.Structure):
         ("tokens", ctypes.c_int),
         ("rows", ctypes.c_int),
         ("words", ctypes.c_int),
-        ("affine", ctypes.c_int * 4),
-    ]
-
-
-class _GroupedArguments(ctypes.Structure):
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("common", _Common),
-        ("tokens", ctypes.c_int),
-        ("rows", ctypes.c_int),
-        ("words", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("groups", ctypes.c_int),
         ("affine", ctypes.c_int * 4),
     ]
 
@@ -277,39 +248,6 @@ def run(
     kernel = _stream(config, p, q, output).kernel("bit_plane_stream", device)
     shared = 64 * config.row_tiles * config.tokens
     kernel.launch(blocks, 32 * config.warps, shared, streamed, overlap=True)
-    return y
-
-
-def run_grouped(
-    config: GroupedConfig,
-    x: Tensor,
-    weight: Tensor,
-    x_sums: Tensor,
-    weight_sums: Tensor,
-    x_scale: Tensor | None,
-    weight_scale: Tensor | None,
-    length: int,
-    x_format: str,
-    weight_format: str,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The product with scales for groups by a given configuration."""
-    x, weight, x_sums, weight_sums = (t.contiguous() for t in (x, weight, x_sums, weight_sums))
-    (q, tokens, words), (p, rows, _) = x.shape, weight.shape
-    y = torch.empty(tokens, rows, dtype=dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    scales = _float_scales(x_scale, weight_scale)
-    common = _Common(y.data_ptr(), x_sums.data_ptr(), weight_sums.data_ptr(), *(s.data_ptr() for s in scales))
-    affine = (ctypes.c_int * 4)(*affine_product(x_format, weight_format, q, p))
-    sizes = tokens, rows, words, length, x_sums.shape[1]
-    arguments = _GroupedArguments(x.data_ptr(), weight.data_ptr(), common, *sizes, affine)
-    blocks = (-(-rows // (16 * config.row_tiles)), -(-tokens // config.tokens), 1)
-    module = _grouped(config, p, q, group_size // 128, _OUTPUTS[dtype])
-    kernel = module.kernel("bit_plane_stream_grouped", x.device.index)
-    shared = 64 * config.row_tiles * config.tokens * config.warps
-    kernel.launch(blocks, 32 * config.warps, shared, arguments, overlap=True)
     return y
 
 
@@ -418,25 +356,6 @@ def heuristic(tokens: int, rows: int, p: int, q: int) -> Config:
     if tokens <= 128:
         return GemmConfig(1, 64, stages=8)
     return GemmConfig(2, 128, stages=6) if tokens * rows <= 512 * 8192 else GemmConfig(2, 256)
-
-
-def grouped_defines(config: GroupedConfig, p: int, q: int, pieces: int, output: int) -> dict[str, int]:
-    return {
-        "ROW_TILES": config.row_tiles,
-        "TOKENS": config.tokens,
-        "W_BITS": p,
-        "X_BITS": q,
-        "WARPS": config.warps,
-        "UNROLL": config.unroll,
-        "GROUP_PIECES": pieces,
-        "OUTPUT": output,
-    }
-
-
-@functools.cache
-def _grouped(config: GroupedConfig, p: int, q: int, pieces: int, output: int) -> Module:
-    defines = grouped_defines(config, p, q, pieces, output)
-    return Module(Path(__file__).with_name("stream_grouped.cu"), defines, _HEADERS)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tensormill.cuda import DEVICE_HEADER, Module, multiprocessors, tensor_map
+from tensormill.cuda import HOPPER_HEADER, Module, multiprocessors, tensor_map
 from tensormill.ops.decode_attention.cuda import merge, span, workspace
 
 ROWS = 64  # of a block
@@ -89,7 +89,7 @@ def defines(
 @functools.cache
 def module(**defines: int | str) -> Module:
     """The kernel, with these macros."""
-    headers = [DEVICE_HEADER.with_name("hopper.cuh"), Path(__file__).with_name("work.cuh")]
+    headers = [HOPPER_HEADER, Path(__file__).with_name("work.cuh")]
     return Module(Path(__file__).with_name("latent.cu"), defines, headers)
 
 

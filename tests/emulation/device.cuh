@@ -363,14 +363,11 @@ template <class V>
 DEVICE void emulated_store(uint32_t address, V value) {
     memcpy(emulation::shared_bytes(address, sizeof(V)), &value, sizeof(V));
 }
-DEVICE uint32_t load_shared_byte(uint32_t address) { return emulated_load<uint8_t>(address); }
 DEVICE uint32_t load_shared_half(uint32_t address) { return emulated_load<uint16_t>(address); }
 DEVICE uint32_t load_shared(uint32_t address) { return emulated_load<uint32_t>(address); }
 DEVICE Words2 load_shared2(uint32_t address) { return emulated_load<Words2>(address); }
 DEVICE Words4 load_shared4(uint32_t address) { return emulated_load<Words4>(address); }
-DEVICE void store_shared_half(uint32_t address, uint32_t value) { emulated_store(address, (uint16_t)value); }
 DEVICE void store_shared(uint32_t address, uint32_t value) { emulated_store(address, value); }
-DEVICE void store_shared2(uint32_t address, Words2 value) { emulated_store(address, value); }
 DEVICE void store_shared4(uint32_t address, Words4 value) { emulated_store(address, value); }
 
 namespace emulation {
@@ -391,22 +388,11 @@ void load_matrices(uint32_t address, uint32_t (&d)[COUNT]) {
 }
 }  // namespace emulation
 DEVICE void load_matrices4(uint32_t address, uint32_t (&d)[4]) { emulation::load_matrices<4, false>(address, d); }
-DEVICE void load_matrices2(uint32_t address, uint32_t (&d)[2]) { emulation::load_matrices<2, false>(address, d); }
-DEVICE void load_matrices4_transposed(uint32_t address, uint32_t (&d)[4]) {
-    emulation::load_matrices<4, true>(address, d);
-}
 
 DEVICE uint32_t load_constant(const uint32_t* address) { return *address; }
 DEVICE Words4 load_constant4(const void* address) { return *static_cast<const Words4*>(address); }
 DEVICE Words4 load_relaxed4(const void* address) { return *static_cast<const Words4*>(address); }
 DEVICE void store_relaxed4(void* address, Words4 value) { *static_cast<Words4*>(address) = value; }
-DEVICE uint32_t load_acquire(const uint32_t* address) { return *address; }
-DEVICE void store_release(uint32_t* address, uint32_t value) { *address = value; }
-DEVICE uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
-    const uint32_t before = *address;
-    *address += value;
-    return before;
-}
 DEVICE void spin() { emulation::yield(); }
 
 DEVICE void copy_async16(uint32_t shared, const void* global, int bytes = 16) {
@@ -415,9 +401,6 @@ DEVICE void copy_async16(uint32_t shared, const void* global, int bytes = 16) {
     memset(to, 0, 16);
     memcpy(to, global, bytes);
 }
-DEVICE void copy_async_commit() {}
-template <int PENDING>
-DEVICE void copy_async_wait() {}
 DEVICE void mbarrier_arrive(uint32_t barrier) {
     emulation::Mbarrier& b = emulation::mbarrier(barrier);
     if (b.pending == 0) emulation::fail("more arrivals at a barrier than it was made for");
@@ -440,7 +423,6 @@ DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 }
 
 DEVICE uint64_t policy_evict_first() { return 0; }
-DEVICE uint64_t policy_evict_last() { return 0; }
 DEVICE void copy_bulk(uint32_t shared, const void* global, int bytes, uint32_t barrier, uint64_t = 0) {
     if (bytes % 16 || (uintptr_t)global % 16 || shared % 16) emulation::fail("bulk copy that is no multiple of 16");
     if (bytes == 0) return;

@@ -180,11 +180,6 @@ extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 // Address of the block's dynamic shared memory, a multiple of 1024.
 DEVICE uint32_t shared_memory() { return (uint32_t)__cvta_generic_to_shared(dynamic_shared_memory); }
 
-DEVICE uint32_t load_shared_byte(uint32_t address) {
-    uint32_t d;
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(d) : "r"(address));
-    return d;
-}
 DEVICE uint32_t load_shared_half(uint32_t address) {
     uint16_t d;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(d) : "r"(address));
@@ -207,14 +202,8 @@ DEVICE Words4 load_shared4(uint32_t address) {
                  : "r"(address));
     return d;
 }
-DEVICE void store_shared_half(uint32_t address, uint32_t value) {
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"((uint16_t)value) : "memory");
-}
 DEVICE void store_shared(uint32_t address, uint32_t value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-DEVICE void store_shared2(uint32_t address, Words2 value) {
-    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
 }
 DEVICE void store_shared4(uint32_t address, Words4 value) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y),
@@ -224,16 +213,6 @@ DEVICE void store_shared4(uint32_t address, Words4 value) {
 // Four 8x8 matrices of 16-bit numbers; lane 8 i + j gives the address of row j of matrix i.
 DEVICE void load_matrices4(uint32_t address, uint32_t (&d)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(address));
-}
-DEVICE void load_matrices2(uint32_t address, uint32_t (&d)[2]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(d[0]), "=r"(d[1])
-                 : "r"(address));
-}
-DEVICE void load_matrices4_transposed(uint32_t address, uint32_t (&d)[4]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                  : "r"(address));
 }
@@ -267,20 +246,6 @@ DEVICE void store_relaxed4(void* address, Words4 value) {
                  "r"(value.z), "r"(value.w)
                  : "memory");
 }
-DEVICE uint32_t load_acquire(const uint32_t* address) {
-    uint32_t d;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(d) : "l"(address) : "memory");
-    return d;
-}
-DEVICE void store_release(uint32_t* address, uint32_t value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-// Adds to a counter with acquire and release semantics; gives what it was before.
-DEVICE uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
-    uint32_t d;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(d) : "l"(address), "r"(value) : "memory");
-    return d;
-}
 // Waiting for another block: lets the emulation run it.
 DEVICE void spin() {}
 
@@ -289,11 +254,6 @@ DEVICE void spin() {}
 // The first `bytes` of 16 are copied, the others become 0.
 DEVICE void copy_async16(uint32_t shared, const void* global, int bytes = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
-}
-DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-DEVICE void copy_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 // This thread's copies so far arrive at the barrier once they are complete (counted as one of its arrivals).
 DEVICE void copy_async_arrive(uint32_t barrier) {
@@ -356,11 +316,6 @@ DEVICE void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
 DEVICE uint64_t policy_evict_first() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-DEVICE uint64_t policy_evict_last() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 // `bytes` and both addresses are multiples of 16.

@@ -37,7 +37,9 @@ def cases() -> list:
 
 
 def build(operator: Operator, sample: Sample, device: str) -> tuple:
-    generator = torch.Generator(device).manual_seed(torch.seed() & 0x7FFFFFFF)
+    seed = torch.seed() & 0x7FFFFFFF
+    print(f"seed {seed}")  # pytest shows it beside a failure
+    generator = torch.Generator(device).manual_seed(seed)
     return operator.inputs(sample.shape, torch.device(device), generator)
 
 

@@ -152,7 +152,10 @@ def _inputs(shape: Shape, device: torch.device, generator: torch.Generator) -> t
 
     key, key_scale, key_offset = stored(head_dim)
     value, value_scale, value_offset = (None, None, None) if shape["shared"] else stored(value_dim)
-    query = (normal(batch, shape["heads"], shape["queries"], head_dim)).to(dtype)
+    query = normal(batch, shape["heads"], shape["queries"], head_dim)
+    if magnitude > 1:
+        query = _query_of_one_token(key, key_scale, key_offset, lengths, shape, generator) / magnitude
+    query = query.to(dtype)
     sinks = normal(shape["heads"]).to(dtype) if shape["sinks"] else None
     scale = head_dim**-0.5
     return (
@@ -171,6 +174,26 @@ def _inputs(shape: Shape, device: torch.device, generator: torch.Generator) -> t
         shape["window"],
         shape["softcap"],
     )
+
+
+def _query_of_one_token(
+    key: Tensor,
+    key_scale: Tensor | None,
+    key_offset: Tensor | None,
+    lengths: Tensor,
+    shape: Shape,
+    generator: torch.Generator,
+) -> Tensor:
+    """Queries equal to the key of some token, (batch, heads, queries, head_dim), for caches without pages.
+
+    That token takes all weight by far. Were large logits random, two would tie now and then, and rounding decide.
+    """
+    dense = reference.dense(key, key_scale, key_offset, torch.float32)
+    size = (shape["batch"], shape["heads"], shape["queries"])
+    token = torch.randint(1 << 30, size, generator=generator, device=key.device)
+    token = token % lengths.clamp_min(1).view(-1, 1, 1)
+    heads = dense.repeat_interleave(shape["heads"] // shape["kv_heads"], dim=1)
+    return heads.take_along_dim(token[..., None], dim=2)
 
 
 DEFAULTS: Shape = {

@@ -32,11 +32,11 @@ def decode_attention(
     """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads, queries = query.shape[1:3]
-    k = _of_sequences(_dense(key, key_scale, key_offset, wide), block_table, lengths)
+    k = _of_sequences(dense(key, key_scale, key_offset, wide), block_table, lengths)
     if value is None:
         v = k[..., :value_dim]
     else:
-        v = _of_sequences(_dense(value, value_scale, value_offset, wide), block_table, lengths)
+        v = _of_sequences(dense(value, value_scale, value_offset, wide), block_table, lengths)
     kv_heads, capacity = k.shape[1], k.shape[2]
     position = torch.arange(capacity, device=query.device)
     # query i of `queries` is token lengths - queries + i of its sequence, and sees no later one
@@ -66,7 +66,8 @@ def decode_attention(
     return output.flatten(1, 2).to(query.dtype).contiguous(), lse.flatten(1, 2).contiguous()
 
 
-def _dense(stored: Tensor, scale: Tensor | None, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dense(stored: Tensor, scale: Tensor | None, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Keys or values in `dtype`, dequantized if they are codes."""
     return stored.to(dtype) if scale is None else dequantize_kv(stored, scale, offset, dtype)
 
 

@@ -43,7 +43,7 @@ from tensormill.compress.formats.quantization import (
     quantize_weight,
     split_groups,
 )
-from tensormill.compress.gptq import gptq_quantize
+from tensormill.compress.gptq import conditional_variance, gptq_quantize
 from tensormill.compress.methods import (
     LayerReport,
     MethodReport,
@@ -88,9 +88,10 @@ class AWQConfig(WeightConfig):
         clip_max_shrink: how much of a group's range may be cut away, from 0 to below 1 (0.5 there).
         clip_scores: clip query and key projections too. The paper's code doesn't, since their errors meet in
             a product; here clipping is kept only in rows whose whole error it lowers, and then it helps.
-        rounding: how codes are chosen once scales and ranges are: "nearest", the paper's; "gptq" lets the columns
-            still to come absorb each one's error (the paper's combination with GPTQ), on the same grids. Costs
-            a factorization for each input and N K^2 operations for each linear.
+        rounding: how codes are chosen once scales are: "nearest", the paper's; "gptq" lets the columns still to come
+            absorb each one's error (the paper's combination with GPTQ). The objective "gram" then counts what they
+            leave of an error, and ranges are searched as GPTQ does. Costs a factorization for each input and
+            N K^2 operations for each linear.
         damping: as GPTQ's, for that rounding.
         mappings: "auto", or a list of `{"producer": name, "consumers": [names]}`, names as inside a block.
     """
@@ -343,20 +344,14 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
         start = time.perf_counter()
         weight, gram, spec = linear.weight.data, statistics[name].gram, specs[name]
         clip = None
-        if config.clip and (config.clip_scores or name not in block.structure.scores):
+        clips = config.clip and (config.clip_scores or name not in block.structure.scores)
+        if clips and config.rounding == "nearest":
             rows = weight[block.ranks.own(len(weight))]
-            clip = search_clip(
-                rows,
-                gram_blocks(gram, spec),
-                spec,
-                clip_grid=config.clip_grid,
-                clip_max_shrink=config.clip_max_shrink,
-            )
-            clip = block.ranks.collect(keep_helpful_rows(rows, clip, gram, spec), len(weight))
+            clip = block.ranks.collect(_clip(rows, gram, spec, config), len(weight))
             largest = split_groups(weight, spec).abs().amax(dim=-1)
             details[name]["clipped_groups"] = (clip < largest).float().mean().item()
         details[name] |= statistics[name].to_dict()
-        quantized = _quantize(weight, gram, spec, clip, config)
+        quantized = _quantize(weight, gram, spec, clip, clips, config)
         error = output_error(weight, quantized.dequantize(torch.float32), gram)
         replace_linear(module, name, quantized, dtypes[f"{name}.weight"])
         seconds[name] += time.perf_counter() - start
@@ -376,14 +371,33 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
     return layers
 
 
+def _clip(weight: Tensor, gram: Tensor, spec: QuantSpec, config: AWQConfig) -> Tensor:
+    """(N, G) ranges of a scaled weight (N, K) that is rounded to nearest."""
+    clip = search_clip(
+        weight,
+        gram_blocks(gram, spec),
+        spec,
+        clip_grid=config.clip_grid,
+        clip_max_shrink=config.clip_max_shrink,
+    )
+    return keep_helpful_rows(weight, clip, gram, spec)
+
+
 def _quantize(
-    weight: Tensor, gram: Tensor, spec: QuantSpec, clip: Tensor | None, config: AWQConfig
+    weight: Tensor, gram: Tensor, spec: QuantSpec, clip: Tensor | None, clips: bool, config: AWQConfig
 ) -> QuantizedWeight:
-    """Codes of a scaled weight (N, K) on the grids of its ranges (N, G), chosen as the settings say."""
+    """Codes of a scaled weight (N, K), chosen as the settings say: in the ranges `clip`, or in those GPTQ finds."""
     if config.rounding == "nearest":
         return quantize_weight(weight, spec, clip)
-    limit = split_groups(weight, spec).abs().amax(dim=-1) if clip is None else clip
-    return gptq_quantize(weight, gram, spec, limit, damping=config.damping)
+    return gptq_quantize(
+        weight,
+        gram,
+        spec,
+        damping=config.damping,
+        clip=clips,
+        clip_grid=config.clip_grid,
+        clip_max_shrink=config.clip_max_shrink,
+    )
 
 
 def rounded(
@@ -410,17 +424,9 @@ def rounded(
     result = {}
     for name, weight in weights.items():
         scaled = weight if columns is None else weight * columns
-        clip = None
-        if config.clip and (config.clip_scores or name not in block.structure.scores):
-            clip = search_clip(
-                scaled,
-                gram_blocks(gram, spec),
-                spec,
-                clip_grid=config.clip_grid,
-                clip_max_shrink=config.clip_max_shrink,
-            )
-            clip = keep_helpful_rows(scaled, clip, gram, spec)
-        approximation = _quantize(scaled, gram, spec, clip, config).dequantize(torch.float32)
+        clips = config.clip and (config.clip_scores or name not in block.structure.scores)
+        clip = _clip(scaled, gram, spec, config) if clips and config.rounding == "nearest" else None
+        approximation = _quantize(scaled, gram, spec, clip, clips, config).dequantize(torch.float32)
         result[name] = approximation if columns is None else approximation / columns
     return result
 
@@ -444,13 +450,21 @@ def _search_mapping(
     calls = [call.to(torch.float32) for call in block.captured.get(mapping.inspected, ())]
     module = block.module.get_submodule(mapping.inspected)
     inputs = _inputs_of(linears, module, calls) if config.objective == "linear" else []
+    magnitudes = [each.mean_abs for each in seen]
     if config.objective == "module" and mapping.inspected not in names:
         per_column = module_loss(module, linears, calls, chosen)
     elif any(x.numel() for x in inputs):
         per_column = sample_loss(weights, inputs, chosen, shares)
     else:
         # An expert that the sample doesn't reach has the statistics of all tokens.
-        per_column = gram_loss(weights, [each.gram for each in seen], chosen, shares)
+        grams = [each.gram for each in seen]
+        if config.rounding == "gptq":
+            # Linears that read one tensor share its matrix.
+            distinct = {id(gram): gram for gram in grams}
+            left = {key: conditional_variance(gram, config.damping) for key, gram in distinct.items()}
+            grams = [left[id(gram)] for gram in grams]
+            magnitudes = [variance.sqrt() for variance in grams]
+        per_column = gram_loss(weights, grams, chosen, shares)
     ranks = block.ranks
 
     def losses(scales: Tensor) -> Tensor:
@@ -458,7 +472,7 @@ def _search_mapping(
         return ranks.collect(per_column(torch.stack(own)) if own else scales.new_zeros(0), len(scales))
 
     return search_scales(
-        mapping.reduce(_mean_abs(seen)),
+        mapping.reduce(_mean_over_tokens(magnitudes, seen)),
         mapping.reduce(weight_magnitude(weights, chosen[0])),
         losses,
         n_grid=config.n_grid,
@@ -467,11 +481,13 @@ def _search_mapping(
     )
 
 
-def _mean_abs(seen: Sequence[InputStatistics]) -> Tensor:
-    """(K,) the mean of |x| over all tokens that some linears see."""
-    distinct = list({id(each.gram): each for each in seen}.values())
-    total = sum(each.tokens for each in distinct)
-    return torch.stack([each.mean_abs * (each.tokens / total) for each in distinct]).sum(dim=0)
+def _mean_over_tokens(magnitudes: Sequence[Tensor], seen: Sequence[InputStatistics]) -> Tensor:
+    """(K,) the mean of linears' magnitudes (K,) over all tokens that some of them see."""
+    distinct = list(
+        {id(each.gram): (one, each.tokens) for one, each in zip(magnitudes, seen, strict=True)}.values()
+    )
+    total = sum(tokens for _, tokens in distinct)
+    return torch.stack([one * (tokens / total) for one, tokens in distinct]).sum(dim=0)
 
 
 def _inputs_of(linears: Sequence[nn.Linear], module: nn.Module, calls: Sequence[BlockCall]) -> list[Tensor]:

@@ -12,6 +12,8 @@ from tensormill.compress.formats.quantization import (
     QuantSpec,
     fake_quantize,
     fake_quantize_groups,
+    group_grid,
+    round_to_codes,
     split_groups,
 )
 from tensormill.compress.output_error import search_numbers, squared_outputs
@@ -69,6 +71,48 @@ def search_clip(
                 least = torch.minimum(error, least)
         best.append(clip.squeeze(-1))
     return torch.cat(best)
+
+
+def search_grid(
+    groups: Tensor, cost: Tensor, spec: QuantSpec, *, clip_grid: int = 40, clip_max_shrink: float = 0.7
+) -> tuple[Tensor, Tensor]:
+    """For each row and group, the grid on which rounding to nearest costs least, of those of smaller and smaller ranges.
+
+    Args:
+        groups: (N, G, group) float32 weights.
+        cost: (G, group) float32, of the square of an error.
+        spec: the quantizer.
+        clip_grid, clip_max_shrink: as `search_clip`.
+
+    Returns:
+        scales and zero points, (N, G) float32 each, the latter integers.
+
+    With 2 bits, a finer step for three weights is worth more than the range of the fourth:
+
+    >>> weight = torch.tensor([[[0.0, 0.8, 1.6, 3.0]]])
+    >>> scale, zero = search_grid(weight, torch.ones(1, 4), QuantSpec(bits=2, group_size=4))
+    >>> scale
+    tensor([[0.9250]])
+    """
+    found = []
+    for rows in torch.split(groups, max(1, search_numbers(groups.device) // groups[0].numel())):
+        largest = rows.abs().amax(dim=-1, keepdim=True)
+        best: tuple[Tensor, Tensor] | None = None
+        for step in range(max(1, math.ceil(clip_grid * clip_max_shrink))):
+            limit = largest * (1 - step / clip_grid)
+            scale, zero = group_grid(rows.clamp(-limit, limit), spec)
+            # What lies outside of the range may still find a code beyond it, so it isn't clamped here.
+            d = round_to_codes(rows, scale, zero, spec).sub_(zero).mul_(scale).sub_(rows)
+            error = torch.bmm(d.square_().transpose(0, 1), cost.unsqueeze(-1)).transpose(0, 1)
+            if best is None:
+                best, least = (scale, zero), error
+            else:
+                better = error < least
+                best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
+                least = torch.minimum(error, least)
+        found.append(best)
+    scales, zeros = (torch.cat(parts).squeeze(-1) for parts in zip(*found, strict=True))
+    return scales, zeros
 
 
 def keep_helpful_rows(weight: Tensor, clip: Tensor, gram: Tensor, spec: QuantSpec) -> Tensor:

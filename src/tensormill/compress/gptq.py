@@ -7,7 +7,8 @@ form; the Cholesky factor of H^-1 holds these changes for all columns at once. N
 with methods that touch other layers.
 
 Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers, arXiv 2210.17323.
+Transformers, arXiv 2210.17323. Beyond the paper, the range of each group is searched when its turn comes: an error
+counts as much as the columns to come leave of it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tensormill.compress.calibration import (
     Progress,
     stream_blocks,
 )
+from tensormill.compress.clipping import search_grid
 from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.formats.quantization import (
     QuantizedWeight,
@@ -72,16 +74,25 @@ class GPTQConfig(WeightConfig):
             the original model's hidden states.
         true_sequential: within a block, too, calibrate layers on the outputs of those already compressed; one
             more run of the block for each set of layers with the same input.
+        clip: search a smaller range for each group; False takes the whole, as the paper does.
+        clip_grid: steps between the full range and none, of which those above `1 - clip_max_shrink` are
+            tried.
+        clip_max_shrink: how much of a group's range may be cut away, from 0 to below 1.
     """
 
     damping: float = 0.01
     act_order: bool = False
     inputs: str = "compressed"
     true_sequential: bool = False
+    clip: bool = True
+    clip_grid: int = 40
+    clip_max_shrink: float = 0.7
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, "damping", 1e-8, 1.0)
+        check_number(self, "clip_grid", 1)
+        check_number(self, "clip_max_shrink", 0.0, 0.99)
         if self.inputs not in ("compressed", "original"):
             raise InvalidArgument(f"given inputs={self.inputs!r}, expected 'compressed' or 'original'")
         if self.true_sequential and self.inputs == "original":
@@ -94,10 +105,12 @@ def gptq_quantize(
     weight: Tensor,
     gram: Tensor,
     spec: QuantSpec,
-    clip: Tensor | None = None,
     *,
     damping: float = 0.01,
     act_order: bool = False,
+    clip: bool = True,
+    clip_grid: int = 40,
+    clip_max_shrink: float = 0.7,
 ) -> QuantizedWeight:
     """Quantize a weight so that its output changes least on inputs with this Gram matrix.
 
@@ -106,11 +119,11 @@ def gptq_quantize(
         gram: (K, K) float32, the mean over tokens of x x^T. The columns of inputs that are always zero are
             rounded to nearest.
         spec: the quantizer.
-        clip: (N, G) largest magnitudes that the groups' grids represent; None takes them from the weights as they
-            are when their turn comes.
         damping: fraction of the diagonal's mean that is added to it; raised tenfold until the matrix is
             regular.
-        act_order: process columns by falling diagonal.
+        act_order: process columns by falling diagonal; groups get their grids ahead, from the weights as they are.
+        clip: search the range of each group; an error costs its input's conditional variance.
+        clip_grid, clip_max_shrink: of that search.
 
     Independent inputs leave nothing to absorb, and the result is rounding to nearest:
 
@@ -122,35 +135,42 @@ def gptq_quantize(
     columns = weight.shape[1]
     size = spec.columns_per_group(columns)
     order = torch.arange(columns, device=weight.device)
-    grid: tuple[Tensor, Tensor] | None = None
     if act_order:
         order = gram.diagonal().argsort(descending=True)
-    if act_order or clip is not None:
-        groups = split_groups(weight.float(), spec)
-        if clip is not None:
-            groups = groups.clamp(-clip.float().unsqueeze(-1), clip.float().unsqueeze(-1))
-        grid = group_grid(groups, spec)
     factor = inverse_factor(gram[order][:, order], damping)
+    variance = torch.empty_like(gram.diagonal())
+    variance[order] = factor.diagonal() ** -2
+
+    def grid_of(ahead: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Scales and zero points (N, G) of groups of columns, of which one begins at `first`."""
+        groups = split_groups(ahead, spec)
+        if not clip:
+            scale, zero = group_grid(groups, spec)
+            return scale.squeeze(-1), zero.squeeze(-1)
+        # A short last group is filled with copies, which cost nothing.
+        cost = variance.new_zeros(groups.shape[1:])
+        cost.view(-1)[: ahead.shape[1]] = variance[first : first + ahead.shape[1]]
+        return search_grid(groups, cost, spec, clip_grid=clip_grid, clip_max_shrink=clip_max_shrink)
+
     # Transposed, so that a column is contiguous.
     remaining = weight.float().T[order].contiguous()
     codes = torch.empty_like(remaining)
     scales, zeros = (
         torch.empty(spec.num_groups(columns), weight.shape[0], device=weight.device) for _ in range(2)
     )
-    if grid is not None:
-        scales, zeros = (values.squeeze(-1).T.contiguous() for values in grid)
+    if act_order:
+        scales, zeros = (values.T.contiguous() for values in grid_of(weight.float(), 0))
     group_of = (order // size).tolist()
     for start, stop in _lazy_blocks(columns, columns if act_order else size):
         block = remaining[start:stop]
         errors = torch.empty_like(block)
         for row, column in enumerate(range(start, stop)):
             group = group_of[column]
-            if grid is None and column % size == 0:
+            if not act_order and column % size == 0:
                 # All earlier errors have reached these columns: a group never spans two lazy blocks, unless
                 # it starts with one.
-                ahead = remaining[column : column + size].T
-                scale, zero = group_grid(ahead, spec)
-                scales[group], zeros[group] = scale.squeeze(-1), zero.squeeze(-1)
+                scale, zero = grid_of(remaining[column : column + size].T, column)
+                scales[group], zeros[group] = scale[:, 0], zero[:, 0]
             scale, zero, current = scales[group], zeros[group], block[row]
             code = round_to_codes(current, scale, zero, spec)
             codes[column] = code
@@ -167,6 +187,14 @@ def gptq_quantize(
         zero_point=None if spec.symmetric else zeros.T.to(torch.uint8).contiguous(),
         spec=spec,
     )
+
+
+def conditional_variance(gram: Tensor, damping: float) -> Tensor:
+    """(K,) what each input varies by, given those after it, for their Gram matrix (K, K).
+
+    It is what remains of the square of a weight's error once the weights still to come have absorbed the rest.
+    """
+    return inverse_factor(gram, damping).diagonal() ** -2
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
@@ -287,6 +315,9 @@ def rounded(
         config.spec_at(bits),
         damping=config.damping,
         act_order=config.act_order,
+        clip=config.clip,
+        clip_grid=config.clip_grid,
+        clip_max_shrink=config.clip_max_shrink,
     )
     rows = [linear.out_features for linear in linears]
     return dict(zip(names, torch.split(together.dequantize(torch.float32), rows), strict=True))
@@ -311,6 +342,9 @@ def _compress_group(
         spec,
         damping=config.damping,
         act_order=config.act_order,
+        clip=config.clip,
+        clip_grid=config.clip_grid,
+        clip_max_shrink=config.clip_max_shrink,
     )
     rows = [linear.out_features for linear in linears]
     zeros = [None] * len(rows) if together.zero_point is None else torch.split(together.zero_point, rows)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "rtn": ("rtn", {}),
-    "gptq": ("gptq", {}),
+    "gptq": ("gptq", {"clip": False}),
+    "gptq, clip": ("gptq", {}),
     "awq": ("awq", {}),
     "awq, gptq rounding": ("awq", {"rounding": "gptq"}),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensormill.papers.awq.paper import PAPER
 from tensormill.papers.awq.subjects import SOURCES, Subject, builtin_subjects, english_text, smollm2
@@ -94,17 +94,17 @@ def our_compressors(subject: Subject) -> dict[str, Compressor]:
 
     from tensormill.compress.methods import METHODS
 
-    def compressor(method: str) -> Compressor:
+    def compressor(method: str, **settings: Any) -> Compressor:
         config, apply = METHODS[method]
 
         def run(model: PreTrainedModel, calibration: Calibration) -> PreTrainedModel:
             made = copy.deepcopy(model)
-            apply(made, config(bits=BITS, group_size=subject.group_size), calibration, None)
+            apply(made, config(bits=BITS, group_size=subject.group_size, **settings), calibration, None)
             return made
 
         return run
 
-    return {method: compressor(method) for method in ("awq", "gptq")}
+    return {"awq": compressor("awq"), "gptq": compressor("gptq", clip=False)}
 
 
 def peer_compressor(peer: Peer, group_size: int) -> Compressor:

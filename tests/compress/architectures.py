@@ -49,6 +49,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
     ),
     "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS | {"num_experts": 4, "head_dim": 32}),
+    "granite_moe": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v3": (
         "DeepseekV3Config",
         _EXPERTS
@@ -102,11 +103,13 @@ IMAGE_TOKEN = 90
 IMAGE_SIDE, PATCH = 32, 8
 
 
-def vision_language_model(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def vision_language_model(
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, vision_config: str = "CLIPVisionConfig"
+) -> nn.Module:
     """LLaVA with a vision tower that holds more weights than the language model."""
     import transformers
 
-    vision = transformers.CLIPVisionConfig(
+    vision = getattr(transformers, vision_config)(
         hidden_size=96,
         intermediate_size=192,
         num_hidden_layers=4,
@@ -125,3 +128,37 @@ def vision_language_model(*, seed: int = 0, dtype: torch.dtype = torch.float32) 
     torch.manual_seed(seed)
     model = transformers.AutoModelForImageTextToText.from_config(config)
     return randomize(model).to(dtype).eval()
+
+
+def stacked_on_disk() -> nn.Module:
+    """An architecture whose checkpoints hold the experts of a layer in one tensor; it reads images too."""
+    import transformers
+
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+        },
+        vision_config={
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "depth": 2,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    torch.manual_seed(0)
+    return randomize(transformers.AutoModelForImageTextToText.from_config(config)).eval()

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from architectures import VOCABULARY, architecture_model, randomize
+from architectures import VOCABULARY, architecture_model, stacked_on_disk
 from packed_models import relative_error, save_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -93,12 +93,15 @@ class Stacked(nn.Module):
         return total
 
 
-def test_another_function_of_the_same_shapes_is_left_alone():
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_another_function_of_the_same_shapes_is_left_alone(device):
+    """On the meta device, where a model without its weights is, with random weights instead."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"experts": Stacked("gate first")})
+    model = nn.ModuleDict({"experts": Stacked("gate first")}).to(device)
     assert unfuse_experts(model) == ["experts"]
+    assert all(weight.device.type == device for weight in model.parameters())
     for order in ("interleaved", "up first", "clamped"):
-        model = nn.ModuleDict({"experts": Stacked(order)})
+        model = nn.ModuleDict({"experts": Stacked(order)}).to(device)
         with pytest.warns(UserWarning, match="the experts in experts .Stacked. are not gated MLPs"):
             assert unfuse_experts(model) == []
         assert isinstance(model["experts"], Stacked)
@@ -110,6 +113,17 @@ def test_nan_in_the_experts_is_named():
         model.model.layers[1].mlp.experts.down_proj[:, 0, 0] = float("nan")
     with pytest.raises(InvalidArgument, match=r"model\.layers\.1\.mlp\.experts"):
         unfuse_experts(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_blocks_see_what_they_see_in_the_model(name):
+    model = opened(name)
+    with torch.no_grad():
+        expected = model(TOKENS, output_hidden_states=True).hidden_states
+    blocks = stream_blocks(model, discover(model), Calibration(TOKENS))
+    for block, wanted in zip(blocks, expected, strict=False):
+        assert relative_error(torch.cat(block.hidden), wanted) < 1e-5
+        block.observe()
 
 
 def observed(model: nn.Module, tokens: Tensor, tokens_per_feature: float):
@@ -278,38 +292,6 @@ def test_the_usual_names_are_read_too(tmp_path):
         tensors = {key.replace(f".{name}.", f".{other}."): value for key, value in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert relative_error(logits(load(folder)), logits(model)) < 1e-5
-
-
-def stacked_on_disk() -> nn.Module:
-    """An architecture whose checkpoints hold the experts of a layer in one tensor; it reads images too."""
-    config = transformers.Qwen3VLMoeConfig(
-        text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-        },
-        vision_config={
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "depth": 2,
-            "num_heads": 2,
-            "intermediate_size": 64,
-            "deepstack_visual_indexes": [0],
-        },
-        image_token_id=90,
-        video_token_id=91,
-        vision_start_token_id=92,
-        vision_end_token_id=93,
-    )
-    torch.manual_seed(0)
-    return randomize(transformers.AutoModelForImageTextToText.from_config(config)).eval()
 
 
 def test_architectures_that_store_experts_stacked(tmp_path):

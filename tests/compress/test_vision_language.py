@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,23 @@ from architectures import IMAGE_SIDE, IMAGE_TOKEN, PATCH, architecture_model, vi
 from packed_models import relative_error
 from safetensors.torch import load_file, save_file
 from test_fold import change, fold_all, outputs
+from test_streaming import assert_same, losses
 from torch import nn
 
-from tensormill.compress import awq, compress, gptq
+from tensormill.compress import awq, compress, gptq, journal
 from tensormill.compress.calibration import Calibration, stream_blocks
-from tensormill.compress.checkpoint import load, open_model, open_processor, save_compressed
+from tensormill.compress.checkpoint import (
+    inspect_checkpoint,
+    load,
+    open_model,
+    open_processor,
+    save_compressed,
+)
 from tensormill.compress.formats.checkpoint_format import compressed_linears
-from tensormill.compress.structure import discover, find_blocks
+from tensormill.compress.formats.registry import format_named
+from tensormill.compress.recipe import Step
+from tensormill.compress.streaming import OnDisk, fingerprint, open_source
+from tensormill.compress.structure import discover, find_blocks, record_calls
 from tensormill.errors import CheckpointError, DataError, InvalidArgument
 
 WORDS = 90
@@ -206,6 +217,91 @@ def test_the_whole_job_on_pairs_and_on_text(source, tmp_path, method):
     assert "model.multi_modal_projector.linear_1" in written["left_out"]
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("pairs", "text"))
     assert any(not torch.equal(first[name], second[name]) for name in first if name.endswith("packed"))
+
+
+STREAMED = {"group_size": 16, "symmetric": True, "calibration_samples": 4, "calibration_length": 24}
+
+
+@pytest.fixture
+def run(source, tmp_path):
+    def compress_to(name: str, method: str, model: Path = source / "model", **settings):
+        pairs, text = source / "pairs.jsonl", [source / "text.txt"]
+        common = {"calibration_pairs": pairs, "text": text, "max_tokens": 200, "stream": True, **STREAMED}
+        return compress(model, method, output=tmp_path / name, **{**common, **settings})
+
+    return compress_to
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "format"),
+    [
+        ("awq", torch.float32, "compressed-tensors"),
+        ("gptq", torch.bfloat16, "gptq"),
+        ("rtn", None, "awq"),
+    ],
+)
+def test_from_disk_to_disk_it_is_the_same_bit_for_bit(run, tmp_path, method, dtype, format):
+    settings = {"dtype": dtype, "format": format, "evaluate": dtype == torch.float32}
+    expected = run("memory", method, stream=False, **settings)
+    found = run("disk", method, **settings)
+    assert_same(tmp_path / "memory", tmp_path / "disk")
+    assert losses(found) == losses(expected) and found.left_out == expected.left_out
+    if settings["evaluate"]:
+        for name in ("original", "rtn", "compressed"):
+            assert found.perplexity[name] == pytest.approx(expected.perplexity[name], rel=1e-5)
+    assert open_processor(tmp_path / "disk").image_token == "<image>"
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_run_on_pairs_that_ends_goes_on(run, tmp_path, monkeypatch, method):
+    run("whole", method, evaluate=False)
+    finish, done = journal.Journal._append, []
+
+    def fail(self, entry) -> None:
+        finish(self, entry)
+        done.append(entry.get("part"))
+        if done[-1] == "model.language_model.layers.0":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "_append", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run("again", method, evaluate=False)
+    report = run("again", method, evaluate=False)
+    assert report.environment["resumed_parts"] > 0
+    assert_same(tmp_path / "whole", tmp_path / "again")
+
+
+def test_other_images_start_anew(source):
+    info = inspect_checkpoint(source / "model")
+    step = Step.of("awq", STREAMED)
+    pairs = Calibration.from_pairs(source / "pairs.jsonl", open_processor(source / "model"))
+    other = [{**each, "pixel_values": each["pixel_values"] + 1} for each in pairs.inputs]
+    digests = {
+        fingerprint(info, step.method, step.config, calibration)["calibration"]
+        for calibration in (pairs, replace(pairs, inputs=other), replace(pairs, inputs=None))
+    }
+    assert len(digests) == 3
+
+
+def test_a_tower_that_uses_the_weights_of_its_parts_is_loaded_whole(source, tmp_path):
+    """SigLIP's pooling hands the weights of its output projection to a function."""
+    vision_language_model(vision_config="SiglipVisionConfig").save_pretrained(tmp_path / "siglip")
+    pixels = torch.randn(1, 3, IMAGE_SIDE, IMAGE_SIDE)
+    tokens = torch.cat([torch.full((1, PATCHES), IMAGE_TOKEN), TOKENS[:1]], dim=1)
+    tokens = tokens[:, 1:]  # the first patch is taken for a class token
+
+    def hidden(model: nn.Module, residence: OnDisk | None) -> torch.Tensor:
+        blocks = find_blocks(model)
+        return record_calls(model, blocks, tokens, inputs={"pixel_values": pixels}, residence=residence)[0]
+
+    model, info = open_source(tmp_path / "siglip", None)
+    residence = OnDisk(model, info, format_named("compressed-tensors"), journal.JournalElsewhere({}))
+    with residence.entrance():
+        found = hidden(model, residence)
+    residence.close()
+    assert all(weight.is_meta for weight in model.parameters())
+    assert torch.equal(found, hidden(open_model(tmp_path / "siglip")[0], None))
 
 
 def test_the_command_takes_pairs(source, tmp_path):

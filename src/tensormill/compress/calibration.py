@@ -625,6 +625,9 @@ def stream_blocks(
                     raise InvalidArgument(
                         "given a block that was not observed, expected observe() before it changes"
                     )
+                else:
+                    # They lie beside the inputs where experts may have been shown these once more.
+                    hidden[:] = block.outputs
                 residence.finish(block.name, block.layers, hidden)
         if progress is not None:
             progress("done", 1.0)

@@ -12,10 +12,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,13 +91,16 @@ _SCAN_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file: its dtype as the file names it, its shape, and its first byte's place."""
+    """A tensor in a safetensors file: its dtype as the file names it, its shape, its first byte's place, and what
+    the file calls it.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     start: int = 0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -403,7 +407,7 @@ def save_compressed(
         )
     config = _read_config(source) if source is not None else None
     dtype = config_dtype(config) if config is not None else None
-    tensors = tensors_to_write(model, layout, dtype)
+    tensors = tensors_to_write(model, layout, dtype, float32=float32_tensors(model, dtype))
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     check_output(output, source=origin, overwrite=overwrite, needed_bytes=needed)
     with whole_directory(output, overwrite=overwrite) as partial:
@@ -599,7 +603,7 @@ def _read_entry(file: Path, name: str, entry: Any, base: int) -> tuple[StoredTen
             f"{name} in {file} has {last - first} bytes, which don't fit {dtype} of shape {list(shape)}; "
             "download it again"
         )
-    return StoredTensor(file, dtype, shape, last - first, base + first), (first, last)
+    return StoredTensor(file, dtype, shape, last - first, base + first, name), (first, last)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -745,12 +749,25 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
+def float32_tensors(model: Any, dtype: torch.dtype | None) -> set[str]:
+    """Names of the tensors that a transformers model holds in float32 where its dtype is `dtype`."""
+    if dtype is None or not hasattr(model, "_get_dtype_plan"):
+        return set()
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    names = model.state_dict() if patterns else ()
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
 def tensors_to_write(
-    model: nn.Module, layout: CheckpointFormat, dtype: torch.dtype | None, name: str = ""
+    model: nn.Module,
+    layout: CheckpointFormat,
+    dtype: torch.dtype | None,
+    name: str = "",
+    float32: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The tensors of a model, or of its part `name`, as a checkpoint holds them; names as inside the part.
 
-    What isn't packed is cast to `dtype` (None: stays).
+    What isn't packed is cast to `dtype` (None: stays), but those of the full names `float32`.
 
     Raises:
         ModelError: the format can't express a layer, or a number isn't finite.
@@ -776,7 +793,8 @@ def tensors_to_write(
         if place not in seen:
             if not is_finite(tensor):
                 raise ModelError(f"{prefix}{key} has NaN or infinity after compression; nothing was written")
-            seen[place] = tensor if dtype is None or key in scales else tensor.to(dtype)
+            stays = dtype is None or key in scales or prefix + key in float32
+            seen[place] = tensor if stays else tensor.to(dtype)
         tensors[key] = seen[place]
     return tensors
 

@@ -9,6 +9,7 @@ names. Which modules these are is told by shapes and then tried: the two must gi
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import warnings
@@ -48,17 +49,23 @@ class Expert(nn.Module):
         for name, projection in zip(names, (gate, up, down), strict=True):
             self.add_module(name, projection)
         self.act_fn = activation
-        self._names = names
+        self.names = names
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, H) of (tokens, H)."""
-        gate, up, down = (getattr(self, name) for name in self._names)
+        gate, up, down = (getattr(self, name) for name in self.names)
         result: Tensor = down(self.act_fn(gate(x)) * up(x))
         return result
 
 
 class ExpertList(nn.ModuleList):
-    """The experts of one layer. Each runs on the tokens that the router chose it for."""
+    """The experts of one layer. Each runs on the tokens that the router chose it for.
+
+    Attributes:
+        stacked: whether checkpoints of the architecture hold them in two tensors, `gate_up_proj` and `down_proj`.
+    """
+
+    stacked = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
@@ -86,9 +93,9 @@ def unfuse_experts(
 ) -> list[str]:
     """Put an `ExpertList` in the place of every fused experts module, in place.
 
-    The linear layers' weights are views of the fused tensors, so this takes no memory. On the meta device
-    shapes alone decide; elsewhere the function is compared on random tokens, and a module that computes
-    something else (biases, a clamped or interleaved gate) stays as it is, with a warning.
+    The linear layers' weights are views of the fused tensors, so this takes no memory. The function is compared on
+    random tokens, and a module that computes something else (biases, a clamped or interleaved gate) stays as it is,
+    with a warning. On the meta device random weights stand for the module's own, once for each kind of module.
 
     Args:
         model: a model, or a part of one.
@@ -102,15 +109,30 @@ def unfuse_experts(
         InvalidArgument: a fused weight holds NaN or infinity.
     """
     found, left = [], []
-    names = names or projection_names(model)
+    names_on_disk = _names_on_disk(model)
+    names = names or names_on_disk or USUAL_NAMES
+    on_meta: dict[Any, bool] = {}
     for path, module in list(model.named_modules()):
         if not is_fused(module) or (only is not None and path not in only):
             continue
         experts = _take_apart(module, names)
-        if experts is None or not _same_function(module, experts, path):
+        if experts is None:
+            same = False
+        elif module.down_proj.is_meta:
+            kind = type(module), type(module.act_fn), module.down_proj.shape
+            if kind not in on_meta:
+                with torch.device("cpu"):  # a model that is being built may be on the meta device by default
+                    stand_in = _with_random_weights(module)
+                    apart = _take_apart(stand_in, names)
+                    on_meta[kind] = apart is not None and _same_function(stand_in, apart, path)
+            same = on_meta[kind]
+        else:
+            same = _same_function(module, experts, path)
+        if experts is None or not same:
             left.append(path)
             continue
         experts.train(module.training)
+        experts.stacked = names_on_disk is None and _is_pretrained(model)
         owner, _, last = path.rpartition(".")
         setattr(model.get_submodule(owner), last, experts)
         found.append(path)
@@ -155,31 +177,23 @@ def routers(model: nn.Module) -> list[str]:
     return found
 
 
-def projection_names(model: nn.Module) -> ProjectionNames:
-    """What checkpoints of this model call an expert's projections."""
-    return _names_on_disk(model) or USUAL_NAMES
-
-
-def stored_stacked(model: nn.Module) -> bool:
-    """Whether checkpoints of this transformers model hold its experts stacked, as the model itself does, so
-    that transformers has no rule for reading them one by one.
-    """
-    from transformers import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel) and _names_on_disk(model) is None
-
-
-def stack_experts(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The two stacked tensors of the experts at `path`, from the linear layers' in `tensors`."""
-    gate, up, down = USUAL_NAMES
-    count = sum(name.startswith(f"{path}.") and name.endswith(f".{down}.weight") for name in tensors)
-
-    def all_of(projection: str) -> Tensor:
-        return torch.stack([tensors[f"{path}.{index}.{projection}.weight"] for index in range(count)])
-
+def stacking_order(experts: ExpertList) -> dict[str, list[str]]:
+    """The two tensors that can hold a layer's experts, and the weights, all of one size, that make up each."""
+    first: Any = experts[0]
+    gate, up, down = first.names
     return {
-        f"{path}.gate_up_proj": torch.cat([all_of(gate), all_of(up)], dim=1),
-        f"{path}.down_proj": all_of(down),
+        stacked: [f"{index}.{name}.weight" for index in range(len(experts)) for name in names]
+        for stacked, names in (("gate_up_proj", (gate, up)), ("down_proj", (down,)))
+    }
+
+
+def stack_experts(path: str, experts: ExpertList, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two stacked tensors of the experts at `path`, from the linear layers' in `tensors`."""
+    return {
+        f"{path}.{stacked}": torch.stack([tensors[f"{path}.{weight}"] for weight in weights])
+        .unflatten(0, (len(experts), -1))
+        .flatten(1, 2)
+        for stacked, weights in stacking_order(experts).items()
     }
 
 
@@ -201,15 +215,12 @@ def having_stacked(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[
             delattr(experts, name)
 
 
-def _names_on_disk(model: nn.Module) -> ProjectionNames | None:
+def _names_on_disk(model: Any) -> ProjectionNames | None:
     """By transformers' own table of how it stacks what it reads; None if it reads stacked experts."""
-    if "transformers" not in sys.modules:
+    if not _is_pretrained(model):
         return None
-    from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    if not isinstance(model, PreTrainedModel):
-        return None
     found: dict[str, list[str]] = {}
     for entry in get_model_conversion_mapping(model, add_legacy=False):
         sources = [part.rsplit(".", 2) for part in entry.source_patterns]
@@ -220,6 +231,14 @@ def _names_on_disk(model: nn.Module) -> ProjectionNames | None:
     if len(gate_up) != 2 or len(down) != 1:
         return None
     return gate_up[0], gate_up[1], down[0]
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
 
 
 def _take_apart(module: Any, names: ProjectionNames) -> ExpertList | None:
@@ -251,11 +270,22 @@ def _take_apart(module: Any, names: ProjectionNames) -> ExpertList | None:
     )
 
 
+def _with_random_weights(module: Any) -> Any:
+    """A copy of a fused module with random weights, in the memory of one expert: each begins one number later."""
+    draw = torch.Generator().manual_seed(0)
+    made = copy.copy(module)
+    made._parameters = {}
+    for name, weight in module.named_parameters(recurse=False):
+        count, rows, columns = weight.shape
+        numbers = torch.randn(rows * columns + count, generator=draw) / columns**0.5
+        weights = numbers.as_strided(weight.shape, (1, columns, 1))
+        made.register_parameter(name, nn.Parameter(weights, requires_grad=False))
+    return made
+
+
 def _same_function(module: Any, experts: ExpertList, path: str) -> bool:
     """Whether both give the same output for random tokens, each sent to two experts."""
     weight = module.down_proj
-    if weight.is_meta:
-        return True
     draw = torch.Generator().manual_seed(0)
     tokens, chosen = 16, min(2, len(experts))
     x = torch.randn(tokens, weight.shape[1], generator=draw).to(weight)

@@ -34,7 +34,7 @@ from tensormill.compress.formats.checkpoint_format import CheckpointFormat, Laye
 from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.formats.registry import DEFAULT, format_named
 from tensormill.compress.journal import Journal, JournalElsewhere
-from tensormill.compress.methods import METHODS, WeightConfig
+from tensormill.compress.methods import METHODS, MethodReport, WeightConfig
 from tensormill.compress.ranks import Ranks, joined, started_with_others
 from tensormill.compress.recipe import Recipe, Step, read_recipe
 from tensormill.compress.report import CompressionReport, CurvePoint, environment
@@ -169,14 +169,13 @@ def compress(
         else "a recipe of several steps" if len(steps) > 1
         else "a curve" if curve
         else "a budget" if budget is not None
-        else "images to calibrate on" if calibration_pairs is not None
         else None
     )  # fmt: skip
     unloaded = _unloaded(source, dtype, stream, device, in_memory)
     if unloaded is not None:
         with joined(device) as (ranks, place):
             return _compress_from_disk(
-                model, source, *unloaded, steps, layout, target, calibration_text,
+                model, source, *unloaded, steps, layout, target, calibration_text, calibration_pairs, processor,
                 device=place, dtype=dtype, ranks=ranks, overwrite=overwrite, seed=seed, stages=stages,
                 heldout=evaluation_text(text) if evaluate else None, max_tokens=max_tokens,
             )  # fmt: skip
@@ -200,18 +199,10 @@ def compress(
     reports = []
     for i, step in enumerate(steps):
         stages.enter("calibrate", f"calibrating {step.method}")
-        if processor is not None and step.method != "rtn":
-            assert calibration_pairs is not None
-            calibration: Calibration | None = Calibration.from_pairs(
-                calibration_pairs,
-                processor,
-                samples=step.config.calibration_samples,
-                length=step.config.calibration_length,
-            )
-        elif search is not None:
+        if search is not None:
             calibration = search.texts.calibration(step, tokenizer)
         else:
-            calibration = calibration_for(step, calibration_text, tokenizer)
+            calibration = _calibration(step, calibration_text, calibration_pairs, processor, tokenizer)
         stages.enter("compress", step.method, i, len(steps))
         reports.append(METHODS[step.method][1](compressed, step.config, calibration, stages))
     if layout.scale_dtype == torch.float16:
@@ -231,9 +222,7 @@ def compress(
         "environment": environment(device, seed=seed),
         "source": gguf_source,
         "left_out": reports[-1].left_out,
-        "few_tokens": [
-            layer.name for made in reports for layer in made.layers if "routed_tokens" in layer.details
-        ],
+        "few_tokens": _few_tokens(reports),
         "search": search,
     }
     evaluations, speeds = {}, {}
@@ -337,6 +326,8 @@ def _compress_from_disk(
     layout: CheckpointFormat,
     target: Path,
     calibration_text: Sequence[str | os.PathLike[str]] | None,
+    calibration_pairs: str | os.PathLike[str] | None,
+    processor: Any,
     *,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -355,7 +346,7 @@ def _compress_from_disk(
     layout.check_layers(_planned_layers(empty, steps), empty)
     began = time.perf_counter()
     stages.enter("calibrate", f"calibrating {step.method}")
-    calibration = calibration_for(step, calibration_text, tokenizer)
+    calibration = _calibration(step, calibration_text, calibration_pairs, processor, tokenizer)
     identity = fingerprint(
         info, step.method, step.config, calibration,
         format=layout.name, dtype=str(empty.dtype), device=device.type, processes=ranks.size,
@@ -396,6 +387,7 @@ def _compress_from_disk(
             "recipe": [{"method": made.method, **made.config}],
             "environment": {**environment(device, seed=seed), "streamed": True, "resumed_parts": resumed},
             "left_out": made.left_out,
+            "few_tokens": _few_tokens([made]),
         }
         evaluations: dict[str, Evaluation] = {}
         if heldout is not None and any(layer.details.get("method") == "rtn" for layer in made.layers):
@@ -443,6 +435,27 @@ def _compress_from_disk(
     assert report is not None
     stages.done()
     return ranks.agree(report)  # type: ignore[no-any-return]
+
+
+def _calibration(
+    step: Step,
+    text: Sequence[str | os.PathLike[str]] | None,
+    pairs: str | os.PathLike[str] | None,
+    processor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Calibration | None:
+    """The windows that a step observes, of images and texts or of text alone; None if it needs none."""
+    if pairs is None or step.method == "rtn":
+        return calibration_for(step, text, tokenizer)
+    config = step.config
+    return Calibration.from_pairs(
+        pairs, processor, samples=config.calibration_samples, length=config.calibration_length
+    )
+
+
+def _few_tokens(reports: Sequence[MethodReport]) -> list[str]:
+    """Names of the experts' layers that were calibrated on all tokens of their layer."""
+    return [layer.name for made in reports for layer in made.layers if "routed_tokens" in layer.details]
 
 
 def round_to_nearest(model: PreTrainedModel, config: WeightConfig) -> PreTrainedModel:

@@ -6,7 +6,7 @@ compressed one, each on its own hidden states; at the end norm and head give the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from tensormill.compress.methods import WeightConfig, replace_linear
 from tensormill.compress.precision import computing_dtype, widened
 from tensormill.compress.stages import Progress
 from tensormill.compress.streaming import OnDisk
-from tensormill.compress.structure import BlockCall, record_calls
+from tensormill.compress.structure import BlockCall, left_out, record_calls
 from tensormill.compress.unloaded import open_unloaded
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class PackedOnDisk(OnDisk):
     """
 
     def __init__(self, info: CheckpointInfo, layout: CheckpointFormat, device: torch.device) -> None:
-        model = open_unloaded(info)
+        model, info = open_unloaded(info)
         super().__init__(model, info, layout, JournalElsewhere({}), device)
         assert info.quantization is not None
         self._schemes = layout.schemes(model, info.tensors, layout.parse_config(info.quantization))
@@ -147,7 +147,7 @@ def evaluate_on_disk(
         DataError: too little text, or ids that the model doesn't have.
     """
     place = torch.device(device)
-    source = OnDisk(open_unloaded(original, dtype), original, layout, JournalElsewhere({}), place)
+    source = OnDisk(*open_unloaded(original, dtype), layout, JournalElsewhere({}), place)
     packed = PackedOnDisk(compressed, layout, place)
     runs: dict[str, OnDisk] = {"original": source, "compressed": packed}
     if rounded is not None:
@@ -155,6 +155,7 @@ def evaluate_on_disk(
     try:
         windows = Windows.cut(tokenizer, text, [source.model], max_tokens=max_tokens)
         check_vocabulary(source.model, windows.ids)
+        kept = set(left_out(source.model))
         batches = windows.ids.split(max(1, _BATCH_TOKENS // windows.ids.shape[1]))
         streams = {name: _Stream(residence, batches) for name, residence in runs.items()}
         for index, block in enumerate(source.blocks):
@@ -163,7 +164,7 @@ def evaluate_on_disk(
             with source.part(block) as module:
                 streams["original"].advance(index, module)
                 if rounded is not None:
-                    _round(module, block, rounded)
+                    _round(module, block, rounded, kept)
                     streams["rtn"].advance(index, module)
             with packed.part(block) as module:
                 streams["compressed"].advance(index, module)
@@ -216,12 +217,13 @@ class _Stream:
         return _AtHead(self.residence, self.returns_tuple, lambda: self.hidden[number].to(dtype))
 
 
-def _round(module: nn.Module, block: str, config: WeightConfig) -> None:
-    """Round a block's linears to nearest, in place."""
+def _round(module: nn.Module, block: str, config: WeightConfig, kept: Collection[str]) -> None:
+    """Round a block's linears to nearest, but for those of the names in `kept`, in place."""
     for name, linear in list(module.named_modules()):
-        if type(linear) is nn.Linear and config.touches(f"{block}.{name}"):
+        full_name = f"{block}.{name}"
+        if type(linear) is nn.Linear and full_name not in kept and config.touches(full_name):
             dtype = linear.weight.dtype
-            spec = config.spec_of(f"{block}.{name}", dtype)
+            spec = config.spec_of(full_name, dtype)
             replace_linear(module, name, quantize_weight(linear.weight.detach(), spec), dtype)
 
 

@@ -27,6 +27,7 @@ from tensormill.compress.checkpoint import (
     CheckpointInfo,
     check_not_quantized,
     config_dtype,
+    float32_tensors,
     inspect_checkpoint,
     is_finite,
     tensors_to_write,
@@ -38,7 +39,7 @@ from tensormill.compress.methods import METHODS, LayerReport, MethodReport, Weig
 from tensormill.compress.ranks import ALONE, Ranks
 from tensormill.compress.recipe import Step
 from tensormill.compress.stages import Progress
-from tensormill.compress.structure import find_blocks
+from tensormill.compress.structure import find_blocks, left_out
 from tensormill.compress.unloaded import (
     PartReader,
     open_unloaded,
@@ -55,14 +56,15 @@ if TYPE_CHECKING:
 _OUTSIDE_BYTES = 1 << 28
 # Hidden states are kept again once this many times the time has passed that keeping them took.
 _PAUSE = 30.0
+# Modules that use their parts' weights without calling the parts.
+_USED_WHOLE = (nn.MultiheadAttention,)
 
 
 class OnDisk:
     """A model on the meta device whose parts are read from a checkpoint and, finished, written to a journal.
 
     Args:
-        model: as `open_unloaded` gives it; finished parts stay compressed, on the meta device.
-        info: of its checkpoint.
+        model, info: as `open_unloaded` gives them; finished parts stay compressed, on the meta device.
         layout: format of the result.
         journal: where finished parts go, and those of an earlier run are.
         device: where parts are lent to.
@@ -88,6 +90,7 @@ class OnDisk:
         self.dtype = config_dtype(info.config)
         self.ranks = ranks
         self.blocks = find_blocks(model)
+        self._float32 = float32_tensors(model, self.dtype)
         if keeps_every_input:
             journal.forget([name for name in self.blocks if not self._can_go_on_after(name)])
         self.layers = [layer for part in journal.parts.values() for layer in part.layers]
@@ -106,31 +109,38 @@ class OnDisk:
 
     @contextmanager
     def _entrance(self) -> Iterator[None]:
-        """Modules outside of the blocks get their own parameters when they are called, where their input lies."""
+        """Modules outside of the blocks get their own parameters when they are called, where their input lies, and
+        those of their parts where they don't call these.
+        """
         from safetensors import safe_open
 
         inside = tuple(f"{block}." for block in self.blocks)
         tied = tied_names(self.model)
-        originals: list[tuple[nn.Module, str, Tensor]] = []
+        originals: dict[tuple[nn.Module, str], Tensor] = {}
 
         def load(name: str) -> Callable[..., None]:
             prefix = f"{name}." if name else ""
 
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 place = args[0].device if args and isinstance(args[0], Tensor) else self.home
-                for key, tensor in _own_tensors(module):
-                    stored = self.info.tensors.get(tied.get(prefix + key, prefix + key))
-                    if stored is None or (prefix + key not in self._stored and prefix + key not in tied):
-                        continue
-                    if any(owner is module and other == key for owner, other, _ in originals):
-                        continue
-                    originals.append((module, key, tensor))
-                    # Mapped, so that only those rows of an embedding are read that are looked up.
-                    with safe_open(stored.file, framework="pt") as opened:
-                        found = opened.get_tensor(tied.get(prefix + key, prefix + key))
-                    _replace(module, key, found.to(place, tensor.dtype))
+                parts = module.named_modules() if isinstance(module, _USED_WHOLE) else [("", module)]
+                for inner, part in parts:
+                    take(part, f"{prefix}{inner}." if inner else prefix, place)
 
             return hook
+
+        def take(module: nn.Module, prefix: str, place: torch.device) -> None:
+            for key, tensor in _own_tensors(module):
+                stored = self.info.tensors.get(tied.get(prefix + key, prefix + key))
+                if stored is None or (prefix + key not in self._stored and prefix + key not in tied):
+                    continue
+                if (module, key) in originals:
+                    continue
+                originals[module, key] = tensor
+                # Mapped, so that only those rows of an embedding are read that are looked up.
+                with safe_open(stored.file, framework="pt") as opened:
+                    found = opened.get_tensor(stored.name)
+                _replace(module, key, found.to(place, tensor.dtype))
 
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
@@ -139,7 +149,7 @@ class OnDisk:
             try:
                 yield
             finally:
-                for module, key, tensor in originals:
+                for (module, key), tensor in originals.items():
                     _replace(module, key, tensor)
 
     def part(self, name: str) -> Any:
@@ -189,8 +199,8 @@ class OnDisk:
         if self.layout.scale_dtype == torch.float16:
             round_scales(parent)
         tensors = {
-            f"{owner}{dot}{key}": tensor.contiguous().cpu()
-            for key, tensor in tensors_to_write(parent, self.layout, self.dtype, owner).items()
+            self._stored_name(f"{owner}{dot}{key}"): tensor.contiguous().cpu()
+            for key, tensor in tensors_to_write(parent, self.layout, self.dtype, owner, self._float32).items()
         }
         following = self._following(name)
         if reached is None or not following or not self._is_time_to_keep():
@@ -275,7 +285,9 @@ class OnDisk:
                     group_size=layer.group_size,
                     symmetric=config.symmetric,
                     bias=linear.bias is not None,
-                    dtype=FLOAT_DTYPES[stored[f"{layer.name}.{self.layout.scale_part}"].dtype],
+                    dtype=FLOAT_DTYPES[
+                        stored[self._stored_name(f"{layer.name}.{self.layout.scale_part}")].dtype
+                    ],
                     device="meta",
                 )
                 owner, _, last = layer.name.rpartition(".")
@@ -289,8 +301,10 @@ class OnDisk:
                 if not is_finite(tensor):
                     raise CheckpointError(_not_finite(self.info, name))
                 # Through the dtype in which it would lie in memory.
-                tensor = tensor.to(_state_dtype(self.model, name)).to(self.dtype or tensor.dtype)
-            tensors[name] = tensor
+                tensor = tensor.to(_state_dtype(self.model, name))
+                if self.dtype is not None and name not in self._float32:
+                    tensor = tensor.to(self.dtype)
+            tensors[self._stored_name(name)] = tensor
         journal.finish(part, tensors, [])
 
     def _write(self, job: Callable[[], Any]) -> None:
@@ -316,6 +330,14 @@ class OnDisk:
         wanted = self._keeps_every_input or passed >= _PAUSE * self._keeping_took
         return wanted and self.ranks.size == 1
 
+    def _stored_name(self, name: str) -> str:
+        """What a tensor of the result is called in the files: a packed layer's lies where its weight lay."""
+        found = self.info.tensors.get(name)
+        if found is not None:
+            return found.name
+        owner, _, part = name.rpartition(".")
+        return f"{self.info.tensors[f'{owner}.weight'].name.rpartition('.')[0]}.{part}"
+
     def _names(self, name: str | None) -> list[str]:
         return [key for key in self._stored if key.startswith(f"{name}.")] if name else []
 
@@ -325,7 +347,7 @@ class OnDisk:
 
 
 def open_source(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, CheckpointInfo]:
-    """A checkpoint's model without weights, for `OnDisk`.
+    """A checkpoint's model without weights, and where these are, for `OnDisk`.
 
     Raises:
         CheckpointError: as for `open_model`.
@@ -333,7 +355,7 @@ def open_source(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel,
     """
     info = inspect_checkpoint(path)
     check_not_quantized(info)
-    model = open_unloaded(info, dtype)
+    model, info = open_unloaded(info, dtype)
     reason = why_not_part_by_part(model, info)
     if reason is not None:
         raise ModelError(
@@ -358,8 +380,7 @@ def compress_on_disk(
     """Compress a checkpoint's model; finished parts go into the journal's directory.
 
     Args:
-        model: as `open_source` gives it; its layers are compressed afterwards, on the meta device.
-        info: of its checkpoint.
+        model, info: as `open_source` gives them; the model's layers are compressed afterwards, on the meta device.
         step: the method and its settings.
         calibration: tokens to observe; None if the method needs none.
         layout: format of the result.
@@ -380,10 +401,14 @@ def compress_on_disk(
         keeps_every_input=getattr(config, "inputs", "original") != "original",
     )  # fmt: skip
     inside = tuple(f"{block}." for block in residence.blocks)
+    kept = set(left_out(model))
     outside = [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and not name.startswith(inside) and config.touches(name)
+        if type(module) is nn.Linear
+        and not name.startswith(inside)
+        and name not in kept
+        and config.touches(name)
     ]
     try:
         residence.write_outside(outside)
@@ -412,18 +437,26 @@ def fingerprint(
     Source files count by name, size and time of last change.
     """
     files = sorted({tensor.file for tensor in info.tensors.values()})
-    tokens = b"" if calibration is None else calibration.tokens.numpy().tobytes()
     return {
         "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "config.json": info.config,
         "method": method,
         "settings": _plain(asdict(config)),
-        "calibration": hashlib.sha256(tokens).hexdigest(),
+        "calibration": _digest(calibration),
         "versions": {
             name: importlib.metadata.version(name) for name in ("tensormill", "torch", "transformers")
         },
         **settings,
     }
+
+
+def _digest(calibration: Calibration | None) -> str:
+    digest = hashlib.sha256()
+    for tokens, inputs in () if calibration is None else calibration.chunks(len(calibration.tokens)):
+        for name, tensor in [("", tokens), *sorted(inputs.items())]:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -468,5 +501,5 @@ def _in_files(sizes: Sequence[tuple[str, int]]) -> list[list[str]]:
 
 
 def _not_finite(info: CheckpointInfo, name: str) -> str:
-    file = info.tensors[name].file
-    return f"{name} in {file} has NaN or infinity, expected finite weights; get a sound copy"
+    stored = info.tensors[name]
+    return f"{stored.name} in {stored.file} has NaN or infinity, expected finite weights; get a sound copy"

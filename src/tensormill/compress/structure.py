@@ -801,8 +801,13 @@ class _FrozenLinear(nn.Linear):
 
 
 def _in_float64(block: nn.Module) -> nn.Module:
-    """A float64 copy of a block, compressed layers replaced by what their weights read as."""
-    block = copy.deepcopy(block).eval()
+    """A float64 copy of a block, compressed layers replaced by what their weights read as.
+
+    Experts stay in the block's memory until they are called: of many, a few tokens reach few.
+    """
+    experts = [parameter for _, part in expert_lists(block) for parameter in part.parameters()]
+    lent = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in experts}
+    block = copy.deepcopy(block, lent).eval()
     for part in block.modules():
         if is_fused(part) and hasattr(part, "config"):
             # Experts that couldn't be taken apart: transformers' grouped product takes no float64.
@@ -814,7 +819,18 @@ def _in_float64(block: nn.Module) -> nn.Module:
             linear.weight, linear.bias = nn.Parameter(weight), part.bias
             owner, _, last = name.rpartition(".")
             setattr(block.get_submodule(owner), last, linear)
-    return block.double()
+    inside = set()
+    for _, listed in expert_lists(block):
+        for expert in listed:
+            expert.register_forward_pre_hook(_widen)
+            inside |= set(expert.modules())
+    for part in set(block.modules()) - inside:
+        part._apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, recurse=False)
+    return block
+
+
+def _widen(module: nn.Module, args: Any) -> None:
+    module.double()
 
 
 def _channel_layouts(rows: int, columns: int, head_dims: list[int]) -> Iterator[tuple[int, int, int, int]]:

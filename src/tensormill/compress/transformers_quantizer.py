@@ -24,6 +24,7 @@ from tensormill.compress.formats.checkpoint_format import (
 )
 from tensormill.compress.formats.registry import format_of
 from tensormill.compress.plain_linears import as_linear, remember_classes, store_transposed, transposed
+from tensormill.compress.stored_names import names_in_model
 from tensormill.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def make_entries(
             return None
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            stored = _as_the_model_says(model, _stored_tensors(kwargs.get("checkpoint_files")))
+            files = _stored_tensors(kwargs.get("checkpoint_files"))
+            stored = {name: files[original] for original, name in names_in_model(model, files).items()}
             dtype = kwargs.get("dtype") or model.dtype
             layout = self.quantization_config.layout
             self.unfused = _unfuse_packed_experts(model, stored, layout)
@@ -163,20 +165,6 @@ def _stored_tensors(files: Iterable[str] | None) -> dict[str, Stored]:
         if str(file).endswith(".safetensors"):
             stored.update(read_header(Path(file)))
     return stored
-
-
-def _as_the_model_says(model: Any, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """A checkpoint's tensors under the names that the model has for them, as transformers renames them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
-    found = {}
-    for name, tensor in stored.items():
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        found[name] = tensor
-    return found
 
 
 def _unfuse_packed_experts(model: nn.Module, stored: Mapping[str, Stored], layout: CheckpointFormat) -> bool:

@@ -1,17 +1,19 @@
 """A model without its weights, and its checkpoint read part by part.
 
 The model is built from its configuration with parameters on the meta device, which take no memory; what it computes
-itself (rotary frequencies, say) is real. Tensors are read from the safetensors files by name, with ordinary reads:
-mapped files would count as memory in use, all of them in the end.
+itself (rotary frequencies, say) is real. Experts are taken apart, and the checkpoint's tensors get the names that the
+model has for them, so that one parameter is one tensor in the files, or a run of bytes of one. These are read with ordinary reads: mapped files
+would count as memory in use, all of them in the end.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +23,14 @@ from tensormill.compress.checkpoint import (
     PACKED_PARTS,
     CheckpointInfo,
     StoredTensor,
+    float32_tensors,
     model_class,
     one_line,
     quiet_transformers,
 )
+from tensormill.compress.experts import expert_lists, stacking_order, unfuse_experts
 from tensormill.compress.formats.checkpoint_format import FLOAT_DTYPES
+from tensormill.compress.stored_names import names_in_model
 from tensormill.compress.structure import find_blocks, shared_parameters
 from tensormill.errors import CheckpointError
 
@@ -45,12 +50,17 @@ _DTYPES = {
 _READERS = 4
 
 
-def open_unloaded(info: CheckpointInfo, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a checkpoint in evaluation mode, its parameters on the meta device.
+def open_unloaded(
+    info: CheckpointInfo, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, CheckpointInfo]:
+    """The model of a checkpoint in evaluation mode, its parameters on the meta device and its experts taken apart.
 
     Args:
         info: of the checkpoint.
         dtype: of the parameters; None takes the configuration's, else the checkpoint's.
+
+    Returns:
+        The model, and `info` with the tensors under the names that the model has for them.
 
     Raises:
         CheckpointError: no causal language model, or a configuration that transformers refuses.
@@ -66,7 +76,14 @@ def open_unloaded(info: CheckpointInfo, dtype: torch.dtype | None = None) -> Pre
                 model = found_class.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{info.path} can't be opened: {one_line(error)}") from error
-    return model.eval()
+    kept = float32_tensors(model, dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in kept:
+            tensor.data = tensor.data.float()
+    unfuse_experts(model)
+    stored = {tensor.name: tensor for tensor in info.tensors.values()}
+    tensors = {name: stored[original] for original, name in names_in_model(model, stored).items()}
+    return model.eval(), replace(info, tensors=tensors | _experts_in(tensors, model))
 
 
 def why_not_part_by_part(model: Any, info: CheckpointInfo) -> str | None:
@@ -82,6 +99,9 @@ def why_not_part_by_part(model: Any, info: CheckpointInfo) -> str | None:
     for name, tensor in expected.items():
         stored = info.tensors.get(name)
         if stored is None:
+            path = next((path for path, _ in expert_lists(model) if name.startswith(f"{path}.")), None)
+            if path is not None and f"{path}.gate_up_proj" in info.tensors:
+                return f"the experts in {path} are stacked in another order in the files than in the model"
             return f"the model's {name} has another name in the files, or none"
         if stored.shape != tuple(tensor.shape):
             return f"{name} has the shape {list(stored.shape)} in the files and {list(tensor.shape)} in the model"
@@ -90,13 +110,12 @@ def why_not_part_by_part(model: Any, info: CheckpointInfo) -> str | None:
     for name in tied:
         if name in info.tensors:
             return f"{name} is tied to another weight and stored all the same"
-    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
-        return "some of its modules stay in float32"
     shared = shared_parameters(model)
     for block in find_blocks(model):
         if any(id(parameter) in shared for parameter in model.get_submodule(block).parameters()):
             return f"{block} shares weights with other modules"
-    _check_unexpected(model, info, info.tensors.keys() - expected.keys())
+    stacked = {f"{path}.{name}" for path, experts in expert_lists(model) for name in stacking_order(experts)}
+    _check_unexpected(model, info, info.tensors.keys() - expected.keys() - stacked)
     return None
 
 
@@ -119,6 +138,29 @@ def _check_unexpected(model: Any, info: CheckpointInfo, names: Iterable[str]) ->
             f"{info.path} has {len(unexpected)} tensors that the model doesn't use, such as {unexpected[0]}",
             stacklevel=4,
         )
+
+
+def _experts_in(tensors: Mapping[str, StoredTensor], model: nn.Module) -> dict[str, StoredTensor]:
+    """The single experts' weights that lie one after the other in stacked ones, by the model's names for both."""
+    found = {}
+    for path, experts in expert_lists(model):
+        for stacked, weights in stacking_order(experts).items():
+            stored = tensors.get(f"{path}.{stacked}")
+            rows, columns = experts.get_parameter(weights[0]).shape
+            count = len(weights) // len(experts)
+            if stored is None or stored.shape != (len(experts), count * rows, columns):
+                continue
+            size = stored.nbytes // len(weights)
+            owner, _, last = stored.name.rpartition(".")
+            for place, weight in enumerate(weights):
+                found[f"{path}.{weight}"] = replace(
+                    stored,
+                    shape=(rows, columns),
+                    nbytes=size,
+                    start=stored.start + place * size,
+                    name=f"{owner if last == stacked else path}.{weight}",
+                )
+    return found
 
 
 def _first_float(info: CheckpointInfo) -> torch.dtype:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.experts import expert_lists, routers, stack_experts, stored_stacked
+from tensormill.compress.experts import expert_lists, routers, stack_experts
 from tensormill.compress.plain_linears import as_linear
 
 if TYPE_CHECKING:
@@ -163,9 +163,9 @@ def packed_state_dict(
         elif name not in packed:
             packed.add(name)
             tensors.update({f"{name}.{part}": value for part, value in pack(compressed[name], name).items()})
-    for path, _ in expert_lists(model):
-        if stored_stacked(model) and not any(name.startswith(f"{path}.") for name in compressed):
-            stacked = stack_experts(path, tensors)
+    for path, experts in expert_lists(model):
+        if experts.stacked and not any(name.startswith(f"{path}.") for name in compressed):
+            stacked = stack_experts(path, experts, tensors)
             tensors = {
                 key: value for key, value in tensors.items() if not key.startswith(f"{path}.")
             } | stacked

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.experts import expert_lists, stored_stacked
+from tensormill.compress.experts import expert_lists
 from tensormill.compress.formats.checkpoint_format import (
     FLOAT_DTYPES,
     Layer,
@@ -179,9 +179,10 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             "tensormill.load reads them, and the formats gptq and gptq_v2 hold them for other readers",
             stacklevel=2,
         )
-    experts = tuple(f"{path}." for path, _ in expert_lists(model))
+    lists = dict(expert_lists(model))
+    experts = tuple(f"{path}." for path in lists)
     packed = {scheme for scheme, names in layers.items() for name in names if name.startswith(experts)}
-    if packed and stored_stacked(model):
+    if packed and any(each.stacked for each in lists.values()):
         warnings.warn(
             f"plain transformers reads the experts of {type(model).__name__} from stacked tensors only and would "
             "take random numbers for those of this checkpoint; tensormill.load reads them",

@@ -417,7 +417,8 @@ def emulated(blocks: int = 5, sixteens: int = 1, **changed: object) -> tuple[str
             keys, query, key, length, table, scale, window, softcap, partial, statistics
         )
         grid = blocks * -(-rows // latent.ROWS)
-        kernel.launch(grid, latent.THREADS, latent.shared_bytes(query.shape[-1]), packed)
+        shared, cluster = latent.shared_bytes(query.shape[-1]), latent.cluster(rows)
+        kernel.launch(grid, latent.THREADS, shared, packed, cluster=cluster)
     else:
         assert cuda.supports(*arguments)
         config = cuda.Config(sixteens, 3, 2, 2)

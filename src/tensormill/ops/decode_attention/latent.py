@@ -47,7 +47,7 @@ def supports(
     window: int,
     softcap: float,
 ) -> bool:
-    """One latent for all heads, of 512 or 256 channels of values and 64 or more others, in 16 bits; on sm_90."""
+    """One latent for all heads, of at most 576 channels, the first 512 or 256 of them values, in 16 bits; on sm_90."""
     if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] != 9:
         return False  # wgmma exists there only
     if value is not None or key_scale is not None or query.dtype not in _NAMES or 0 in key.shape:
@@ -55,7 +55,7 @@ def supports(
     if sinks is not None and sinks.dtype not in (*_NAMES, torch.float32):
         return False
     head_dim, row = query.shape[-1], key.stride(2)
-    if value_dim not in (256, 512) or head_dim < value_dim + 64 or head_dim % 64 or head_dim > 640:
+    if value_dim not in (256, 512) or head_dim < value_dim or head_dim % 64 or head_dim > 576:
         return False
     if key.shape[1] != 1 or key.stride(3) != 1 or row % 8 or key.data_ptr() % 16 or key.stride(0) % row:
         return False
@@ -122,8 +122,13 @@ def arguments(
 
 
 def shared_bytes(head_dim: int) -> int:
-    """Shared memory of a block: four tiles, Q, maxima, barriers."""
-    return 4 * 32 * head_dim * 2 + 64 * (head_dim * 2 + 16) + 2 * 64 * 4 + 8 * 8
+    """Shared memory of a block: two tiles, P, Q, bases and sums, barriers."""
+    return 3 * TILE * head_dim * 2 + TILE * 128 + 3 * ROWS * 4 + (2 * head_dim // 64 + 4) * 8
+
+
+def cluster(rows: int) -> int:
+    """Blocks with the same tiles that load them together."""
+    return 1 if -(-rows // ROWS) % 2 else 2
 
 
 def decode_attention(
@@ -156,6 +161,7 @@ def decode_attention(
     kernel = module(**defines(query, key, block_table, value_dim, window, softcap)).kernel("latent", device)
     keys = tensor_map(rows_of(key), _BOX)
     packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, partial, statistics)
-    kernel.launch(programs * row_blocks, THREADS, shared_bytes(head_dim), packed)
+    grid, shared = programs * row_blocks, shared_bytes(head_dim)
+    kernel.launch(grid, THREADS, shared, packed, overlap=True, cluster=cluster(rows))
     merge(partial, statistics, lengths, sinks, output, lse, 1, span(query, window), programs, TILE)
     return output, lse

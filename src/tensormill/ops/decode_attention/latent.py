@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensormill.cuda import HOPPER_HEADER, Module, multiprocessors, tensor_map
-from tensormill.ops.decode_attention.cuda import merge, span, workspace
+from tensormill.ops.decode_attention.cuda import sink_macros, span, workspace
 
 ROWS = 64  # of a block
 TILE = 64  # tokens
@@ -163,5 +163,42 @@ def decode_attention(
     packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, partial, statistics)
     grid, shared = programs * row_blocks, shared_bytes(head_dim)
     kernel.launch(grid, THREADS, shared, packed, overlap=True, cluster=cluster(rows))
-    merge(partial, statistics, lengths, sinks, output, lse, 1, span(query, window), programs, TILE)
+    packed = MergeArguments.of(partial, statistics, lengths, sinks, output, lse, span(query, window), programs)
+    kernel = merge_module(queries, value_dim, output.dtype, sinks).kernel("merge", device)
+    kernel.launch(batch * rows, value_dim // 4, 0, packed, overlap=True)
     return output, lse
+
+
+class MergeArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("partial", "statistics", "lengths", "sinks", "output", "lse")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "span", "programs")),
+    )
+
+    @classmethod
+    def of(
+        cls,
+        partial: Tensor,
+        statistics: Tensor,
+        lengths: Tensor,
+        sinks: Tensor | None,
+        output: Tensor,
+        lse: Tensor,
+        span: int,
+        programs: int,
+    ) -> MergeArguments:
+        """merge.cu's struct; the tensors must outlive it."""
+        tensors = (partial, statistics, lengths, sinks, output, lse)
+        pointers = (None if x is None else x.data_ptr() for x in tensors)
+        return cls(*pointers, output.shape[0], output.shape[1], span, programs)
+
+
+def merge_module(queries: int, value_dim: int, output: torch.dtype, sinks: Tensor | None) -> Module:
+    """The kernel that merges partial results."""
+    sizes = {"QUERIES": queries, "VALUE_DIM": value_dim, "TILE_TOKENS": TILE, "OUTPUT_TYPE": _NAMES[output]}
+    return _merge_module(**sizes, **sink_macros(sinks))
+
+
+@functools.cache
+def _merge_module(**defines: int | str) -> Module:
+    return Module(Path(__file__).with_name("merge.cu"), defines, [Path(__file__).with_name("work.cuh")])

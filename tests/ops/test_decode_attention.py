@@ -409,7 +409,7 @@ def emulated(blocks: int = 5, sixteens: int = 1, stages: int = 3, **changed: obj
     statistics = torch.full(((blocks + pairs) * rows * 2,), torch.nan)
     output = torch.full((batch, heads, queries, value_dim), torch.nan, dtype=query.dtype)
     lse = torch.full((batch, heads, queries), torch.nan)
-    if stored[0] is None:
+    if shape["shared"]:
         assert latent.supports(*arguments)
         module = latent.module(**latent.defines(query, key, table, value_dim, window, softcap))
         keys = emulated_tensor_map(latent.rows_of(key), (32, 64))

@@ -1,4 +1,4 @@
-// Decode attention over quantized caches, in one kernel.
+// Decode attention over caches of 16 bits and less, in one kernel.
 //
 // The work is split as in triton.py: one line of tiles of all (sequence, key-value head) pairs, an equal share of it for
 // each block. A block that has a whole pair writes its output; otherwise the blocks of a pair write partial results in slot
@@ -18,12 +18,12 @@
 // Integer formats multiply K by Q in integers: codes need next to no unpacking for it, and Q has 16 bits of its row's
 // largest magnitude, as a high and a low byte. O^T is computed in float16 with exact codes. A token's scales are applied
 // to S^T and to P^T, and the running base of the exponentials includes log2 of the value's scale, so that P^T stays in
-// range (see triton.py). The base follows the maximum only when that has grown by 8, a factor of 256, which costs a vote
+// range (see triton.py). Caches of 16 bits compute in the query's type. The base follows the maximum only when that has grown by 8, a factor of 256, which costs a vote
 // and no reductions. Block floating point computes in bfloat16, where code * 2^e is exact.
 #include "work.cuh"
 
-// Macros: BITS 4 or 8; HEAD_DIM 64 or 128; GROUP query heads of a key-value head, QUERIES new tokens, at most 16
-// together; QUERY_TYPE, SCALE_TYPE Half or BFloat16; GROUPS of channels with an exponent, 0 for integer formats;
+// Macros: BITS 4, 8 or 16; HEAD_DIM 64 or 128; GROUP query heads of a key-value head, QUERIES new tokens, at most 16
+// together; QUERY_TYPE, SCALE_TYPE Half or BFloat16; GROUPS of channels with an exponent, 0 for other formats;
 // KEY_OFFSET, VALUE_OFFSET; KEY_STRIDE, VALUE_STRIDE from token to token in bytes, KEY_SCALE_STRIDE, VALUE_SCALE_STRIDE
 // in elements; SCALE_PAIRS, if these are 1 and two neighbouring tokens' scales are an aligned word; PAGE tokens of a page,
 // 0 for contiguous; WINDOW, CAPPED; SINKS 0 none, 1 float32, 2 SINK_TYPE; SUB; BLOCKS of a multiprocessor; STAGES.
@@ -32,7 +32,7 @@ constexpr int WARPS = 4, STEP_TOKENS = SUB * 16, TILE = WARPS * STEP_TOKENS;
 constexpr int KEY_WORDS = HEAD_DIM * BITS / 128;   // of a lane: a quarter of a row
 constexpr int VALUE_WORDS = HEAD_DIM * BITS / 256;  // an eighth of a row
 constexpr int STEPS = HEAD_DIM / 16;
-constexpr bool BFP = GROUPS > 0;
+constexpr bool BFP = GROUPS > 0, FLOATS = BITS == 16, INTEGERS = !BFP && !FLOATS;
 constexpr float LEAST = -3.0e38f;  // less than any logit
 constexpr int HALF_DIM = HEAD_DIM / 2;
 
@@ -47,15 +47,15 @@ static_assert(2 * SUMS_OFFSET <= RINGS_OFFSET - 16, "a warp's bases and sums lie
 constexpr int LAST_OFFSET = RINGS_OFFSET - 16;  // whether this block merges
 constexpr int EACH = HEAD_DIM / 32;             // channels of a lane, of results
 
-template <bool>
+template <bool, class T, class U>
 struct Choose {
-    using Type = Half;
+    using Type = T;
 };
-template <>
-struct Choose<true> {
-    using Type = BFloat16;
+template <class T, class U>
+struct Choose<false, T, U> {
+    using Type = U;
 };
-using Compute = Choose<BFP>::Type;
+using Compute = Choose<INTEGERS, Half, QUERY_TYPE>::Type;  // block floating point has queries in bfloat16
 
 struct Arguments {
     const uint16_t* query;
@@ -88,6 +88,8 @@ DEVICE int key_place(int row, int byte) {
     const int at = row * ROW_BYTES + byte;
     return at ^ (ROW_BYTES >= 64 ? (row >> 1 & 1) << 6 : (row >> 2 & 1) << 5);
 }
+// Likewise of a lane's eighth of a row of V.
+DEVICE int value_byte(int g, int i) { return FLOATS ? i / 4 * 128 + g * 16 + i % 4 * 4 : 4 * VALUE_WORDS * g + 4 * i; }
 DEVICE int value_place(int row, int byte) { return (row * ROW_BYTES + byte) ^ ((row >> 2 & 3) << 5); }
 
 // Where a lane finds a pair's tokens, of page 0 or of the sequence: what it copies of K and V from token 0 on (its row of
@@ -118,7 +120,8 @@ DEVICE Sources sources_of(const Arguments& a, const Pair& pair) {
         from.value_offset = a.value_offset + value_scale + 2 * g * VALUE_SCALE_STRIDE;
     }
     from.pages = a.block_table + pair.sequence * (int64_t)a.table_stride;
-    keep(from.key), keep(from.value), keep(from.key_scale), keep(from.value_scale);
+    keep(from.key), keep(from.value);
+    if (!FLOATS) keep(from.key_scale), keep(from.value_scale);
     if (KEY_OFFSET) keep(from.key_offset);
     if (VALUE_OFFSET) keep(from.value_offset);
     return from;
@@ -173,7 +176,7 @@ DEVICE void copy_tokens(const Arguments& a, const Sources& from, const Pages& pa
         for (int j = 0; j < 16 / PASS_ROWS; j++) {
             const int i = s * (16 / PASS_ROWS) + j;  // the swizzle of later passes follows from the first one's
             const int at = j * PASS_ROWS, back = FULL ? 0 : smaller(0, in.last - in.start - at - row);
-            copy_async16(key_to + i * 512, key + (at + back) * (int64_t)KEY_STRIDE);
+            copy_async16((key_to ^ ((i * PASS_ROWS >> 1 & 1) << 6)) + i * 512, key + (at + back) * (int64_t)KEY_STRIDE);
             copy_async16((value_to ^ ((i * PASS_ROWS >> 2 & 3) << 5)) + i * 512, value + (at + back) * (int64_t)VALUE_STRIDE);
         }
     }
@@ -268,7 +271,8 @@ DEVICE void load_value_scales(const Arguments& a, const Sources& from, const Pag
         load_scales<false, VALUE_SCALE_STRIDE, VALUE_OFFSET>(from.value_scale, from.value_offset, stride, pages, length, token, d);
 }
 
-template <int COUNT>
+// Words of a lane's share of a row, 16 bytes of every APART.
+template <int APART = 64, int COUNT>
 DEVICE void read_words(uint32_t (&d)[COUNT], uint32_t address) {
     if constexpr (COUNT == 1) {
         d[0] = load_shared(address);
@@ -278,7 +282,7 @@ DEVICE void read_words(uint32_t (&d)[COUNT], uint32_t address) {
     } else {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) {
-            const Words4 words = load_shared4(address ^ 16 * i);  // 64 bytes apart, see key_byte
+            const Words4 words = load_shared4(address ^ i / 4 * APART);
             d[i] = words.x, d[i + 1] = words.y, d[i + 2] = words.z, d[i + 3] = words.w;
         }
     }
@@ -326,7 +330,9 @@ DEVICE Query load_query(const Arguments& a, const Pair& pair) {
         float values[STEPS][4], unit = 1e-30f, sum = 0;
 #pragma unroll
         for (int k = 0; k < STEPS; k++) {
-            const int at = BITS == 4 ? key_byte(t, k / 2) + k % 2 * HALF_DIM : key_byte(t, k);
+            const int at = BITS == 4   ? key_byte(t, k / 2) + k % 2 * HALF_DIM
+                           : BITS == 8 ? key_byte(t, k)
+                                       : key_byte(t, 2 * k) / 2;
             Words2 words = {0, 0};
             if (row < ROWS) words = load_constant2(source + at);
             values[k][0] = to_float<QUERY_TYPE>(words.x & 0xffff), values[k][1] = to_float<QUERY_TYPE>(words.x >> 16);
@@ -335,9 +341,14 @@ DEVICE Query load_query(const Arguments& a, const Pair& pair) {
             for (int i = 0; i < 4; i++) unit = fmaxf(unit, fabsf(values[k][i])), sum += values[k][i];
         }
         sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);
-        if constexpr (BFP) {
+        if constexpr (!INTEGERS) {
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
+                if constexpr (FLOATS) {
+                    q.fragment[n][k][0] = pack2<Compute>(values[k][0], values[k][1]);
+                    q.fragment[n][k][1] = pack2<Compute>(values[k][2], values[k][3]);
+                    continue;
+                }
                 // bytes 0 and 2 of a word are unpacked into one register, 1 and 3 into another
                 q.fragment[n][k][0] = pack2<BFloat16>(values[k][0], values[k][2]);
                 q.fragment[n][k][1] = pack2<BFloat16>(values[k][1], values[k][3]);
@@ -376,8 +387,24 @@ DEVICE Query load_query(const Arguments& a, const Pair& pair) {
 
 // S^T of 16 tokens, less their scales: [row tile][fragment].
 DEVICE void multiply_keys(const KeyScales& d, int s, uint32_t keys, const Query& q, float (&x)[ROW_TILES][4]) {
-    uint32_t key[2][KEY_WORDS];
-    read_words(key[0], keys), read_words(key[1], (keys ^ ROW_BYTES % 128) + ROW_BYTES / 128 * 128);
+    const uint32_t second_row = (keys ^ ROW_BYTES % 128) + ROW_BYTES / 128 * 128;
+    uint32_t key[2][FLOATS ? 4 : KEY_WORDS];
+    if constexpr (FLOATS) {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0;
+#pragma unroll
+        for (int i = 0; i < STEPS; i += 2) {
+            read_words(key[0], keys ^ i / 2 * 64), read_words(key[1], second_row ^ i / 2 * 64);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const uint32_t f[4] = {key[0][2 * k], key[1][2 * k], key[0][2 * k + 1], key[1][2 * k + 1]};
+#pragma unroll
+                for (int n = 0; n < ROW_TILES; n++) mma<Compute>(x[n], f, q.fragment[n][i + k]);
+            }
+        }
+        return;
+    }
+    read_words(key[0], keys), read_words(key[1], second_row);
     if constexpr (BFP) {
         uint32_t low[2], low_shift[2], high[2], high_shift[2];
 #pragma unroll
@@ -440,7 +467,7 @@ DEVICE void multiply_values(const ValueScales& d, int s, uint32_t values, const 
                             float (&o)[ROW_TILES][STEPS][4]) {
     uint32_t value[4][VALUE_WORDS];
 #pragma unroll
-    for (int r = 0; r < 4; r++) read_words(value[r], (values ^ (r * ROW_BYTES & 127)) + (r * ROW_BYTES & ~127));
+    for (int r = 0; r < 4; r++) read_words<128>(value[r], (values ^ (r * ROW_BYTES & 127)) + (r * ROW_BYTES & ~127));
     // fragments pair tokens 0 with 2 and 1 with 3 of the lane's four
     uint32_t low[2], low_shift[2], high[2], high_shift[2];
     if constexpr (BFP) {
@@ -458,13 +485,15 @@ DEVICE void multiply_values(const ValueScales& d, int s, uint32_t values, const 
 #pragma unroll
     for (int i = 0; i < VALUE_WORDS; i++) {
 #pragma unroll
-        for (int part = 0; part < 2; part++) {  // two bytes of each word
+        for (int part = 0; part < (FLOATS ? 1 : 2); part++) {  // two bytes of each word, or all
             const int selector = part ? 0x7632 : 0x5410;
             uint32_t f[2][4];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const uint32_t w = permute_bytes(value[r][i], value[r + 2][i], selector);
-                if constexpr (BFP) {
+                if constexpr (FLOATS) {
+                    f[0][2 * r] = w, f[0][2 * r + 1] = permute_bytes(value[r][i], value[r + 2][i], 0x7632);
+                } else if constexpr (BFP) {
                     f[0][2 * r] = scaled_codes(w, low[r], low_shift[r]);
                     f[0][2 * r + 1] = scaled_codes(w >> 4, high[r], high_shift[r]);
                     f[1][2 * r] = scaled_codes(w >> 8, low[r], low_shift[r]);
@@ -482,7 +511,7 @@ DEVICE void multiply_values(const ValueScales& d, int s, uint32_t values, const 
                     mma<Compute>(o[n][4 * i + 2 * part], f[0], p[n]);
                     mma<Compute>(o[n][4 * i + 2 * part + 1], f[1], p[n]);
                 } else {
-                    mma<Compute>(o[n][2 * i + part], f[0], p[n]);
+                    mma<Compute>(o[n][FLOATS ? i : 2 * i + part], f[0], p[n]);
                 }
             }
         }
@@ -491,6 +520,7 @@ DEVICE void multiply_values(const ValueScales& d, int s, uint32_t values, const 
 
 // Channel of rows g (half 0) and g + 8 (half 1) of tile m of O^T.
 DEVICE int channel_of(int m, int g, int half) {
+    if (FLOATS) return value_byte(g, m) / 2 + half;
     const int byte = 4 * VALUE_WORDS * g + (BITS == 4 ? m : 2 * m + half);
     return byte + (BITS == 4 ? half * HALF_DIM : 0);
 }
@@ -614,7 +644,7 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
     int position = block_index() * each;
     const int finish = smaller(position + each, total);
     const uint32_t keys = ring + key_place(2 * g, key_byte(t, 0));
-    const uint32_t values = ring + VALUES_OFFSET + value_place(4 * t, 4 * VALUE_WORDS * g);
+    const uint32_t values = ring + VALUES_OFFSET + value_place(4 * t, value_byte(g, 0));
 
     // sequences that have nothing
     for (int pair = block_index(); pair < a.batch * a.kv_heads; pair += grid_size()) {
@@ -643,8 +673,10 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
         Pages following = pages_of(from, pair.length, token), ahead = following;
         KeyScales key_scales;
         ValueScales value_scales;
-        load_key_scales(a, from, following, pair.length, token, key_scales);
-        load_value_scales(a, from, following, pair.length, token, value_scales);
+        if (!FLOATS) {
+            load_key_scales(a, from, following, pair.length, token, key_scales);
+            load_value_scales(a, from, following, pair.length, token, value_scales);
+        }
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
             const int at = token + i * TILE;
@@ -684,18 +716,18 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     const int at = token + 16 * s + 2 * g + r;
-                    const float key_scale = BFP ? 1.0f : scale_of(key_scales.scale[s], r);
+                    const float key_scale = !INTEGERS ? 1.0f : scale_of(key_scales.scale[s], r);
                     const float key_offset = KEY_OFFSET ? scale_of(key_scales.offset[s], r) : 0.0f;
-                    scale[s][r] = BFP ? 1.0f : scale_of(value_scales.scale[s], r);
+                    scale[s][r] = !INTEGERS ? 1.0f : scale_of(value_scales.scale[s], r);
                     offset[s][r] = VALUE_OFFSET ? scale_of(value_scales.offset[s], r) : 0.0f;
-                    height[s][r] = BFP ? 0.0f : fast_log2(fmaxf(fabsf(scale[s][r]), 0x1p-100f));
+                    height[s][r] = !INTEGERS ? 0.0f : fast_log2(fmaxf(fabsf(scale[s][r]), 0x1p-100f));
 #pragma unroll
                     for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
                         for (int c = 0; c < 2; c++) {
                             float& y = x[s][n][2 * r + c];
                             y *= q.factor[n][c];
-                            if (!BFP) y *= key_scale;
+                            if (INTEGERS) y *= key_scale;
                             if (KEY_OFFSET) y += q.sum[n][c] * key_offset;
                             if (CAPPED) y = a.cap * (1 - 2 / (1 + fast_exp2(y * 2.8853900817779268f)));
                             if (partly) {
@@ -707,7 +739,7 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
                 }
             }
             // scales of the next step, as soon as these were used
-            if (i + 1 < steps) {
+            if (!FLOATS && i + 1 < steps) {
                 load_key_scales(a, from, following, pair.length, token + TILE, key_scales);
                 if (!BFP) load_value_scales(a, from, following, pair.length, token + TILE, value_scales);
             }
@@ -742,7 +774,7 @@ KERNEL(attend, WARPS * 32, BLOCKS, Arguments) {
                             e[c] = fast_exp2(x[s][n][2 * r + c] - base[n][c]);
                             sums[n][c] += e[c];
                             if (VALUE_OFFSET) shift[n][c] += e[c] * offset[s][r];
-                            if (!BFP) e[c] *= scale[s][r];
+                            if (INTEGERS) e[c] *= scale[s][r];
                         }
                         p[n][r] = transpose_matrix(pack2<Compute>(e[0], e[1]));
                     }

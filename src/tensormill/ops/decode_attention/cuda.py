@@ -1,4 +1,4 @@
-"""Decode attention over quantized caches in CUDA C++: launches `attend.cu`."""
+"""Decode attention over caches of 16 bits and less in CUDA C++: launches `attend.cu`."""
 
 from __future__ import annotations
 
@@ -65,25 +65,33 @@ def supports(
     window: int,
     softcap: float,
 ) -> bool:
-    """Heads of 64 or 128 channels, up to 16 query rows of a key-value head; keys and values of 8 bits with 16-bit scales
-    of a token and head, or of 4 bits with these or in block floating point (bfloat16 queries)."""
+    """Heads of 64 or 128 channels, up to 16 query rows of a key-value head; keys and values of 16 bits, of 8 bits with
+    16-bit scales of a token and head, or of 4 bits with these or in block floating point (bfloat16 queries)."""
     head_dim = query.shape[-1]
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    if (
-        value is None
-        or key_scale is None
-        or value_scale is None
-        or 0 in key.shape
-        or query.dtype not in _NAMES
-    ):
+    if value is None or 0 in key.shape or query.dtype not in _NAMES:
         return False
     if sinks is not None and sinks.dtype not in (*_NAMES, torch.float32):
         return False
     if head_dim not in (64, 128) or value_dim != head_dim or not 0 < rows <= MOST_ROWS:
         return False
-    if key.dtype != value.dtype or key_scale.dtype != value_scale.dtype:
+    if key.dtype != value.dtype:
         return False
     if block_table is not None and key.shape[2] % 16:
+        return False
+    if any(stride % 4 for stride in query.stride()[:3]) or query.stride(3) != 1 or query.data_ptr() % 8:
+        return False
+    for stored in (key, value):
+        row = stored.element_size()
+        if stored.stride(-1) != 1 or any(s * row % 16 for s in stored.stride()[:3]) or stored.data_ptr() % 16:
+            return False
+        if stored.shape[2] * stored.stride(2) * row >= 1 << 31:
+            return False
+        if block_table is not None and stored.stride(0) * row >= 1 << 31:
+            return False
+    if key_scale is None or value_scale is None:
+        return key_scale is value_scale
+    if key_scale.dtype != value_scale.dtype:
         return False
     groups = key_scale.shape[-1]
     if key_scale.dtype == torch.uint8:
@@ -96,16 +104,10 @@ def supports(
                 return False
     elif groups != 1 or value_scale.shape[-1] != 1 or key_scale.dtype not in _NAMES:
         return False
-    if any(stride % 4 for stride in query.stride()[:3]) or query.stride(3) != 1 or query.data_ptr() % 8:
-        return False
-    for stored, scales, offset in ((key, key_scale, key_offset), (value, value_scale, value_offset)):
-        if stored.stride(-1) != 1 or any(s % 16 for s in stored.stride()[:3]) or stored.data_ptr() % 16:
-            return False
+    for scales, offset in ((key_scale, key_offset), (value_scale, value_offset)):
         if scales.stride(-1) != 1 and scales.shape[-1] > 1:
             return False
-        if stored.shape[2] * stored.stride(2) >= 1 << 31:
-            return False
-        if block_table is not None and max(stored.stride(0), scales.stride(0)) >= 1 << 31:
+        if block_table is not None and scales.stride(0) >= 1 << 31:
             return False
         if offset is not None and (offset.stride() != scales.stride() or offset.dtype != scales.dtype):
             return False
@@ -122,9 +124,9 @@ def defines(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_scale: Tensor,
+    key_scale: Tensor | None,
     key_offset: Tensor | None,
-    value_scale: Tensor,
+    value_scale: Tensor | None,
     value_offset: Tensor | None,
     block_table: Tensor | None,
     sinks: Tensor | None,
@@ -133,8 +135,8 @@ def defines(
     config: Config,
 ) -> dict[str, int | str]:
     """The macros of attend.cu for a call."""
-    exponents = key_scale.dtype == torch.uint8
-    scales = [key_scale, value_scale, *(x for x in (key_offset, value_offset) if x is not None)]
+    exponents = key_scale is not None and key_scale.dtype == torch.uint8
+    scales = [x for x in (key_scale, value_scale, key_offset, value_offset) if x is not None]
     pairs = not exponents and all(
         x.stride(2) == 1 and x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 and x.data_ptr() % 4 == 0
         for x in scales
@@ -145,14 +147,14 @@ def defines(
         "GROUP": query.shape[1] // key.shape[1],
         "QUERIES": query.shape[2],
         "QUERY_TYPE": _NAMES[query.dtype],
-        "SCALE_TYPE": "Half" if exponents else _NAMES[key_scale.dtype],
+        "SCALE_TYPE": "Half" if exponents or key_scale is None else _NAMES[key_scale.dtype],
         "GROUPS": key_scale.shape[-1] if exponents else 0,
         "KEY_OFFSET": int(key_offset is not None),
         "VALUE_OFFSET": int(value_offset is not None),
-        "KEY_STRIDE": key.stride(2),
-        "VALUE_STRIDE": value.stride(2),
-        "KEY_SCALE_STRIDE": key_scale.stride(2),
-        "VALUE_SCALE_STRIDE": value_scale.stride(2),
+        "KEY_STRIDE": key.stride(2) * key.element_size(),
+        "VALUE_STRIDE": value.stride(2) * value.element_size(),
+        "KEY_SCALE_STRIDE": 1 if key_scale is None else key_scale.stride(2),
+        "VALUE_SCALE_STRIDE": 1 if value_scale is None else value_scale.stride(2),
         "SCALE_PAIRS": int(pairs),
         "PAGE": 0 if block_table is None else key.shape[2],
         "WINDOW": int(window > 0),
@@ -175,9 +177,9 @@ def arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_scale: Tensor,
+    key_scale: Tensor | None,
     key_offset: Tensor | None,
-    value_scale: Tensor,
+    value_scale: Tensor | None,
     value_offset: Tensor | None,
     lengths: Tensor,
     block_table: Tensor | None,
@@ -196,10 +198,10 @@ def arguments(
     return Arguments(
         *(None if x is None else x.data_ptr() for x in (*read, output, lse, partial, statistics, arrived)),
         *query.stride()[:3],
-        *key.stride()[:2],
-        *value.stride()[:2],
-        *key_scale.stride()[:2],
-        *value_scale.stride()[:2],
+        *(stride * key.element_size() for stride in key.stride()[:2]),
+        *(stride * value.element_size() for stride in value.stride()[:2]),
+        *((0, 0) if key_scale is None else key_scale.stride()[:2]),
+        *((0, 0) if value_scale is None else value_scale.stride()[:2]),
         0 if block_table is None else block_table.stride(0),
         query.shape[0],
         key.shape[1],
@@ -222,7 +224,9 @@ def shared_bytes(rows: int, head_dim: int, bits: int, config: Config) -> int:
 
 
 def configuration(rows: int, bits: int, exponents: bool) -> Config:
-    """As many blocks as registers allow, which a step of 32 tokens of 4 bits needs most of."""
+    """As many blocks as registers allow, and shared memory where rows are long."""
+    if bits == 16:
+        return Config(1, 2, 3)
     if rows > 8:  # twice the sums
         return Config(1, 3, 3)
     if exponents:
@@ -234,7 +238,7 @@ def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See `tensormill.ops.decode_attention`."""
     query, key, key_scale = arguments[0], arguments[1], arguments[3]
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    return run(configuration(rows, bits_of(key), key_scale.dtype == torch.uint8), *arguments)
+    return run(configuration(rows, bits_of(key), key_scale is not None and key_scale.dtype == torch.uint8), *arguments)
 
 
 def run(
@@ -242,9 +246,9 @@ def run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_scale: Tensor,
+    key_scale: Tensor | None,
     key_offset: Tensor | None,
-    value_scale: Tensor,
+    value_scale: Tensor | None,
     value_offset: Tensor | None,
     lengths: Tensor,
     block_table: Tensor | None,

@@ -394,7 +394,9 @@ def test_tolerance_catches_planted_errors():
 # --- the CUDA kernels, emulated and compiled
 
 
-def emulated(blocks: int = 5, sixteens: int = 1, stages: int = 3, **changed: object) -> tuple[str | None, str | None]:
+def emulated(
+    blocks: int = 5, sixteens: int = 1, stages: int = 3, **changed: object
+) -> tuple[str | None, str | None]:
     """What is wrong with the output and log-sum-exp of a CUDA implementation, run on the CPU."""
     cuda = importlib.import_module("tensormill.ops.decode_attention.cuda")
     latent = importlib.import_module("tensormill.ops.decode_attention.latent")
@@ -429,9 +431,7 @@ def emulated(blocks: int = 5, sixteens: int = 1, stages: int = 3, **changed: obj
         macros = cuda.defines(query, key, *stored, table, sinks, window, softcap, config)
         counters = torch.zeros(pairs, dtype=torch.int32)
         results = (output, lse, partial, statistics, counters)
-        packed = cuda.arguments(
-            query, key, *stored, length, table, sinks, scale, window, softcap, *results
-        )
+        packed = cuda.arguments(query, key, *stored, length, table, sinks, scale, window, softcap, *results)
         shared = cuda.shared_bytes(rows, value_dim, cuda.bits_of(key), config)
         emulate(cuda.module(**macros), "attend").launch(blocks, 128, shared, packed)
         assert not counters.any()
@@ -440,7 +440,9 @@ def emulated(blocks: int = 5, sixteens: int = 1, stages: int = 3, **changed: obj
     return deviation(output, expected[0], tolerance), deviation(lse, expected[1], tolerance)
 
 
-def hide_what_is_behind(length: torch.Tensor, table: torch.Tensor | None, *stored: torch.Tensor | None) -> None:
+def hide_what_is_behind(
+    length: torch.Tensor, table: torch.Tensor | None, *stored: torch.Tensor | None
+) -> None:
     """NaN, or the largest code or exponent, wherever no sequence has a token."""
     for x in stored:
         if x is None:

@@ -100,7 +100,11 @@ def supports(
         if groups not in (2, 4, 8) or groups > head_dim // 16:
             return False
         for scales in (key_scale, value_scale):  # a token's exponents are loaded as one word
-            if scales.stride(3) != 1 or any(s % groups for s in scales.stride()[:3]) or scales.data_ptr() % groups:
+            if (
+                scales.stride(3) != 1
+                or any(s % groups for s in scales.stride()[:3])
+                or scales.data_ptr() % groups
+            ):
                 return False
     elif groups != 1 or value_scale.shape[-1] != 1 or key_scale.dtype not in _NAMES:
         return False
@@ -148,7 +152,7 @@ def defines(
         "QUERIES": query.shape[2],
         "QUERY_TYPE": _NAMES[query.dtype],
         "SCALE_TYPE": "Half" if exponents or key_scale is None else _NAMES[key_scale.dtype],
-        "GROUPS": key_scale.shape[-1] if exponents else 0,
+        "GROUPS": key_scale.shape[-1] if key_scale is not None and exponents else 0,
         "KEY_OFFSET": int(key_offset is not None),
         "VALUE_OFFSET": int(value_offset is not None),
         "KEY_STRIDE": key.stride(2) * key.element_size(),
@@ -238,7 +242,10 @@ def decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See `tensormill.ops.decode_attention`."""
     query, key, key_scale = arguments[0], arguments[1], arguments[3]
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    return run(configuration(rows, bits_of(key), key_scale is not None and key_scale.dtype == torch.uint8), *arguments)
+    return run(
+        configuration(rows, bits_of(key), key_scale is not None and key_scale.dtype == torch.uint8),
+        *arguments,
+    )
 
 
 def run(

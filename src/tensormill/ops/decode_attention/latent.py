@@ -163,9 +163,9 @@ def decode_attention(
     packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, partial, statistics)
     grid, shared = programs * row_blocks, shared_bytes(head_dim)
     kernel.launch(grid, THREADS, shared, packed, overlap=True, cluster=cluster(rows))
-    packed = MergeArguments.of(partial, statistics, lengths, sinks, output, lse, span(query, window), programs)
+    parts = MergeArguments.of(partial, statistics, lengths, sinks, output, lse, span(query, window), programs)
     kernel = merge_module(queries, value_dim, output.dtype, sinks).kernel("merge", device)
-    kernel.launch(batch * rows, value_dim // 4, 0, packed, overlap=True)
+    kernel.launch(batch * rows, value_dim // 4, 0, parts, overlap=True)
     return output, lse
 
 

@@ -312,6 +312,10 @@ DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     for (int i = 0; i < 4; i++) d |= (uint32_t)(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
     return d;
 }
+DEVICE uint32_t max_pair(uint32_t a, uint32_t b) {
+    const uint32_t low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;
+    return (a >> 16 > b >> 16 ? a >> 16 : b >> 16) << 16 | low;
+}
 DEVICE int count_bits(uint32_t a) { return __builtin_popcount(a); }
 DEVICE float bits_to_float(uint32_t a) {
     float d;
@@ -393,6 +397,12 @@ DEVICE uint32_t load_constant(const uint32_t* address) { return *address; }
 DEVICE Words4 load_constant4(const void* address) { return *static_cast<const Words4*>(address); }
 DEVICE Words4 load_relaxed4(const void* address) { return *static_cast<const Words4*>(address); }
 DEVICE void store_relaxed4(void* address, Words4 value) { *static_cast<Words4*>(address) = value; }
+DEVICE Words2 load_relaxed2(const void* address) { return *static_cast<const Words2*>(address); }
+DEVICE uint32_t add_ordered(uint32_t* address, uint32_t value) {
+    const uint32_t before = *address;
+    *address += value;
+    return before;
+}
 DEVICE void spin() { emulation::yield(); }
 
 DEVICE void copy_async16(uint32_t shared, const void* global, int bytes = 16) {
@@ -401,6 +411,9 @@ DEVICE void copy_async16(uint32_t shared, const void* global, int bytes = 16) {
     memset(to, 0, 16);
     memcpy(to, global, bytes);
 }
+DEVICE void copy_async_commit() {}
+template <int PENDING>
+DEVICE void copy_async_wait() {}
 DEVICE void mbarrier_arrive(uint32_t barrier) {
     emulation::Mbarrier& b = emulation::mbarrier(barrier);
     if (b.pending == 0) emulation::fail("more arrivals at a barrier than it was made for");

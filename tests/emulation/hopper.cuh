@@ -53,6 +53,11 @@ DEVICE void copy_tensor(uint32_t shared, const TensorMap* map, int x, int y, uin
     b.bytes -= 128 * map->words[6];
     emulation::check_phase(b);
 }
+DEVICE void copy_tensor_multicast(uint32_t shared, const TensorMap* map, int x, int y, uint32_t barrier, int blocks) {
+    for (int rank = 0; rank < emulation::state.cluster; rank++)
+        if (blocks >> rank & 1) copy_tensor(map_shared(shared, rank), map, x, y, map_shared(barrier, rank));
+}
+DEVICE void prefetch_tensor(const TensorMap*, int, int) {}
 DEVICE void store_tensor(const TensorMap* map, int x, int y, uint32_t shared) {
     emulation::each_element(map, x, y, shared, [](const uint8_t* from, uint8_t* to, int size) {
         if (to) memcpy(to, from, size);
@@ -61,6 +66,17 @@ DEVICE void store_tensor(const TensorMap* map, int x, int y, uint32_t shared) {
 DEVICE void store_tensor_commit() {}
 DEVICE void store_tensor_wait() {}
 
+DEVICE void store_matrices4(uint32_t address, const uint32_t (&a)[4]) {
+    struct In {
+        uint32_t address;
+        const uint32_t* values;
+    } in = {address, a};
+    emulation::collective(in, in, [](const In* const* in, In* const*) {
+        for (int i = 0; i < 4; i++)
+            for (int lane = 0; lane < 32; lane++)
+                memcpy(emulation::shared_bytes(in[8 * i + lane / 4]->address, 16) + 4 * (lane % 4), &in[lane]->values[i], 4);
+    });
+}
 DEVICE void store_matrices4_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     struct In {
         uint32_t address, values[4];
@@ -77,6 +93,10 @@ DEVICE void store_matrices4_transposed(uint32_t address, uint32_t a, uint32_t b,
 
 DEVICE uint64_t wgmma_descriptor(uint32_t address) {
     return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+DEVICE uint64_t wgmma_advance(uint64_t descriptor, int bytes) {
+    return descriptor >> 32 << 32 | (uint32_t(descriptor) + bytes / 16);
 }
 
 enum class Wgmma { f16, bf16, s8 };
@@ -132,31 +152,47 @@ DEVICE void wgmma_wait() {
     });
 }
 
+template <int COUNT>
+DEVICE void wgmma_settle(float (&)[COUNT]) {}
+
 namespace emulation {
-// PLACE(descriptor, n, k, size) is where element k of B's column n lies, before the swizzle.
+inline uint32_t descriptor_field(uint64_t b, int bit) { return (b >> bit & 0x3fff) << 4; }
+// Element k of row n of an operand whose rows are contiguous along K, before the swizzle.
+inline uint32_t place_in_rows(uint64_t b, int n, int k, int size) {
+    return descriptor_field(b, 0) + n / 8 * descriptor_field(b, 32) + n % 8 * 128 + k * size;
+}
+// The same where it is contiguous along n.
+inline uint32_t place_in_columns(uint64_t b, int n, int k, int size) {
+    return descriptor_field(b, 0) + n / 64 * descriptor_field(b, 16) + k / 8 * descriptor_field(b, 32) + k % 8 * 128 +
+           n % 64 * size;
+}
+// A is in registers, or in shared memory where `registers` is null. PLACE(descriptor, n, k, size) is where element k of
+// B's column n lies, before the swizzle.
 template <Wgmma KIND, int COLUMNS, class D, class Place>
-void multiply(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, Place place) {
+void multiply(D (&d)[COLUMNS / 2], const uint32_t* registers, uint64_t a, uint64_t b, bool accumulate, Place place) {
     struct Operands {
         D* d;
         const uint32_t* a;
-    } operands = {d, a};
+    } operands = {d, registers};
     constexpr int SIZE = KIND == Wgmma::s8 ? 1 : 2, K = 32 / SIZE, EACH = 4 / SIZE;
-    if (b >> 62 != 1) emulation::fail("a descriptor without the 128-byte swizzle");
+    if (b >> 62 != 1 || (!registers && a >> 62 != 1)) fail("a descriptor without the 128-byte swizzle");
     emulation::meet(&operands, [=](emulation::Warpgroup& group) {
         std::vector<Operands> all;
         for (const void* operands : group.operands) all.push_back(*static_cast<const Operands*>(operands));
         group.open.push_back([=] {
             static float left[64][K], right[COLUMNS][K];
-            for (int t = 0; t < 128; t++)
+            const auto element = [](uint32_t at) {
+                return wgmma_element<KIND>(shared_bytes(at ^ ((at >> 7 & 7) << 4), KIND == Wgmma::s8 ? 1 : 2));
+            };
+            for (int t = 0; registers && t < 128; t++)
                 for (int r = 0; r < 4; r++)
                     for (int e = 0; e < EACH; e++)
                         left[t / 32 * 16 + t % 32 / 4 + 8 * (r & 1)][(r >> 1) * (K / 2) + t % 4 * EACH + e] =
-                            emulation::wgmma_element<KIND>(reinterpret_cast<const uint8_t*>(&all[t].a[r]) + SIZE * e);
+                            wgmma_element<KIND>(reinterpret_cast<const uint8_t*>(&all[t].a[r]) + SIZE * e);
+            for (int m = 0; !registers && m < 64; m++)
+                for (int k = 0; k < K; k++) left[m][k] = element(place_in_rows(a, m, k, SIZE));
             for (int n = 0; n < COLUMNS; n++)
-                for (int k = 0; k < K; k++) {
-                    const uint32_t at = place(b, n, k, SIZE);
-                    right[n][k] = emulation::wgmma_element<KIND>(emulation::shared_bytes(at ^ ((at >> 7 & 7) << 4), SIZE));
-                }
+                for (int k = 0; k < K; k++) right[n][k] = element(place(b, n, k, SIZE));
             for (int t = 0; t < 128; t++)
                 for (int i = 0; i < COLUMNS / 2; i++) {
                     const float* x = left[t / 32 * 16 + t % 32 / 4 + 8 * (i >> 1 & 1)];
@@ -168,14 +204,15 @@ void multiply(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accu
         });
     });
 }
-inline uint32_t descriptor_field(uint64_t b, int bit) { return (b >> bit & 0x3fff) << 4; }
 }  // namespace emulation
 
 template <Wgmma KIND, int COLUMNS, class D>
 DEVICE void wgmma(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-    emulation::multiply<KIND, COLUMNS>(d, a, b, accumulate, [](uint64_t b, int n, int k, int size) {
-        return emulation::descriptor_field(b, 0) + n / 8 * emulation::descriptor_field(b, 32) + n % 8 * 128 + k * size;
-    });
+    emulation::multiply<KIND, COLUMNS>(d, a, 0, b, accumulate, emulation::place_in_rows);
+}
+template <Wgmma KIND, int COLUMNS>
+DEVICE void wgmma_shared(float (&d)[COLUMNS / 2], uint64_t a, uint64_t b, bool accumulate) {
+    emulation::multiply<KIND, COLUMNS>(d, nullptr, a, b, accumulate, emulation::place_in_rows);
 }
 
 DEVICE uint64_t wgmma_descriptor_transposed(uint32_t address, uint32_t stride) {
@@ -183,8 +220,9 @@ DEVICE uint64_t wgmma_descriptor_transposed(uint32_t address, uint32_t stride) {
 }
 template <Wgmma KIND, int COLUMNS>
 DEVICE void wgmma_transposed(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-    emulation::multiply<KIND, COLUMNS>(d, a, b, accumulate, [](uint64_t b, int n, int k, int size) {
-        return emulation::descriptor_field(b, 0) + n / 64 * emulation::descriptor_field(b, 16) +
-               k / 8 * emulation::descriptor_field(b, 32) + k % 8 * 128 + n % 64 * size;
-    });
+    emulation::multiply<KIND, COLUMNS>(d, a, 0, b, accumulate, emulation::place_in_columns);
+}
+template <Wgmma KIND, int COLUMNS>
+DEVICE void wgmma_shared_transposed(float (&d)[COLUMNS / 2], uint64_t a, uint64_t b, bool accumulate) {
+    emulation::multiply<KIND, COLUMNS>(d, nullptr, a, b, accumulate, emulation::place_in_columns);
 }

@@ -78,6 +78,17 @@ DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 constexpr int AND_OR = (0xf0 & 0xcc) | 0xaa;              // (a & b) | c
 constexpr int SELECT = (0xf0 & 0xcc) | (~0xf0 & 0xaa & 0xff);  // a ? b : c, bit by bit
 DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// The larger of each of two unsigned 16-bit integers.
+DEVICE uint32_t max_pair(uint32_t a, uint32_t b) {
+#if TENSORMILL_ARCH >= 900
+    uint32_t d;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+#else
+    const uint32_t low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;
+    return (a >> 16 > b >> 16 ? a >> 16 : b >> 16) << 16 | low;
+#endif
+}
 DEVICE int count_bits(uint32_t a) { return __popc(a); }
 DEVICE float bits_to_float(uint32_t a) { return __uint_as_float(a); }
 DEVICE uint32_t float_to_bits(float a) { return __float_as_uint(a); }
@@ -246,6 +257,20 @@ DEVICE void store_relaxed4(void* address, Words4 value) {
                  "r"(value.z), "r"(value.w)
                  : "memory");
 }
+DEVICE Words2 load_relaxed2(const void* address) {
+    Words2 d;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "l"(address) : "memory");
+    return d;
+}
+// Adds, and returns what was there before. What this thread saw written before is seen by whoever adds later, too.
+DEVICE uint32_t add_ordered(uint32_t* address, uint32_t value) {
+    uint32_t before;
+    asm volatile("fence.acq_rel.gpu;\natom.relaxed.gpu.global.add.u32 %0, [%1], %2;\nfence.acq_rel.gpu;"
+                 : "=r"(before)
+                 : "l"(address), "r"(value)
+                 : "memory");
+    return before;
+}
 // Waiting for another block: lets the emulation run it.
 DEVICE void spin() {}
 
@@ -254,6 +279,12 @@ DEVICE void spin() {}
 // The first `bytes` of 16 are copied, the others become 0.
 DEVICE void copy_async16(uint32_t shared, const void* global, int bytes = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+// Or in groups: this thread's copies since the group before, and waiting until at most PENDING groups are unfinished.
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 // This thread's copies so far arrive at the barrier once they are complete (counted as one of its arrivals).
 DEVICE void copy_async_arrive(uint32_t barrier) {

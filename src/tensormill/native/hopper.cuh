@@ -63,6 +63,20 @@ DEVICE Words2 cluster_load2(uint32_t address) {
 
 // --- tensor copies
 
+// As copy_tensor, to this address of every block of the cluster whose bit is set in `blocks`; arrives at that barrier there.
+DEVICE void copy_tensor_multicast(uint32_t shared, const TensorMap* map, int x, int y, uint32_t barrier, int blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+        "[%4], %5;" ::"r"(shared),
+        "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((uint16_t)blocks)
+        : "memory");
+}
+
+// Brings a box into the second-level cache.
+DEVICE void prefetch_tensor(const TensorMap* map, int x, int y) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
+}
+
 // Shared memory to the box at (x, y), less what lies outside of the tensor.
 DEVICE void store_tensor(const TensorMap* map, int x, int y, uint32_t shared) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x),
@@ -74,6 +88,13 @@ DEVICE void store_tensor_commit() { asm volatile("cp.async.bulk.commit_group;" :
 
 // Until this thread's stores have read what they store.
 DEVICE void store_tensor_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Four 8 x 8 matrices of 16-bit elements; lane 8 i + j gives the address of row j of matrix i.
+DEVICE void store_matrices4(uint32_t address, const uint32_t (&a)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
+                 "r"(a[2]), "r"(a[3])
+                 : "memory");
+}
 
 // Four 8 x 8 matrices of 16-bit elements, transposed; lane 8 i + j gives the address of row j of matrix i.
 DEVICE void store_matrices4_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -94,10 +115,22 @@ DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// After a wait, where other products are unfinished: keeps the compiler from using these sums before it.
+template <int COUNT>
+DEVICE void wgmma_settle(float (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Operand of rows of 128 bytes, K contiguous, with the 128-byte swizzle of a tensor map, at a multiple of 1024
 // bytes: groups of eight rows are 1024 bytes apart. 32 bytes further along K the address is 32 bytes higher.
 DEVICE uint64_t wgmma_descriptor(uint32_t address) {
     return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// The descriptor of an address that is `bytes` further on.
+DEVICE uint64_t wgmma_advance(uint64_t descriptor, int bytes) {
+    return descriptor >> 32 << 32 | (uint32_t(descriptor) + bytes / 16);
 }
 
 enum class Wgmma { f16, bf16, s8 };  // operands
@@ -168,4 +201,32 @@ DEVICE void wgmma_transposed(float (&d)[COLUMNS / 2], const uint32_t (&a)[4], ui
     TM_WGMMA_TRANSPOSED(128, TM_OUT_64, TM_LIST_0 "," TM_LIST_1, "%64,%65,%66,%67", "%68", "%69")
     TM_WGMMA_TRANSPOSED(256, TM_OUT_128, TM_LIST_0 "," TM_LIST_1 "," TM_LIST_2 "," TM_LIST_3, "%128,%129,%130,%131",
                         "%132", "%133")
+}
+
+// --- wgmma of two operands in shared memory
+
+#define TM_WGMMA_SHARED_CASE(N, TYPE, OUT, LISTS, A, B, SCALE, TRANSPOSED)                                              \
+    if constexpr (KIND == Wgmma::TYPE)                                                                                  \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " SCALE ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." #TYPE \
+                     "." #TYPE " {" LISTS "}, " A ", " B ", p, 1, 1, 0, " TRANSPOSED ";\n}"                              \
+                     : OUT("f", d, 0)                                                                                   \
+                     : "l"(a), "l"(b), "r"(int(accumulate)));
+
+#define TM_WGMMA_SHARED(N, OUT, LISTS, A, B, SCALE, TRANSPOSED)                      \
+    if constexpr (COLUMNS == N) {                                                    \
+        TM_WGMMA_SHARED_CASE(#N, f16, OUT, LISTS, A, B, SCALE, TRANSPOSED)           \
+        TM_WGMMA_SHARED_CASE(#N, bf16, OUT, LISTS, A, B, SCALE, TRANSPOSED)          \
+    }
+
+// As `wgmma`, with A as B is: rows of 128 bytes, swizzled.
+template <Wgmma KIND, int COLUMNS>
+DEVICE void wgmma_shared(float (&d)[COLUMNS / 2], uint64_t a, uint64_t b, bool accumulate) {
+    TM_WGMMA_SHARED(64, TM_OUT_32, TM_LIST_0, "%32", "%33", "%34", "0")
+}
+
+// As `wgmma_transposed`, with A as in `wgmma_shared`.
+template <Wgmma KIND, int COLUMNS>
+DEVICE void wgmma_shared_transposed(float (&d)[COLUMNS / 2], uint64_t a, uint64_t b, bool accumulate) {
+    TM_WGMMA_SHARED(128, TM_OUT_64, TM_LIST_0 "," TM_LIST_1, "%64", "%65", "%66", "1")
+    TM_WGMMA_SHARED(256, TM_OUT_128, TM_LIST_0 "," TM_LIST_1 "," TM_LIST_2 "," TM_LIST_3, "%128", "%129", "%130", "1")
 }

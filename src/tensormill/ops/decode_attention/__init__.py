@@ -322,7 +322,7 @@ operator.implementation(
     supports=_triton_supports,
     missing=triton_missing,
 )
-# Faster than Triton for quantized caches, but changed since it was last seen on a GPU: chosen by name only, as the next.
+# These have not run on a GPU as they are: chosen by name only.
 operator.implementation(
     "cuda",
     devices=("cuda",),

@@ -1,30 +1,34 @@
 // Decode attention where all heads share one latent per token, whose first channels are its value (MLA), on sm_90a: the
 // first of two kernels (the other is merge.cu). The work is split as there.
 //
-// With 64 rows (heads, new tokens) to a block, products and bytes take about as long, so that both must run at once. A
-// warp copies tiles of 32 tokens into a ring of four in shared memory (tensor copies, boxes of 64 channels, swizzled).
-// Two warpgroups take two tiles at a time. For S = Q K^T each multiplies its own tile: Q, resident in shared memory, is
-// loaded into registers fragment by fragment, the tile is the second operand. They exchange the rows' maxima, and each
-// writes its P where its tile's last channels were, which are no values and no longer needed. For O = P V each takes
-// both tiles and half of the value's channels: its part of O is 64 x 256 numbers, 128 registers of a thread.
+// With 64 rows (heads, new tokens) to a block, products and bytes take about as long, and the tensor cores must never
+// wait. A tile is 64 tokens, and two of them are in shared memory beside Q. Two warpgroups take tiles in turn: each
+// computes S = Q K^T and the softmax of its own tiles, and of every tile O += P V for its half of the channels: 64 x 256
+// numbers, 128 registers of a thread. One's softmax runs while the other multiplies:
 //
-// The base of the exponentials follows the maximum only when that has grown by 8, a factor of 256.
+//     S(t) issued, own half of the channels first; O += P(t-1) V(t-1) issued behind it; S(t) awaited; P(t) computed
+//     meanwhile; the half of tile t-1 released; P(t) written for the other warpgroup; O += P(t) V(t); its half released.
+//
+// So a half of a tile is free half a period before its next one is needed: enough to load it from the second-level cache,
+// into which a warp brings tiles two ahead, but not from memory. Two blocks with the same tiles and other rows are a
+// cluster: each loads half of every tile, for both.
+//
+// The base of the exponentials is one for both warpgroups, passed on from tile to tile with P. It follows the maximum only
+// when that has grown by 8, a factor of 256.
 #include "hopper.cuh"
 #include "work.cuh"
 
 // Macros: HEAD_DIM channels, VALUE_DIM of them values, 256 or 512; GROUP heads, QUERIES new tokens; QUERY_TYPE Half or
 // BFloat16; PAGE tokens of a page, 0 for contiguous; WINDOW, CAPPED.
-constexpr int ROWS = GROUP * QUERIES, ROW_BLOCKS = (ROWS + 63) / 64;
-constexpr int PAIR = 64, SUB = 32;  // tokens of two tiles, and of one
-constexpr int BOXES = HEAD_DIM / 64, BOX_BYTES = SUB * 128, TILE_BYTES = BOXES * BOX_BYTES;
-constexpr int STAGES = 4;
-constexpr int PITCH = HEAD_DIM * 2 + 16;  // of a row of Q, so that eight rows lie in different banks
-constexpr int PART = VALUE_DIM / 2, SUMS = PART / 2;
-constexpr int Q_OFFSET = STAGES * TILE_BYTES, MAXIMA_OFFSET = Q_OFFSET + 64 * PITCH;
-constexpr int BARRIER_OFFSET = MAXIMA_OFFSET + 2 * 64 * 4;
+constexpr int ROWS = GROUP * QUERIES, ROW_BLOCKS = (ROWS + 63) / 64, CLUSTER = ROW_BLOCKS % 2 ? 1 : 2;
+constexpr int TILE = 64, PIECE = 32;  // tokens of a tile, and of one copy
+constexpr int BOXES = HEAD_DIM / 64, BOX_BYTES = TILE * 128, TILE_BYTES = BOXES * BOX_BYTES;
+constexpr int PART = VALUE_DIM / 2, PART_BOXES = PART / 64, SUMS = PART / 2;
+constexpr int P_OFFSET = 2 * TILE_BYTES, Q_OFFSET = P_OFFSET + BOX_BYTES, BASES_OFFSET = Q_OFFSET + TILE_BYTES;
+constexpr int SUMS_OFFSET = BASES_OFFSET + 64 * 4, BARRIER_OFFSET = SUMS_OFFSET + 2 * 64 * 4;
 constexpr int CONSUMERS = 256;
 constexpr float LEAST = -3.0e38f;  // less than any logit
-static_assert(HEAD_DIM % 64 == 0 && HEAD_DIM >= VALUE_DIM + 64, "the last channels of a tile make room for P");
+static_assert(HEAD_DIM % 64 == 0 && HEAD_DIM >= VALUE_DIM, "values are the first of whole boxes of channels");
 
 template <class T>
 struct KindOf {
@@ -47,214 +51,287 @@ struct Arguments {
     float factor, cap;
 };
 
-// The next of the ring's stages.
-struct Stage {
-    int index = 0;
-    uint32_t parity = 0;
-    DEVICE void next() {
-        if (++index == STAGES) index = 0, parity ^= 1;
-    }
-};
+// Barriers: a box of a tile has arrived; a half of it (and what is no value with the second) is free.
+DEVICE uint32_t full(int buffer, int box) { return shared_memory() + BARRIER_OFFSET + 8 * (buffer * BOXES + box); }
+DEVICE uint32_t empty(int buffer, int half) { return full(2, 0) + 8 * (2 * buffer + half); }
 
-// A block's share of one sequence: pairs of tiles from `tile` to `stop`.
+// A block's share of one sequence: `count` tiles from the token `start` on; tile j is in buffer j % 2.
 struct Segment {
-    int sequence, length, first, tile, stop;
+    int sequence, length, start, count;
 };
 
 DEVICE Segment next_segment(const Arguments& a, int& position, int finish) {
     Segment s;
-    int begin, count;
-    scan<PAIR>(a.lengths, a.batch, 1, a.span, position, s.sequence, begin, count);
+    int begin, count, first;
+    scan<TILE>(a.lengths, a.batch, 1, a.span, position, s.sequence, begin, count);
     s.length = a.lengths[s.sequence];
-    tiles_of<PAIR>(s.length, a.span, s.first);
-    s.tile = position - begin;
-    s.stop = smaller(count, s.tile + finish - position);
-    position += s.stop - s.tile;
+    tiles_of<TILE>(s.length, a.span, first);
+    const int tile = position - begin;
+    s.start = (first + tile) * TILE;
+    s.count = smaller(count - tile, finish - position);
+    position += s.count;
     return s;
 }
 
+// Boxes in the order in which a tile's owner multiplies: its half of the values, the other half, and what is no value.
+DEVICE int box_of(int i, int owner) {
+    if (i >= 2 * PART_BOXES) return i;
+    return i < PART_BOXES ? i + owner * PART_BOXES : i - owner * PART_BOXES;
+}
+
+// One warp. The rows that this block copies of every tile (a half in a cluster) are looked up 32 tiles at a time.
+struct Rows {
+    int row[2 / CLUSTER];
+};
+
+DEVICE Rows rows_of_tiles(const Arguments& a, const Segment& s, int tile) {
+    Rows rows;
+    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+#pragma unroll
+    for (int i = 0; i < 2 / CLUSTER; i++) {
+        // any piece in the place of one behind the end
+        const int token = smaller(s.start + tile * TILE + (rank + i) * PIECE, (s.length - 1) / PIECE * PIECE);
+        int page = s.sequence, inside = token;
+        if (PAGE) {
+            const int index = token / (PAGE ? PAGE : 1);
+            page = a.block_table[s.sequence * (int64_t)a.table_stride + index], inside = token - index * PAGE;
+        }
+        rows.row[i] = page * a.page_rows + inside;
+    }
+    return rows;
+}
+
 DEVICE void copy_tiles(const Arguments& a, int position, int finish) {
-    const uint32_t base = shared_memory(), full = base + BARRIER_OFFSET, empty = full + STAGES * 8;
-    Stage stage;
+    constexpr int AHEAD = 2;  // tiles
+    const int lane = lane_index(), rank = CLUSTER > 1 ? cluster_rank() : 0;
+    uint32_t parities = 3;  // a bit of each buffer
     while (position < finish) {
         const Segment s = next_segment(a, position, finish);
-        for (int start = (s.first + s.tile) * PAIR; start < (s.first + s.stop) * PAIR; start += SUB) {
-            const int token = smaller(start, (s.length - 1) / SUB * SUB);  // any tile in the place of one behind the end
-            int page = s.sequence, inside = token;
-            if (PAGE) {
-                const int index = token / (PAGE ? PAGE : 1);
-                page = a.block_table[s.sequence * (int64_t)a.table_stride + index], inside = token - index * PAGE;
+        Rows now = rows_of_tiles(a, s, lane), next = rows_of_tiles(a, s, 32 + lane);
+        for (int j = 0; j < s.count; j++) {
+            if (j > 0 && j % 32 == 0) now = next, next = rows_of_tiles(a, s, j + 32 + lane);
+            Rows rows, ahead;
+#pragma unroll
+            for (int i = 0; i < 2 / CLUSTER; i++) {
+                rows.row[i] = (int)shuffle((uint32_t)now.row[i], j % 32);
+                const uint32_t inside = shuffle((uint32_t)now.row[i], (j + AHEAD) % 32);
+                const uint32_t behind = shuffle((uint32_t)next.row[i], (j + AHEAD) % 32);
+                ahead.row[i] = (int)(j % 32 + AHEAD < 32 ? inside : behind);
             }
-            if (lane_index() == 0) {
-                const uint32_t barrier = full + 8 * stage.index;
-                mbarrier_wait(empty + 8 * stage.index, stage.parity ^ 1);
-                mbarrier_arrive_expect(barrier, TILE_BYTES);
-                for (int box = 0; box < BOXES; box++)
-                    copy_tensor(base + stage.index * TILE_BYTES + box * BOX_BYTES, &a.keys, box * 64,
-                                page * a.page_rows + inside, barrier);
+            if (lane == 0) {
+                const int buffer = j % 2;
+                if (j + AHEAD < s.count)
+                    for (int i = 0; i < 2 / CLUSTER; i++)
+                        for (int box = 0; box < BOXES; box++) prefetch_tensor(&a.keys, box * 64, ahead.row[i]);
+                for (int i = 0; i < BOXES; i++) {
+                    const int box = box_of(i, buffer);
+                    if (i % PART_BOXES == 0 && i < 2 * PART_BOXES)
+                        mbarrier_wait(empty(buffer, box / PART_BOXES), parities >> buffer & 1);
+                    const uint32_t barrier = full(buffer, box);
+                    const uint32_t to = shared_memory() + buffer * TILE_BYTES + box * BOX_BYTES;
+                    mbarrier_arrive_expect(barrier, BOX_BYTES);
+                    if constexpr (CLUSTER > 1)
+                        copy_tensor_multicast(to + rank * PIECE * 128, &a.keys, box * 64, rows.row[0], barrier, 3);
+                    else
+                        for (int k = 0; k < 2; k++)
+                            copy_tensor(to + k * PIECE * 128, &a.keys, box * 64, rows.row[k], barrier);
+                }
+                parities ^= 1 << buffer;
             }
-            stage.next();
+            synchronize_warp();
+        }
+    }
+}
+
+// This warp no longer needs a half of a tile.
+DEVICE void release(int buffer, int half) {
+    synchronize_warp();
+    if (lane_index() == 0) {
+        if constexpr (CLUSTER > 1) {
+#pragma unroll
+            for (int rank = 0; rank < CLUSTER; rank++) cluster_mbarrier_arrive(map_shared(empty(buffer, half), rank));
+        } else {
+            mbarrier_arrive(empty(buffer, half));
         }
     }
 }
 
 // Rows of a tile behind the sequence's end become 0: they may hold anything, and 0 * NaN is NaN.
 DEVICE void clear_rows(uint32_t tile, int from) {
-    const int thread = thread_index() % 128;
-    for (int i = thread; i < BOXES * (SUB - from) * 8; i += 128) {
-        const int box = i / ((SUB - from) * 8), rest = i % ((SUB - from) * 8);
+    for (int i = thread_index() % 128; i < BOXES * (TILE - from) * 8; i += 128) {
+        const int box = i / ((TILE - from) * 8), rest = i % ((TILE - from) * 8);
         store_shared4(tile + box * BOX_BYTES + from * 128 + rest * 16, Words4{0, 0, 0, 0});
     }
     fence_async_shared();
 }
 
-// Address of a lane's row of a 16 x 16 fragment of P, which has rows of 64 bytes; `step` counts 16 tokens.
-DEVICE uint32_t place_of_p(uint32_t p, int row, int chunk) { return p + row * 64 + ((chunk ^ (row >> 1 & 3)) << 4); }
+// Address of 8 channels, or tokens, of a row, in a box.
+DEVICE uint32_t place(uint32_t box, int row, int chunk) { return box + row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+template <int COUNT>
+DEVICE void scale_rows(float (&o)[COUNT], const float (&by)[2]) {
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) o[j] *= by[j >> 1 & 1];
+}
 
 // What a warpgroup of the two computes.
 DEVICE void attend(const Arguments& a, int row_block, int program, int position, int finish) {
-    const uint32_t base = shared_memory(), full = base + BARRIER_OFFSET, empty = full + STAGES * 8;
-    const uint32_t queries = base + Q_OFFSET, maxima = base + MAXIMA_OFFSET;
+    const uint32_t tiles = shared_memory(), p = tiles + P_OFFSET, queries = tiles + Q_OFFSET;
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
-    const int part = warp / 4;            // the warpgroup: its tile of a pair, and its half of the channels
-    const int own = warp % 4 * 16;        // the warp's first row
-    const int row = own + lane % 8 + (lane / 8 % 2) * 8, half = lane / 16;  // that the lane addresses, of fragments
-    Stage stage;
+    const int part = warp / 4, other = 1 - part;
+    const int own = warp % 4 * 16;  // the warp's first row
+    const uint32_t bases = tiles + BASES_OFFSET + (own + g) * 4, totals = tiles + SUMS_OFFSET + (own + g) * 4;
+    const int own_barrier = 4 + part;
+    constexpr int P_READY = 2;  // barriers of tiles 0, 2, ..., and of the others
+    const uint32_t own_tile = tiles + part * TILE_BYTES, other_tile = tiles + other * TILE_BYTES;
+    const uint64_t own_values = wgmma_descriptor_transposed(own_tile + part * PART_BOXES * BOX_BYTES, BOX_BYTES);
+    const uint64_t other_values = wgmma_descriptor_transposed(other_tile + part * PART_BOXES * BOX_BYTES, BOX_BYTES);
+    uint32_t own_used = 0, other_used = 0;  // tiles that were in the own buffer, and in the other
     while (position < finish) {
         const Segment s = next_segment(a, position, finish);
-        for (int i = thread_index(); i < 64 * (HEAD_DIM / 8); i += CONSUMERS) {
+#pragma unroll 6
+        for (int i = thread_index(); i < 64 * HEAD_DIM / 8; i += CONSUMERS) {
             const int r = i / (HEAD_DIM / 8), chunk = i % (HEAD_DIM / 8), at = row_block * 64 + r;
             Words4 words = {0, 0, 0, 0};
             if (at < ROWS)
                 words = load_constant4(a.query + s.sequence * a.query_stride_b + at / QUERIES * a.query_stride_h +
                                        at % QUERIES * a.query_stride_t + chunk * 8);
-            store_shared4(queries + r * PITCH + chunk * 16, words);
+            store_shared4(place(queries + chunk / 8 * BOX_BYTES, r, chunk % 8), words);
         }
+        fence_async_shared();
         barrier_sync(1, CONSUMERS);
 
-        float o[SUMS], bases[2] = {LEAST, LEAST}, sums[2] = {0, 0};
+        float o[SUMS], base[2] = {LEAST, LEAST}, sums[2] = {0, 0};
 #pragma unroll
         for (int i = 0; i < SUMS; i++) o[i] = 0;
 
-        for (int i = s.tile; i < s.stop; i++) {
-            const int token = (s.first + i) * PAIR + part * SUB;  // of the own tile
-            Stage second = stage;
-            second.next();
-            const uint32_t tiles[2] = {base + stage.index * TILE_BYTES, base + second.index * TILE_BYTES};
-            const uint32_t tile = tiles[part];
-            mbarrier_wait(full + 8 * (part ? second : stage).index, (part ? second : stage).parity);
-            if (token + SUB > s.length) {
-                clear_rows(tile, s.length > token ? s.length - token : 0);
-                barrier_sync(2 + part, 128);
-            }
-            float x[SUB / 2], most[2] = {LEAST, LEAST};
-            {
-                uint32_t q[2][4][4];
+        // O += P V of the other warpgroup's tile, issued but not awaited.
+        const auto multiply_other = [&](int j) {
+            const uint32_t parity = (other_used + j / 2) & 1;
+            barrier_sync(P_READY + other, CONSUMERS);
 #pragma unroll
-                for (int box = 0; box < BOXES; box++) {
-#pragma unroll
-                    for (int k = 0; k < 4; k++)
-                        load_matrices4(queries + row * PITCH + box * 128 + k * 32 + half * 16, q[box % 2][k]);
-                    wgmma_fence();
-#pragma unroll
-                    for (int k = 0; k < 4; k++)
-                        wgmma<KIND, SUB>(x, q[box % 2][k], wgmma_descriptor(tile + box * BOX_BYTES + k * 32),
-                                         box + k > 0);
-                    wgmma_commit();
-                    wgmma_wait<1>();
-                }
-                wgmma_wait<0>();
-                // some rows see not all of these tokens
-                const bool partly =
-                    token + SUB > s.length - QUERIES + 1 || (WINDOW && token <= s.length - 1 - a.window);
-#pragma unroll
-                for (int j = 0; j < SUB / 2; j++) {
-                    const int r = j >> 1 & 1;
-                    x[j] *= a.factor;
-                    if (CAPPED) x[j] = a.cap * (1 - 2 / (1 + fast_exp2(x[j] * 2.8853900817779268f)));
-                    if (partly) {
-                        const int at = token + j / 4 * 8 + 2 * t + (j & 1);
-                        const int last = s.length - QUERIES + (row_block * 64 + own + g + 8 * r) % QUERIES;
-                        if (at > last || (WINDOW && at <= last - a.window)) x[j] = bits_to_float(0xff800000u);
-                    }
-                    most[r] = fmaxf(most[r], x[j]);
-                }
-            }
+            for (int box = 0; box < PART_BOXES; box++) mbarrier_wait(full(other, part * PART_BOXES + box), parity);
+            float scale[2];
+            bool changed = false;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                most[r] = fmaxf(most[r], shuffle_xor(most[r], 1)), most[r] = fmaxf(most[r], shuffle_xor(most[r], 2));
-                if (t == 0) store_shared(maxima + (part * 64 + own + g + 8 * r) * 4, float_to_bits(most[r]));
+                const float passed = bits_to_float(load_shared(bases + 32 * r));
+                changed = changed || passed != base[r];
+                scale[r] = fast_exp2(base[r] - passed), base[r] = passed;
             }
-            barrier_sync(1, CONSUMERS);
-            float alpha[2];
+            scale_rows(o, scale), scale_rows(sums, scale);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < TILE / 16; k++)
+                wgmma_shared_transposed<KIND, PART>(o, wgmma_advance(wgmma_descriptor(p), k * 32),
+                                                    wgmma_advance(other_values, k * 2048), true);
+            wgmma_commit();
+        };
+
+        for (int j = part; j < s.count; j += 2) {
+            const uint32_t parity = (own_used + j / 2) & 1;
+            const int token = s.start + j * TILE;
+            float x[TILE / 2];
+#pragma unroll
+            for (int i = 0; i < BOXES; i++) {
+                const int from = box_of(i / PART_BOXES * PART_BOXES, part), inside = i % PART_BOXES;
+                const uint64_t q = wgmma_descriptor(queries + from * BOX_BYTES);
+                const uint64_t keys = wgmma_descriptor(own_tile + from * BOX_BYTES);
+                mbarrier_wait(full(part, from) + inside * 8, parity);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    wgmma_shared<KIND, TILE>(x, wgmma_advance(q, inside * BOX_BYTES + k * 32),
+                                             wgmma_advance(keys, inside * BOX_BYTES + k * 32), i + k > 0);
+            }
+            wgmma_commit();
+            if (j > 0) {
+                multiply_other(j - 1);
+                wgmma_wait<1>();
+            } else {
+                wgmma_wait<0>();
+            }
+            wgmma_settle(x);
+
+            float most[2] = {LEAST, LEAST};
+            // some rows see not all of these tokens
+            const bool partly = token + TILE > s.length - QUERIES + 1 || (WINDOW && token <= s.length - 1 - a.window);
+#pragma unroll
+            for (int i = 0; i < TILE / 2; i++) {
+                const int r = i >> 1 & 1;
+                x[i] *= a.factor;
+                if (CAPPED) x[i] = a.cap * (1 - 2 / (1 + fast_exp2(x[i] * 2.8853900817779268f)));
+                if (partly) {
+                    const int at = token + i / 4 * 8 + 2 * t + (i & 1);
+                    const int last = s.length - QUERIES + (row_block * 64 + own + g + 8 * r) % QUERIES;
+                    if (at > last || (WINDOW && at <= last - a.window)) x[i] = bits_to_float(0xff800000u);
+                }
+                most[r] = fmaxf(most[r], x[i]);
+            }
+            float scale[2];
             bool grown = false;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                most[r] = fmaxf(most[r], bits_to_float(load_shared(maxima + ((1 - part) * 64 + own + g + 8 * r) * 4)));
-                const bool follows = most[r] > bases[r] + 8;
-                alpha[r] = follows ? fast_exp2(bases[r] - most[r]) : 1.0f;
-                if (follows) bases[r] = most[r];
+                most[r] = fmaxf(most[r], shuffle_xor(most[r], 1)), most[r] = fmaxf(most[r], shuffle_xor(most[r], 2));
+                const bool follows = most[r] > base[r] + 8;
+                scale[r] = follows ? fast_exp2(base[r] - most[r]) : 1.0f;
+                if (follows) base[r] = most[r];
                 grown = grown || follows;
+                sums[r] *= scale[r];
             }
-            if (any_lane(grown)) {
+            uint32_t f[TILE / 16][4];
 #pragma unroll
-                for (int j = 0; j < SUMS; j++) o[j] *= alpha[j >> 1 & 1];
-                sums[0] *= alpha[0], sums[1] *= alpha[1];
+            for (int i = 0; i < TILE / 2; i += 2) {
+                const int r = i >> 1 & 1;
+                const float first = fast_exp2(x[i] - base[r]), next = fast_exp2(x[i + 1] - base[r]);
+                sums[r] += first + next;
+                f[i / 8][i / 2 % 4] = pack2<QUERY_TYPE>(first, next);
             }
-            {
-                const uint32_t p = tile + (BOXES - 1) * BOX_BYTES;
-#pragma unroll
-                for (int j = 0; j < SUB / 2; j += 2) {
-                    const int r = j >> 1 & 1;
-                    const float first = fast_exp2(x[j] - bases[r]), next = fast_exp2(x[j + 1] - bases[r]);
-                    sums[r] += first + next;
-                    store_shared(place_of_p(p, own + g + 8 * r, j / 4) + 4 * t, pack2<QUERY_TYPE>(first, next));
-                }
-                fence_async_shared();  // before a copy overwrites what was written here
-            }
-            barrier_sync(1, CONSUMERS);
 
-            // the other warpgroup waited for its tile; so must this one
-            mbarrier_wait(full + 8 * (part ? stage : second).index, (part ? stage : second).parity);
-            uint32_t f[2][2][4];
+            wgmma_wait<0>();
+            wgmma_settle(o);
+            if (j > 0) release(other, part);
+            if (token + TILE > s.length) clear_rows(own_tile, s.length - token);
+            barrier_sync(own_barrier, 128);  // all of this warpgroup are done with the other's P
+            const int row = own + lane % 8 + (lane / 8 % 2) * 8;
 #pragma unroll
-            for (int u = 0; u < 2; u++)
-#pragma unroll
-                for (int k = 0; k < 2; k++)
-                    load_matrices4(place_of_p(tiles[u] + (BOXES - 1) * BOX_BYTES, row, 2 * k + half), f[u][k]);
+            for (int k = 0; k < TILE / 16; k++) store_matrices4(place(p, row, 2 * k + lane / 16), f[k]);
+            if (t == 0) store_shared(bases, float_to_bits(base[0])), store_shared(bases + 32, float_to_bits(base[1]));
+            fence_async_shared();
+            barrier_arrive(P_READY + part, CONSUMERS);
+
+            if (any_lane(grown)) scale_rows(o, scale);
             wgmma_fence();
 #pragma unroll
-            for (int u = 0; u < 2; u++)
-#pragma unroll
-                for (int k = 0; k < 2; k++)
-                    wgmma_transposed<KIND, PART>(
-                        o, f[u][k],
-                        wgmma_descriptor_transposed(tiles[u] + part * (PART / 64) * BOX_BYTES + k * 2048, BOX_BYTES), true);
+            for (int k = 0; k < TILE / 16; k++)
+                wgmma_transposed<KIND, PART>(o, f[k], wgmma_advance(own_values, k * 2048), true);
             wgmma_commit();
             wgmma_wait<0>();
-            synchronize_warp();
-            if (lane == 0) {
-                mbarrier_arrive(empty + 8 * stage.index);
-                mbarrier_arrive(empty + 8 * second.index);
-            }
-            stage.next(), stage.next();
+            wgmma_settle(o);
+            release(part, part);
         }
+        if ((s.count - 1) % 2 == other) {
+            multiply_other(s.count - 1);
+            wgmma_wait<0>();
+            wgmma_settle(o);
+            release(other, part);
+        }
+        own_used += (s.count + 1 - part) / 2, other_used += (s.count + part) / 2;
 
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             sums[r] += shuffle_xor(sums[r], 1), sums[r] += shuffle_xor(sums[r], 2);
-            if (t == 0) store_shared(maxima + (part * 64 + own + g + 8 * r) * 4, float_to_bits(sums[r]));
+            if (t == 0) store_shared(totals + part * 256 + 32 * r, float_to_bits(sums[r]));
         }
-        barrier_sync(1, CONSUMERS);
+        barrier_sync(1, CONSUMERS);  // also before the next sequence's Q
         const int64_t slot = (int64_t)(program + s.sequence) * ROWS;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int at = row_block * 64 + own + g + 8 * r;
             if (at >= ROWS) continue;
             if (part == 0 && t == 0) {
-                a.statistics[2 * (slot + at)] = bases[r];
-                a.statistics[2 * (slot + at) + 1] =
-                    sums[r] + bits_to_float(load_shared(maxima + (64 + own + g + 8 * r) * 4));
+                a.statistics[2 * (slot + at)] = base[r];
+                a.statistics[2 * (slot + at) + 1] = sums[r] + bits_to_float(load_shared(totals + 256 + 32 * r));
             }
             float* to = a.partial + (slot + at) * VALUE_DIM + part * PART + 2 * t;
 #pragma unroll
@@ -263,22 +340,29 @@ DEVICE void attend(const Arguments& a, int row_block, int program, int position,
                     Words2{float_to_bits(o[j + 2 * r]), float_to_bits(o[j + 2 * r + 1])};
             }
         }
-        barrier_sync(1, CONSUMERS);  // before the next sequence's Q and maxima
     }
+}
+
+DEVICE void synchronize_cluster() {
+    if constexpr (CLUSTER > 1)
+        cluster_sync();
+    else
+        synchronize();
 }
 
 KERNEL(latent, CONSUMERS + 128, 1, Arguments) {
     const Arguments& a = arguments;
-    allow_next_kernel();  // which waits for this one's results, but not to be launched
     if (thread_index() == 0) {
-        const uint32_t full = shared_memory() + BARRIER_OFFSET, empty = full + STAGES * 8;
-        for (int i = 0; i < STAGES; i++) mbarrier_init(full + 8 * i, 1), mbarrier_init(empty + 8 * i, CONSUMERS / 32);
+        for (int i = 0; i < 2 * BOXES; i++) mbarrier_init(full(0, i), 1);
+        for (int i = 0; i < 4; i++) mbarrier_init(empty(0, i), CLUSTER * 4);
         mbarrier_init_fence();
         prefetch_tensor_map(&a.keys);
     }
-    synchronize();
+    synchronize_cluster();
+    wait_for_previous_kernel();
+    allow_next_kernel();  // which waits for this one's results, but not to be launched
     int sequence, begin, count;
-    const int total = scan<PAIR>(a.lengths, a.batch, 1, a.span, -1, sequence, begin, count);
+    const int total = scan<TILE>(a.lengths, a.batch, 1, a.span, -1, sequence, begin, count);
     const int programs = grid_size() / ROW_BLOCKS, each = (total + programs - 1) / programs;
     const int row_block = block_index() % ROW_BLOCKS, program = block_index() / ROW_BLOCKS;
     const int position = program * each, finish = smaller(position + each, total);
@@ -290,4 +374,5 @@ KERNEL(latent, CONSUMERS + 128, 1, Arguments) {
         raise_registers<232>();
         attend(a, row_block, program, position, finish);
     }
+    synchronize_cluster();  // no block ends while the other copies to it
 }

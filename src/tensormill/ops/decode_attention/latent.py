@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensormill.cuda import HOPPER_HEADER, Module, multiprocessors, tensor_map
-from tensormill.ops.decode_attention.cuda import merge, span, workspace
+from tensormill.ops.decode_attention.cuda import sink_macros, span, workspace
 
 ROWS = 64  # of a block
 TILE = 64  # tokens
@@ -47,7 +47,7 @@ def supports(
     window: int,
     softcap: float,
 ) -> bool:
-    """One latent for all heads, of 512 or 256 channels of values and 64 or more others, in 16 bits; on sm_90."""
+    """One latent for all heads, of at most 576 channels, the first 512 or 256 of them values, in 16 bits; on sm_90."""
     if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] != 9:
         return False  # wgmma exists there only
     if value is not None or key_scale is not None or query.dtype not in _NAMES or 0 in key.shape:
@@ -55,7 +55,7 @@ def supports(
     if sinks is not None and sinks.dtype not in (*_NAMES, torch.float32):
         return False
     head_dim, row = query.shape[-1], key.stride(2)
-    if value_dim not in (256, 512) or head_dim < value_dim + 64 or head_dim % 64 or head_dim > 640:
+    if value_dim not in (256, 512) or head_dim < value_dim or head_dim % 64 or head_dim > 576:
         return False
     if key.shape[1] != 1 or key.stride(3) != 1 or row % 8 or key.data_ptr() % 16 or key.stride(0) % row:
         return False
@@ -122,8 +122,13 @@ def arguments(
 
 
 def shared_bytes(head_dim: int) -> int:
-    """Shared memory of a block: four tiles, Q, maxima, barriers."""
-    return 4 * 32 * head_dim * 2 + 64 * (head_dim * 2 + 16) + 2 * 64 * 4 + 8 * 8
+    """Shared memory of a block: two tiles, P, Q, bases and sums, barriers."""
+    return 3 * TILE * head_dim * 2 + TILE * 128 + 3 * ROWS * 4 + (2 * head_dim // 64 + 4) * 8
+
+
+def cluster(rows: int) -> int:
+    """Blocks with the same tiles that load them together."""
+    return 1 if -(-rows // ROWS) % 2 else 2
 
 
 def decode_attention(
@@ -156,6 +161,44 @@ def decode_attention(
     kernel = module(**defines(query, key, block_table, value_dim, window, softcap)).kernel("latent", device)
     keys = tensor_map(rows_of(key), _BOX)
     packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, partial, statistics)
-    kernel.launch(programs * row_blocks, THREADS, shared_bytes(head_dim), packed)
-    merge(partial, statistics, lengths, sinks, output, lse, 1, span(query, window), programs, TILE)
+    grid, shared = programs * row_blocks, shared_bytes(head_dim)
+    kernel.launch(grid, THREADS, shared, packed, overlap=True, cluster=cluster(rows))
+    parts = MergeArguments.of(partial, statistics, lengths, sinks, output, lse, span(query, window), programs)
+    kernel = merge_module(queries, value_dim, output.dtype, sinks).kernel("merge", device)
+    kernel.launch(batch * rows, value_dim // 4, 0, parts, overlap=True)
     return output, lse
+
+
+class MergeArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("partial", "statistics", "lengths", "sinks", "output", "lse")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "span", "programs")),
+    )
+
+    @classmethod
+    def of(
+        cls,
+        partial: Tensor,
+        statistics: Tensor,
+        lengths: Tensor,
+        sinks: Tensor | None,
+        output: Tensor,
+        lse: Tensor,
+        span: int,
+        programs: int,
+    ) -> MergeArguments:
+        """merge.cu's struct; the tensors must outlive it."""
+        tensors = (partial, statistics, lengths, sinks, output, lse)
+        pointers = (None if x is None else x.data_ptr() for x in tensors)
+        return cls(*pointers, output.shape[0], output.shape[1], span, programs)
+
+
+def merge_module(queries: int, value_dim: int, output: torch.dtype, sinks: Tensor | None) -> Module:
+    """The kernel that merges partial results."""
+    sizes = {"QUERIES": queries, "VALUE_DIM": value_dim, "TILE_TOKENS": TILE, "OUTPUT_TYPE": _NAMES[output]}
+    return _merge_module(**sizes, **sink_macros(sinks))
+
+
+@functools.cache
+def _merge_module(**defines: int | str) -> Module:
+    return Module(Path(__file__).with_name("merge.cu"), defines, [Path(__file__).with_name("work.cuh")])

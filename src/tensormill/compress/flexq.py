@@ -213,10 +213,10 @@ def input_errors(
         stack.enter_context(evaluating([model]))
         for name in names:
             module = model.get_submodule(name)
-            packed = isinstance(module, LinearWNA16)
-            weights[name] = (
-                module.dequantize(torch.float32) if packed else linear_in(model, name).weight.float()
-            )
+            if isinstance(module, LinearWNA16):
+                weights[name] = module.dequantize(torch.float32)
+            else:
+                weights[name] = linear_in(model, name).weight.float()
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         batch = max(1, _CHUNK_TOKENS // calibration.tokens.shape[1])
         device = next(model.parameters()).device

@@ -7,6 +7,7 @@ the limit is the larger of bytes / bandwidth and operations / rate.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -15,12 +16,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tensormill.measure import fastest_call
 
-SCHEMA_VERSION = 2
+if TYPE_CHECKING:
+    from tensormill.cuda import Kernel, Module
+
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Cost:
     """What an operation needs, from shapes alone.
 
     Attributes:
-        operations: by unit ("fp64", "fp32", "bf16", "fp16", "int8", "fp8"); a multiply-add counts two.
+        operations: by unit ("fp64", "fp32", "bf16", "fp16", "int8", "fp8", "b1"); a multiply-add counts two.
         bytes_read: each input once, in bytes.
         bytes_written: each output once, in bytes.
     """
@@ -49,7 +55,8 @@ class Ceilings:
     Attributes:
         device: its name.
         read_bandwidth, copy_bandwidth: bytes per second (a copy counts both directions).
-        rates: operations per second by unit, from large matrix products.
+        rates: operations per second by unit, from large matrix products; of single bits ("b1", on Hopper), which no
+            library multiplies, from the instruction alone.
     """
 
     device: str
@@ -160,6 +167,8 @@ def measure_ceilings(device: torch.device | str) -> Ceilings:
                     break
         except (RuntimeError, NotImplementedError, AttributeError):
             continue  # this build or chip has no such product
+    if (rate := _bit_rate(device)) is not None:
+        rates["b1"] = rate
     # Narrow numbers can always be widened and multiplied in float32.
     rates = {unit: rate if unit == "fp64" else max(rate, rates["fp32"]) for unit, rate in rates.items()}
     return Ceilings(device_name(device), read, copy, rates)
@@ -203,3 +212,70 @@ def _products(device: torch.device) -> dict[str, Callable[[int], Callable[[], ob
         products["fp64"] = floating(torch.float64)
         products["fp8"] = fp8
     return products
+
+
+class _BitRateArguments(ctypes.Structure):
+    """The struct of bit_rate.cu."""
+
+    _fields_ = (("bits", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("repeats", ctypes.c_int))
+
+
+BIT_RATE_WARPGROUPS = 2
+
+
+def bit_rate_module() -> Module:
+    """The kernel that multiplies single bits and does nothing else."""
+    from tensormill import cuda
+
+    native = cuda.DEVICE_HEADER.parent
+    headers = (cuda.HOPPER_HEADER, native / "bits.cuh")
+    return cuda.Module(Path(__file__).with_name("bit_rate.cu"), {"WARPGROUPS": BIT_RATE_WARPGROUPS}, headers)
+
+
+def launch_bit_rate(kernel: Kernel, bits: Tensor, sums: Tensor, repeats: int) -> None:
+    """Multiply 128 rows of 1024 bits by 256 rows, `repeats` times, in every block.
+
+    Args:
+        kernel: of `bit_rate_module`.
+        bits: (384, 32) int32.
+        sums: (blocks, 256, 128) int32, what each thread summed.
+        repeats: at least 1.
+    """
+    arguments = _BitRateArguments(bits.data_ptr(), sums.data_ptr(), repeats)
+    kernel.launch(len(sums), 128 * BIT_RATE_WARPGROUPS, bits.numel() * bits.element_size(), arguments)
+
+
+def right_bit_sums(bits: Tensor, sums: Tensor) -> bool:
+    """Whether the blocks of `launch_bit_rate` summed what one repetition of its products is."""
+    places = torch.arange(32, device=bits.device)
+    single = (bits[:, :, None] >> places & 1).flatten(1).float()  # [384, 1024]
+    left = len(bits) - 256
+    product = (single[:left] @ single[left:].T).to(sums.dtype)  # [128, 256]
+    thread, register = (torch.arange(n, device=bits.device) for n in sums.shape[1:])
+    row = thread // 32 * 16 + thread % 32 // 4
+    at = product[
+        row[:, None] + 8 * (register >> 1 & 1), register // 4 * 8 + thread[:, None] % 4 * 2 + (register & 1)
+    ]
+    return bool((sums == at).all())
+
+
+def _bit_rate(device: torch.device) -> float | None:
+    """Operations on single bits per second (AND and a count, two each), or None where there is no such instruction."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    from tensormill import cuda
+    from tensormill.errors import BackendError
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    blocks, repeats = cuda.multiprocessors(index), 1024
+    bits = torch.randint(-(1 << 31), 1 << 31, (384, 32), device=device).to(torch.int32)
+    sums = torch.zeros(blocks, 128 * BIT_RATE_WARPGROUPS, 128, dtype=torch.int32, device=device)
+    try:
+        kernel = bit_rate_module().kernel("bit_rate", index)
+        launch_bit_rate(kernel, bits, sums, 1)
+        if not right_bit_sums(bits, sums):
+            return None
+        seconds = fastest_call(lambda: launch_bit_rate(kernel, bits, sums, repeats), device, seconds=0.2)
+    except BackendError:  # no compiler for CUDA
+        return None
+    return blocks * repeats * 2.0 * (64 * BIT_RATE_WARPGROUPS) * 256 * 1024 / seconds

@@ -66,3 +66,30 @@ def test_asking_for_fast_products_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     roofline.has_fast_matmul(torch.bfloat16, "cpu")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_products_of_single_bits_are_counted_right():
+    """The kernel that measures their rate, in the emulation: what it sums is what is asked of it on a GPU."""
+    from emulation.kernels import emulate
+
+    kernel = emulate(roofline.bit_rate_module(), "bit_rate")
+    generator = torch.Generator().manual_seed(5)
+    bits = torch.randint(-(1 << 31), 1 << 31, (384, 32), generator=generator).to(torch.int32)
+    sums = torch.zeros(2, 256, 128, dtype=torch.int32)
+    roofline.launch_bit_rate(kernel, bits, sums, 1)
+    assert roofline.right_bit_sums(bits, sums)
+    once = sums.clone()
+    roofline.launch_bit_rate(kernel, bits, sums, 3)
+    assert torch.equal(sums, 3 * once) and not roofline.right_bit_sums(bits, sums)
+
+
+def test_the_kernel_that_multiplies_single_bits_compiles():
+    from emulation.kernels import compile_or_skip, disassembly, resources
+
+    code = compile_or_skip(roofline.bit_rate_module(), "sm_90a")
+    assert resources(code)["bit_rate"].stack == 0
+    assert "BGMMA.64x256x256.AND.POPC" in disassembly(code)
+
+
+def test_where_there_is_no_instruction_for_bits_there_is_no_rate():
+    assert roofline._bit_rate(torch.device("cpu")) is None

@@ -240,10 +240,9 @@ def round_weight(
     weight: Tensor, gram: Tensor, spec: QuantSpec, *, clip: bool, rounding: str
 ) -> QuantizedWeight:
     """Round a weight (N, K) float32 whose input has this Gram matrix (K, K)."""
-    ranges = None
-    if clip:
-        ranges = search_clip(weight, gram_blocks(gram, spec), spec)
-        ranges = keep_helpful_rows(weight, ranges, gram, spec)
     if rounding == "gptq":
-        return gptq_quantize(weight, gram, spec, ranges)
-    return quantize_weight(weight, spec, ranges)
+        return gptq_quantize(weight, gram, spec, clip=clip)
+    if not clip:
+        return quantize_weight(weight, spec)
+    ranges = search_clip(weight, gram_blocks(gram, spec), spec)
+    return quantize_weight(weight, spec, keep_helpful_rows(weight, ranges, gram, spec))

@@ -50,7 +50,7 @@ def emulated_linear(
     for _ in range(launches):
         y = torch.full((x.shape[0], rows), float("nan"), dtype=x.dtype)
         arguments = plan.arguments(x, *tiled, bias, y, workspace)
-        kernel.launch(plan.grid, plan.block, plan.shared, arguments)
+        kernel.launch(plan.grid, plan.block, plan.shared, arguments, cluster=plan.cluster)
         assert (workspace == -1).all(), "the workspace is not as it was found"
         results.append(y)
     assert all(torch.equal(y.nan_to_num(), results[0].nan_to_num()) for y in results)

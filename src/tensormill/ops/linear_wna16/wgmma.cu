@@ -206,7 +206,7 @@ DEVICE void expand(const Worker& w, uint32_t from, int local, int half, const Ze
         ZeroPoint<BITS, X> low = row_zero[0], high = row_zero[1];
         if constexpr (ZERO && GROUPS > 0) {
             const uint32_t zero = load_shared_half(from + ZERO_OFFSET + set * ZERO_BYTES + w.pair * 2);
-            low = ZeroPoint<BITS, X>(zero & 255), high = ZeroPoint<BITS, X>(zero >> 8);
+            low = ZeroPoint<BITS, X>(zero, 0), high = ZeroPoint<BITS, X>(zero, 1);
         }
 #pragma unroll
         for (int s = 0; s < 2; s++) dequantize<BITS, X>(words, 2 * half + s, low, high, a[s]);
@@ -247,8 +247,8 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
         for (int part = 0; part < PARTS; part++)
             if (block + part < p.row_blocks) {
                 const uint32_t zero = p.zero[(block + part) * 32 + w.pair];
-                row_zero[part][0] = ZeroPoint<BITS, X>(zero & 255);
-                row_zero[part][1] = ZeroPoint<BITS, X>(zero >> 8);
+                row_zero[part][0] = ZeroPoint<BITS, X>(zero, 0);
+                row_zero[part][1] = ZeroPoint<BITS, X>(zero, 1);
             }
     }
     if constexpr (GROUP_SUMS) {

@@ -106,7 +106,8 @@ class Tiling:
         consumers: warps that multiply; 2 or 4 times as many make `8 row_blocks column_blocks`.
         resident: blocks on a multiprocessor.
         shares: parts of a multiprocessor's shared memory of which a block has one; 0 for one by the size.
-        cluster: blocks that share a row of units are a cluster, where the sizes let them be; on sm_90 only.
+        aligned: runs end with rows of units or are whole parts of them, where that idles few multiprocessors.
+        cluster: then blocks that share a row of units are a cluster; on sm_90 only.
     """
 
     row_blocks: int = 4
@@ -114,6 +115,7 @@ class Tiling:
     consumers: int = 8
     resident: int = 1
     shares: int = 0
+    aligned: bool = False
     cluster: bool = False
 
 
@@ -142,9 +144,11 @@ def plan(
     stage += padded_tokens * (2 * COLUMNS * tiling.column_blocks + 16)
     across = -(-columns // (COLUMNS * tiling.column_blocks))
     units = -(-rows // (64 * tiling.row_blocks)) * across
-    grid = _aligned_grid(min(multiprocessors * tiling.resident, units), units, across)
+    grid = min(multiprocessors * tiling.resident, units)
+    if tiling.aligned:
+        grid = _aligned_grid(grid, units, across)
     each = units // grid
-    sharers = across // each if tiling.cluster and units % grid == 0 and across % each == 0 else 1
+    sharers = across // each if tiling.cluster and each * grid == units and across % each == 0 else 1
     sharers = sharers if sharers <= _MOST_SHARERS else 1
     shares = tiling.shares or (1 if each * blocks >= _BLOCKS_FOR_A_LONG_RING else 2)
     # Sums of 16 rows x 8 tokens that a consumer keeps.

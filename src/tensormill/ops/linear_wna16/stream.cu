@@ -389,7 +389,9 @@ struct Consumer {
     // Where this thread's sum number i lies among what a block gives, in units of 16 bytes.
     DEVICE int place(int i) const { return i * (32 * CONSUMERS) + 32 * warp + lane; }
     DEVICE float* slot(int block, int i) const {
-        return arguments.workspace + (int64_t(block) * (KEPT * 32 * CONSUMERS) + place(i)) * 4;
+        float* workspace = arguments.workspace;
+        keep(workspace);  // or addresses take registers, all the time
+        return workspace + (int64_t(block) * (KEPT * 32 * CONSUMERS) + place(i)) * 4;
     }
 
     DEVICE void give_away() const {
@@ -522,7 +524,7 @@ KERNEL(linear_stream, THREADS, RESIDENT, Arguments) {
     const Run run(arguments, block_index());
     const int warp = warp_index();
     if (warp >= CONSUMERS) {
-        if constexpr (SHIFTED_REGISTERS) lower_registers<CONSUMERS == 16 ? 40 : 72>();
+        if constexpr (SHIFTED_REGISTERS) lower_registers<CONSUMERS == 16 ? 64 : 72>();
         produce(arguments, run, warp - CONSUMERS);
     } else {
         if constexpr (SHIFTED_REGISTERS) raise_registers<CONSUMERS == 16 ? 104 : 216>();

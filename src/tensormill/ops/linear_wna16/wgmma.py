@@ -271,29 +271,42 @@ _TILES = tuple(
         (128, 32, 2),
     )
 )
+# More for int8 activations, whose stages are half as many.
+_INT8_TILES = (*_TILES, Tile(128, 128, 4), Tile(128, 64, 4))
 # Fitted to measurements there: cycles that a stage (of a small or a large tile), a tile and a split take beside products;
 # from how many tokens on power sets the clock, and by how much products are faster then if fewer weights are expanded.
 _SMALL_STAGE_CYCLES, _STAGE_CYCLES = 400, 600
 _TILE_CYCLES = 2600
 _SPLIT_CYCLES = 8000
 _MANY_TOKENS, _FEWER_WEIGHTS = 1024, 0.97
+_GROUPED = 1.9  # how much longer products of int8 take with their sums scaled group by group
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> Tile:
     """The tile that should be fastest: a model of a block's cycles, times the tiles that each must do."""
-    if form.x == torch.int8:
-        return Tile(128, 128) if form.scale_sets > 0 else Tile(256, 128)
     stages = -(-columns // _stage_columns(form))  # every split needs one
-    tiles = [t for t in _TILES if t.split <= min(stages, multiprocessors) and shared_bytes(form, t)[0] >= 3]
+    tiles = [
+        t
+        for t in (_INT8_TILES if form.x == torch.int8 else _TILES)
+        if t.split <= min(stages, multiprocessors) and fits(form, t)
+    ]
     return min(tiles, key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
+
+
+def fits(form: Format, tile: Tile) -> bool:
+    """Whether a block's sums fit its registers, and its ring of stages shared memory."""
+    grouped = form.x == torch.int8 and form.scale_sets > 0
+    return shared_bytes(form, tile)[0] >= 3 and (not grouped or (tile.rows == 128 and tile.tokens <= 128))
 
 
 def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
     """Clock cycles of the product."""
     products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
-    if tile.tokens == 256 and tokens >= _MANY_TOKENS:
+    if tile.tokens == 256 and tokens >= _MANY_TOKENS and form.x != torch.int8:
         products *= _FEWER_WEIGHTS
+    if form.x == torch.int8 and form.scale_sets > 0:
+        products *= _GROUPED
     small = tile.rows == 128 and tile.tokens < 256
     stages = -(-columns // _stage_columns(form)) / tile.split
     turns = -(-tile.count(tokens, rows) // _fitting(tile, multiprocessors))

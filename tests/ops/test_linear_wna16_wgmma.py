@@ -96,7 +96,14 @@ CASES = {
     "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False, True), Tile(128, 256)),
     "int8, zero points, split": (77, 136, 640, -1, Format(6, INT8, BFLOAT16, 0, True), Tile(256, 64, 2)),
     "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False, True), Tile(128, 64)),
-    "int8, groups, split within one": (35, 200, 890, 384, Format(8, INT8, HALF, 1, False, True), Tile(128, 64, 4)),
+    "int8, groups, split within one": (
+        35,
+        200,
+        890,
+        384,
+        Format(8, INT8, HALF, 1, False, True),
+        Tile(128, 64, 4),
+    ),
 }
 
 

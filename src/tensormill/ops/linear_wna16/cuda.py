@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensormill.cuda import HOPPER_HEADER, Kernel, Module, architecture, capture_number, current_stream, multiprocessors
+from tensormill.cuda import (
+    HOPPER_HEADER,
+    Kernel,
+    Module,
+    architecture,
+    capture_number,
+    current_stream,
+    multiprocessors,
+)
 from tensormill.ops.linear_wna16 import wgmma
 from tensormill.ops.tiles import COLUMNS, tiled_groups
 

@@ -79,7 +79,7 @@ DEVICE uint64_t wgmma_descriptor(uint32_t address) {
     return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-enum class Wgmma { f16, bf16, s8 };
+enum class Wgmma { f16, bf16, s8, e4m3 };
 
 namespace emulation {
 // A warpgroup's products: of the open group, and of the groups that were committed.
@@ -112,6 +112,11 @@ void meet(const void* operands, Compute compute) {
 template <Wgmma KIND>
 float wgmma_element(const uint8_t* bytes) {
     if (KIND == Wgmma::s8) return *reinterpret_cast<const int8_t*>(bytes);
+    if (KIND == Wgmma::e4m3) {
+        const int exponent = *bytes >> 3 & 15, fraction = *bytes & 7;
+        const float value = exponent ? ldexpf(8 + fraction, exponent - 10) : ldexpf(fraction, -9);
+        return (*bytes & 127) == 127 ? NAN : *bytes & 128 ? -value : value;
+    }
     const uint32_t bits = bytes[0] | bytes[1] << 8;
     return KIND == Wgmma::bf16 ? FormatOf<BFloat16>::widen(bits) : FormatOf<Half>::widen(bits);
 }
@@ -140,7 +145,7 @@ void multiply(D (&d)[COLUMNS / 2], const uint32_t (&a)[4], uint64_t b, bool accu
         D* d;
         const uint32_t* a;
     } operands = {d, a};
-    constexpr int SIZE = KIND == Wgmma::s8 ? 1 : 2, K = 32 / SIZE, EACH = 4 / SIZE;
+    constexpr int SIZE = KIND == Wgmma::s8 || KIND == Wgmma::e4m3 ? 1 : 2, K = 32 / SIZE, EACH = 4 / SIZE;
     if (b >> 62 != 1) emulation::fail("a descriptor without the 128-byte swizzle");
     emulation::meet(&operands, [=](emulation::Warpgroup& group) {
         std::vector<Operands> all;

@@ -10,15 +10,15 @@
 // SPLIT blocks, a cluster that has one tile only, share it along K: each adds up and stores some of its tokens; the others
 // send theirs through shared memory, and they are added in the order of the splits.
 //
-// Scales of groups multiply the weights, except for 8-bit x, where they multiply the integer sums of a group, which are
-// then added in float32; scales of whole rows multiply the sums at the end.
+// Scales of groups multiply the weights, except for 8-bit x, where they multiply the sums of a group, which are then added
+// in float32; scales of whole rows multiply the sums at the end.
 
 #include "dequantize.cuh"
 #include "dequantize_bytes.cuh"
 #include "hopper.cuh"
 
 constexpr int BITS = WEIGHT_BITS;
-constexpr int TYPE = X_TYPE;         // 0 float16, 1 bfloat16, 2 int8
+constexpr int TYPE = X_TYPE;         // 0 float16, 1 bfloat16, 2 int8, 3 e4m3
 constexpr int ROWS = TILE_ROWS;      // 128, 256
 constexpr int TOKENS = TILE_TOKENS;  // 32, 64, 128, 256
 constexpr int STAGES = RING_STAGES;
@@ -45,24 +45,25 @@ using Sum = float;
 
 constexpr int SKEW = RING_SKEW;  // stages by which the first warpgroup is ahead of the second
 
-constexpr bool INTEGER = TYPE == 2;
-constexpr float UNIT = INTEGER ? 1.0f / (1 << (8 - BITS)) : 1.0f;  // of the sums
-constexpr bool GROUP_SUMS = INTEGER && GROUPS > 0;
-constexpr Wgmma KIND = INTEGER ? Wgmma::s8 : TYPE == 1 ? Wgmma::bf16 : Wgmma::f16;
+constexpr bool BYTES = TYPE >= 2, INTEGER = TYPE == 2, FP8 = TYPE == 3;
+constexpr float UNIT = INTEGER ? 1.0f / (1 << (8 - BITS)) : FP8 ? 512.0f : 1.0f;  // of the sums
+constexpr bool GROUP_SUMS = (BYTES && GROUPS > 0) || FP8;
+constexpr Wgmma KIND = INTEGER ? Wgmma::s8 : FP8 ? Wgmma::e4m3 : TYPE == 1 ? Wgmma::bf16 : Wgmma::f16;
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = 128 * CONSUMERS;  // that multiply
 constexpr int BLOCKS = ROWS / 64;
 constexpr int PARTS = BLOCKS / CONSUMERS;  // of 64 rows, of a warpgroup
 constexpr int SUMS = TOKENS / 2;           // of a thread, for 64 rows
-constexpr int TILES = INTEGER ? 2 : 1;     // of 64 columns, in a stage
+constexpr int TILES = BYTES ? 2 : 1;       // of 64 columns, in a stage
 constexpr int TILE_BYTES = 128 * BITS;     // of 16 rows x 64 columns
-static_assert(!GROUP_SUMS || (GROUPS == 1 && PARTS == 1 && TOKENS <= 128 && !ZERO), "registers");
+static_assert(!GROUP_SUMS || (GROUPS <= 1 && PARTS == 1 && TOKENS <= 128 && !ZERO), "registers");
+static_assert(!FP8 || BITS <= 5, "weights that e4m3 does not hold");
 
 // A stage: tokens (rows of 128 bytes, swizzled), weights, scales, zero points.
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int WEIGHT_BYTES = 4 * TILE_BYTES * TILES;  // of 64 rows
 constexpr int SCALE_BYTES = FLOAT_SCALE ? 256 : 128;  // of 64 rows and a group
-constexpr int ZERO_BYTES = ZERO && !INTEGER ? 64 : 0;
+constexpr int ZERO_BYTES = ZERO && !BYTES ? 64 : 0;
 constexpr int SCALE_OFFSET = X_BYTES + BLOCKS * WEIGHT_BYTES;
 constexpr int ZERO_OFFSET = SCALE_OFFSET + GROUPS * BLOCKS * SCALE_BYTES;
 constexpr int STAGE_BYTES = (ZERO_OFFSET + GROUPS * BLOCKS * ZERO_BYTES + 1023) / 1024 * 1024;
@@ -169,7 +170,7 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
             mbarrier_arrive_expect(barrier, (local == 0 ? X_BYTES : 0) +
                                                 (present ? WEIGHT_BYTES + GROUPS * (SCALE_BYTES + ZERO_BYTES) : 0));
             if (local == 0) {
-                const int x = step * (INTEGER ? 128 : 64), y = at.token_tile * TOKENS;
+                const int x = step * (BYTES ? 128 : 64), y = at.token_tile * TOKENS;
                 copy_tensor(to, &p.x, x, y, barrier);
             }
             if (present) {
@@ -194,12 +195,16 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
 // Half a stage of the weights of 64 rows, number `local` of the block, as first operands of two products.
 DEVICE void expand(const Worker& w, uint32_t from, int local, int half, const ZeroPoint<BITS, X> (&row_zero)[2],
                    uint32_t (&words)[BITS], uint32_t (&a)[2][4]) {
-    if (INTEGER || half == 0)
-        load_tile<BITS>(from + X_BYTES + local * WEIGHT_BYTES + ((INTEGER ? 4 * half : 0) + w.quarter) * TILE_BYTES, w.lane,
+    if (BYTES || half == 0)
+        load_tile<BITS>(from + X_BYTES + local * WEIGHT_BYTES + ((BYTES ? 4 * half : 0) + w.quarter) * TILE_BYTES, w.lane,
                         words);
-    if constexpr (INTEGER) {
+    if constexpr (BYTES) {
 #pragma unroll
-        for (int s = 0; s < 2; s++) dequantize_bytes<BITS>(words, s, a[s]);
+        for (int s = 0; s < 2; s++) {
+            dequantize_bytes<BITS>(words, s, a[s]);
+#pragma unroll
+            for (int r = 0; r < 4 && FP8; r++) a[s][r] = to_e4m3<BITS>(a[s][r]);
+        }
     } else {
         const int set = local * GROUPS + (GROUPS == 2 ? half : 0);
         ZeroPoint<BITS, X> low = row_zero[0], high = row_zero[1];
@@ -220,12 +225,13 @@ DEVICE void expand(const Worker& w, uint32_t from, int local, int half, const Ze
     }
 }
 
-// Adds the sums of a group, times its scale, to the totals.
+// Adds the sums of a group, times its scale if there are groups, to the totals.
 template <int COUNT>
 DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], float (&totals)[COUNT]) {
     const uint32_t scales = from + SCALE_OFFSET + w.consumer * SCALE_BYTES;
-    float low, high;
-    if constexpr (FLOAT_SCALE) {
+    float low = 1, high = 1;
+    if constexpr (GROUPS == 0) {
+    } else if constexpr (FLOAT_SCALE) {
         const Words2 scale = load_shared2(scales + w.pair * 8);
         low = bits_to_float(scale.x), high = bits_to_float(scale.y);
     } else {
@@ -243,7 +249,7 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
     uint32_t a[2][PARTS][2][4];
     uint32_t words[PARTS][BITS];
     ZeroPoint<BITS, X> row_zero[PARTS][2];
-    if constexpr (ZERO && !INTEGER && GROUPS == 0) {
+    if constexpr (ZERO && !BYTES && GROUPS == 0) {
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
             if (block + part < p.row_blocks) {
@@ -256,8 +262,8 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
 #pragma unroll
         for (float& total : totals) total = 0.0f;
     }
-    int column = GROUP_SUMS ? w.begin * 128 % p.group_size : 0;  // in the group
-    bool more = false;                                           // products add to sums
+    int column = GROUP_SUMS && GROUPS > 0 ? w.begin * 128 % p.group_size : 0;  // in the group
+    bool more = false;  // products add to sums
     for (int step = w.begin; step < w.end; step++) {
         const uint32_t from = w.base + w.stage.index * STAGE_BYTES;
         const uint64_t tokens = wgmma_descriptor(from);
@@ -282,7 +288,8 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
         if constexpr (GROUP_SUMS) {
             wgmma_wait<0>();
             column += 128;
-            if (column >= p.group_size || step == w.end - 1) {
+            // The units sum products of e4m3 in about 14 bits: every stage is added in float32.
+            if (FP8 || column >= p.group_size || step == w.end - 1) {
                 column = 0, more = false;
                 add_group(w, from, sums[0], totals);
             }
@@ -377,7 +384,7 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
                     for (int j = 0; j < 4; j++) s[j] = sums[part][split * SLICE_SUMS + first + j];
                     if constexpr (SPLIT > 1) add_splits(w, part * SLICE_SUMS + first, split, s);
                     float factor[2] = {1.0f, 1.0f};
-                    if constexpr (INTEGER) {
+                    if constexpr (BYTES) {
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
                             const int t = token + 2 * first + 2 * (w.lane % 4) + j;

@@ -272,8 +272,17 @@ struct Consumer {
     // Of the group's rows, in units of 16: the first in a unit, its block of 64 rows, and its place there.
     const int first_tile = group * SUMMED_TILES, block = first_tile / 4, tile_in_block = first_tile % 4;
     float sum[QUADRUPLES][4];  // of tile i and tokens 8 n: number i * TOKEN_TILES + n; after `exchange`, the first KEPT
+    uint32_t codes_at, x_at, group_index;  // of this warp or lane: bytes in a stage, and number among scales
     int kept;                  // the first that the warp keeps, as a number before `exchange`; -1 for none
     int turn = 0;              // place for an exchange
+
+    DEVICE void begin() {
+        const int set = block * COLUMN_BLOCKS + way / 2, span = SPAN == 128 ? 0 : way % 2 * (64 / SPAN);
+        group_index = (set * SPANS + span) * 64 + lane / 4 * 8 + 2 * tile_in_block;
+        codes_at = block * (COLUMN_BLOCKS * BLOCK_BYTES) + (4 * way + tile_in_block) * TILE_BYTES;
+        x_at = X_OFFSET + lane % 8 * X_STRIDE + 128 * way + lane / 8 * 16;
+        if constexpr (TOKENS < 32) keep(codes_at), keep(x_at), keep(group_index);
+    }
 
     DEVICE void clear() {
 #pragma unroll
@@ -295,15 +304,11 @@ struct Consumer {
 
     DEVICE void multiply(uint32_t stage) {
         constexpr int steps = SPAN == 32 ? 2 : 4;  // of 16 columns, whose sums are scaled together
-        // This lane's scales and zero points of a span.
-        const int set = block * COLUMN_BLOCKS + way / 2, groups = lane / 4 * 8 + 2 * tile_in_block;
-        const int first_span = SPAN == 128 ? 0 : way % 2 * (64 / SPAN);
-        const int index = (set * SPANS + first_span) * 64 + groups;
         uint32_t zeros[4 / steps][2];
         if constexpr (ZEROS) {
 #pragma unroll
             for (int span = 0; span < 4 / steps; span++) {
-                const uint32_t address = stage + ZERO_OFFSET + index + 64 * span;
+                const uint32_t address = stage + ZERO_OFFSET + group_index + 64 * span;
                 if constexpr (SUMMED_TILES == 4) {
                     const Words2 found = load_shared2(address);
                     zeros[span][0] = found.x, zeros[span][1] = found.y;
@@ -317,13 +322,11 @@ struct Consumer {
         for (int n = 0; n < TOKEN_TILES; n++)
 #pragma unroll
             for (int pair = 0; pair < 2; pair++)
-                load_matrices4(stage + X_OFFSET + (8 * n + lane % 8) * X_STRIDE + 128 * way + 64 * pair + lane / 8 * 16,
-                               x[n][pair]);
+                load_matrices4(stage + x_at + 8 * n * X_STRIDE + 64 * pair, x[n][pair]);
 #pragma unroll
         for (int i = 0; i < SUMMED_TILES; i++) {
             uint32_t words[WEIGHT_BITS];
-            load_tile<WEIGHT_BITS>(
-                stage + block * (COLUMN_BLOCKS * BLOCK_BYTES) + (4 * way + tile_in_block + i) * TILE_BYTES, lane, words);
+            load_tile<WEIGHT_BITS>(stage + codes_at + i * TILE_BYTES, lane, words);
             float partial[TOKEN_TILES][4];
             ZeroPoint<WEIGHT_BITS, ACTIVATION> zero[2];
 #pragma unroll
@@ -346,7 +349,7 @@ struct Consumer {
                 }
                 if (step % steps == steps - 1) {
                     float scale[2];
-                    load_scales(stage + SCALE_OFFSET + (index + 64 * (step / steps)) * SCALE_BYTES, i, scale);
+                    load_scales(stage + SCALE_OFFSET + (group_index + 64 * (step / steps)) * SCALE_BYTES, i, scale);
 #pragma unroll
                     for (int n = 0; n < TOKEN_TILES; n++)
 #pragma unroll
@@ -478,6 +481,7 @@ struct Consumer {
     }
 
     DEVICE void consume(const Run& run) {
+        begin();
         wait_for_previous_kernel();
         allow_next_kernel();
         Place place;
@@ -524,10 +528,10 @@ KERNEL(linear_stream, THREADS, RESIDENT, Arguments) {
     const Run run(arguments, block_index());
     const int warp = warp_index();
     if (warp >= CONSUMERS) {
-        if constexpr (SHIFTED_REGISTERS) lower_registers<CONSUMERS == 16 ? 64 : 72>();
+        if constexpr (SHIFTED_REGISTERS) lower_registers<CONSUMERS == 16 ? 64 : 88>();
         produce(arguments, run, warp - CONSUMERS);
     } else {
-        if constexpr (SHIFTED_REGISTERS) raise_registers<CONSUMERS == 16 ? 104 : 216>();
+        if constexpr (SHIFTED_REGISTERS) raise_registers<CONSUMERS == 16 ? 104 : 208>();
         Consumer{arguments, warp, lane_index()}.consume(run);
     }
 }

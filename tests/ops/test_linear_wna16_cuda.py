@@ -115,19 +115,18 @@ def test_every_split_gives_the_sum_of_the_same_parts():
     assert_right(emulated_linear(*arguments, 4, 128, blocks=3, shared=60 << 10), arguments, 4, 128)
 
 
-TILINGS = [
-    cuda.Tiling(2, 1, 4),
-    cuda.Tiling(2, 1, 8),
-    cuda.Tiling(3, 2, 12),
-    cuda.Tiling(2, 2, 8, shares=3),
-    cuda.Tiling(1, 2, 4, resident=2, shares=4),
-    cuda.Tiling(1, 4, 8, aligned=True),
-]
-
-
-@pytest.mark.parametrize("tiling", TILINGS)
-@pytest.mark.parametrize(("tokens", "bits", "group_size"), [(9, 4, 64), (3, 3, 384)])
-def test_every_tiling(tokens, bits, group_size, tiling):
+@pytest.mark.parametrize(
+    ("tiling", "tokens", "bits", "group_size"),
+    [
+        (cuda.Tiling(2, 1, 4), 3, 3, 384),
+        (cuda.Tiling(2, 1, 8), 9, 4, 64),
+        (cuda.Tiling(3, 2, 12), 9, 4, 64),
+        (cuda.Tiling(2, 2, 8, shares=3), 9, 3, 384),
+        (cuda.Tiling(1, 2, 4, resident=2, shares=4), 3, 4, 32),
+        (cuda.Tiling(1, 4, 8, aligned=True), 3, 3, 384),
+    ],
+)
+def test_every_tiling(tiling, tokens, bits, group_size):
     """Units beyond the last row and column, groups that end within units, warps that keep nothing."""
     arguments = random_arguments(tokens, 200, 900, bits, group_size, torch.float16, True, True)
     y = emulated_linear(*arguments, bits, group_size, blocks=3, tiling=tiling, launches=2)
@@ -135,15 +134,14 @@ def test_every_tiling(tokens, bits, group_size, tiling):
 
 
 @pytest.mark.parametrize(
-    ("tiling", "blocks", "sharers"),
+    ("tiling", "tokens", "blocks", "sharers"),
     [
-        (cuda.Tiling(1, 4, 8, aligned=True, cluster=True), 8, 2),
-        (cuda.Tiling(2, 2, 8, aligned=True, cluster=True), 4, 2),
-        (cuda.Tiling(1, 2, 4, aligned=True, cluster=True), 16, 4),
+        (cuda.Tiling(1, 4, 8, aligned=True, cluster=True), 1, 8, 2),
+        (cuda.Tiling(1, 2, 4, aligned=True, cluster=True), 9, 16, 4),
     ],
 )
-def test_sums_through_a_cluster(tiling, blocks, sharers):
-    for tokens, rows, columns in ((9, 256, 1024), (1, 200, 1000)):
+def test_sums_through_a_cluster(tiling, tokens, blocks, sharers):
+    for rows, columns in ((256, 1024), (200, 1000)):
         arguments = random_arguments(tokens, rows, columns, 4, 128, torch.float16, True, True)
         shape = (tokens, rows, columns, 4, 128, torch.float16, torch.float16, None, True, blocks, 200 << 10)
         assert cuda.plan(*shape, tiling).cluster == sharers

@@ -504,6 +504,7 @@ DEVICE Words2 load_constant2(const void* address) { return *static_cast<const Wo
 DEVICE void prefetch_line(const void*) {}
 template <class T>
 DEVICE void keep(T*&) {}
+DEVICE void keep(uint32_t&) {}
 DEVICE bool any_lane(bool condition) {
     bool out;
     emulation::collective(condition, out, [](const bool* const* in, bool* const* out) {

@@ -99,7 +99,7 @@ DEVICE uint64_t wgmma_advance(uint64_t descriptor, int bytes) {
     return descriptor >> 32 << 32 | (uint32_t(descriptor) + bytes / 16);
 }
 
-enum class Wgmma { f16, bf16, s8 };
+enum class Wgmma { f16, bf16, s8, e4m3 };
 
 namespace emulation {
 // A warpgroup's products: of the open group, and of the groups that were committed.
@@ -132,6 +132,11 @@ void meet(const void* operands, Compute compute) {
 template <Wgmma KIND>
 float wgmma_element(const uint8_t* bytes) {
     if (KIND == Wgmma::s8) return *reinterpret_cast<const int8_t*>(bytes);
+    if (KIND == Wgmma::e4m3) {
+        const int exponent = *bytes >> 3 & 15, fraction = *bytes & 7;
+        const float value = exponent ? ldexpf(8 + fraction, exponent - 10) : ldexpf(fraction, -9);
+        return (*bytes & 127) == 127 ? NAN : *bytes & 128 ? -value : value;
+    }
     const uint32_t bits = bytes[0] | bytes[1] << 8;
     return KIND == Wgmma::bf16 ? FormatOf<BFloat16>::widen(bits) : FormatOf<Half>::widen(bits);
 }
@@ -174,7 +179,7 @@ void multiply(D (&d)[COLUMNS / 2], const uint32_t* registers, uint64_t a, uint64
         D* d;
         const uint32_t* a;
     } operands = {d, registers};
-    constexpr int SIZE = KIND == Wgmma::s8 ? 1 : 2, K = 32 / SIZE, EACH = 4 / SIZE;
+    constexpr int SIZE = KIND == Wgmma::s8 || KIND == Wgmma::e4m3 ? 1 : 2, K = 32 / SIZE, EACH = 4 / SIZE;
     if (b >> 62 != 1 || (!registers && a >> 62 != 1)) fail("a descriptor without the 128-byte swizzle");
     emulation::meet(&operands, [=](emulation::Warpgroup& group) {
         std::vector<Operands> all;
@@ -182,7 +187,7 @@ void multiply(D (&d)[COLUMNS / 2], const uint32_t* registers, uint64_t a, uint64
         group.open.push_back([=] {
             static float left[64][K], right[COLUMNS][K];
             const auto element = [](uint32_t at) {
-                return wgmma_element<KIND>(shared_bytes(at ^ ((at >> 7 & 7) << 4), KIND == Wgmma::s8 ? 1 : 2));
+                return wgmma_element<KIND>(shared_bytes(at ^ ((at >> 7 & 7) << 4), SIZE));
             };
             for (int t = 0; registers && t < 128; t++)
                 for (int r = 0; r < 4; r++)

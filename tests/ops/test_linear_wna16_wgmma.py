@@ -15,7 +15,7 @@ from tensormill.ops.linear_wna16 import reference, wgmma
 from tensormill.ops.linear_wna16.wgmma import Format, Tile
 from tensormill.ops.tiles import tile_weight
 
-HALF, BFLOAT16, INT8 = torch.float16, torch.bfloat16, torch.int8
+HALF, BFLOAT16, INT8, FP8 = torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn
 TOLERANCE = {HALF: 6e-4, BFLOAT16: 5e-3}  # relative RMS error
 
 
@@ -55,8 +55,13 @@ def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="
     zero = integers(0, 1 << bits, rows, groups).to(torch.uint8) if form.zero_points else None
     bias = random(rows).to(form.y)
     x_scale = None
-    if form.x == INT8:
-        x, x_scale = integers(-127, 128, tokens, columns).to(INT8), random(tokens).abs() * 0.01
+    if form.bytes:
+        x = (
+            integers(-127, 128, tokens, columns).to(INT8)
+            if form.x == INT8
+            else random(tokens, columns).mul(9).to(FP8)
+        )
+        x_scale = random(tokens).abs() * 0.01
     else:
         x = random(tokens, columns).to(form.x)
     packed = pack_bits(codes, bits)
@@ -67,7 +72,7 @@ def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="
         in_features=columns,
         bits=bits,
         group_size=group_size,
-        kind="i8" if form.x == INT8 else "f16",
+        kind="i8" if form.bytes else "f16",
     )
     options = {"bits": bits, "group_size": group_size, "tile": tile, "x_scale": x_scale, "dtype": form.y}
     y = wgmma.product(x, *tiled, bias, **options).double()
@@ -96,7 +101,31 @@ CASES = {
     "int8": (257, 200, 453, -1, Format(4, INT8, HALF, 0, False, True), Tile(128, 256)),
     "int8, zero points, split": (77, 136, 640, -1, Format(6, INT8, BFLOAT16, 0, True), Tile(256, 64, 2)),
     "int8, groups": (130, 200, 712, 256, Format(4, INT8, BFLOAT16, 1, False, True), Tile(128, 64)),
+    "fp8": (70, 200, 453, -1, Format(4, FP8, HALF, 0, False, True), Tile(128, 64)),
+    "fp8, 5 bits, groups, split": (33, 136, 712, 256, Format(5, FP8, BFLOAT16, 1, False), Tile(128, 64, 2)),
+    "int8, groups, split within one": (
+        35,
+        200,
+        890,
+        384,
+        Format(8, INT8, HALF, 1, False, True),
+        Tile(128, 64, 4),
+    ),
 }
+
+
+@pytest.mark.parametrize("tile", [Tile(128, 64, 4), Tile(256, 32, 2), Tile(128, 32)])
+def test_sums_of_integers_are_exact(tile, emulated):
+    """Codes times codes, with scales of 1, add up to integers that float32 and y hold exactly."""
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 4, (130, 700), generator=generator, dtype=torch.uint8)
+    x = torch.randint(-1, 2, (21, 700), generator=generator, dtype=torch.int8)
+    tiled = tile_weight(
+        pack_bits(codes, 2), torch.ones(130, 1), None, in_features=700, bits=2, group_size=-1, kind="i8"
+    )
+    options = {"bits": 2, "group_size": -1, "x_scale": torch.ones(21), "dtype": HALF}
+    y = wgmma.product(x, *tiled, None, tile=tile, **options)
+    assert torch.equal(y.double(), x.double() @ (codes.double() - 2).T)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -172,7 +201,8 @@ COMPILED = {
         "HGMMA.64x128x16.F32.BF16",
     ),
     "int8": (Format(6, INT8, HALF, 0, False), Tile(128, 256), "IGMMA.64x256x32.S8.S8"),
-    "int8, groups": (Format(4, INT8, HALF, 1, False), Tile(128, 128), "IGMMA.64x128x32.S8.S8"),
+    "fp8, groups": (Format(4, FP8, HALF, 1, False), Tile(128, 128), "QGMMA.64x128x32.F32.E4M3.E4M3"),
+    "int8, groups, split": (Format(4, INT8, HALF, 1, False), Tile(128, 128, 4), "IGMMA.64x128x32.S8.S8"),
 }
 
 
@@ -200,6 +230,19 @@ def test_tiles_fit_the_product():
             tile = wgmma.choose(form, tokens, 256, columns, 132)
             assert tile.split <= -(-columns // 64)
             assert tile.rows * tile.tokens <= 1 << 15 and tile.tokens // tile.split >= 16
+
+
+def test_few_tokens_fill_the_chip_with_int8():
+    """Splits of K where there are few tiles; groups keep to tiles whose sums fit registers."""
+    rows_scaled, grouped = Format(4, INT8, HALF, 0, False, True), Format(4, INT8, HALF, 1, False, True)
+    for form in (rows_scaled, grouped):
+        for rows, columns in ((8192, 8192), (14336, 4096), (4096, 14336), (57344, 8192)):
+            for tokens in (1, 16, 64, 256, 4096):
+                tile = wgmma.choose(form, tokens, rows, columns, 132)
+                assert wgmma.fits(form, tile)
+                assert tile.count(tokens, rows) * tile.split >= 64, (rows, tokens, tile)
+    assert wgmma.choose(rows_scaled, 1, 4096, 14336, 132).split > 1
+    assert wgmma.choose(rows_scaled, 4096, 8192, 8192, 132).split == 1
 
 
 def test_a_wrong_scale_would_be_noticed(emulated, monkeypatch):

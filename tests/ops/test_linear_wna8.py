@@ -26,6 +26,7 @@ from tensormill.ops.correctness import deviation
 from tensormill.ops.linear_wna8.module import LinearWNA8
 from tensormill.ops.linear_wna8.planes import from_planes, to_planes
 from tensormill.ops.linear_wna16.module import LinearWNA16
+from tensormill.ops.tiles import tile_weight
 
 operator = OPERATORS["linear_wna8"]
 
@@ -177,29 +178,40 @@ class TestLayer:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
 
-    def test_prepared_weight_follows_the_buffers(self, monkeypatch):
-        """An implementation's own order is made once, and again when a buffer has changed."""
+    @pytest.mark.parametrize("order", ["planes64", "signed_planes64", "tiled"])
+    def test_one_copy_in_the_order_of_the_implementation(self, order, monkeypatch):
+        """Made once, in place; state dicts, loading, dtypes and `to_layout` are those of canonical rows."""
         made = []
 
         def prepare(*arguments):
             made.append(1)
-            planes = to_planes(arguments[2], 4, 192, 64)
-            return (*arguments[:2], planes, arguments[3].T, arguments[4].T, *arguments[5:-1], "planes64")
+            x, x_scale, packed, scale, zero, *rest = arguments
+            if order == "tiled":
+                sizes = {"in_features": 192, "bits": 4, "group_size": 64}
+                tensors = tile_weight(packed, scale, zero, kind="i8", **sizes)
+            else:
+                tensors = (to_planes(packed, 4, 192, 64, order.startswith("signed")), scale.T, zero.T)
+            return (x, x_scale, *tensors, *rest[:-1], order)
 
-        reference = operator.find("reference")
-        monkeypatch.setitem(reference.__dict__, "prepare", prepare)
+        monkeypatch.setitem(operator.find("reference").__dict__, "prepare", prepare)
         layer = LinearWNA8.from_wna16(self.layer()[0])
         x = torch.randn(4, 192)
+        before = {name: t.clone() for name, t in layer.state_dict().items()}
         tensors = (layer.weight_packed, layer.weight_scale, layer.weight_zero_point, layer.bias)
         with use_implementation(linear_wna8="reference"):
             expected = linear_wna8(x, *tensors, bits=4, group_size=64)
             assert torch.equal(layer(x), expected) and torch.equal(layer(x), expected)
-            assert made == [1]
-            layer.weight_scale.mul_(2)
+            assert made == [1] and layer.layout == order and f'"{order}"' in repr(layer)
+            assert all(name.endswith("_ordered") for name, _ in layer.named_buffers())
+            after = layer.state_dict()
+            assert sorted(after) == sorted(before) and all(torch.equal(after[k], before[k]) for k in before)
+            assert torch.equal(copy.deepcopy(layer)(x), expected)
+            layer.load_state_dict({**before, "weight_scale": 2 * before["weight_scale"]})
             assert torch.allclose(layer(x) - layer.bias, 2 * (expected - layer.bias), rtol=1e-4, atol=1e-4)
             assert made == [1, 1]
             assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-            assert made == [1, 1, 1]
+            assert layer.to_layout("packed").layout == "packed"
+            assert torch.equal(layer.weight_packed, before["weight_packed"])
 
     def test_compiles(self):
         layer = LinearWNA8.from_wna16(self.layer()[0])

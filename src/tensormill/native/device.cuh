@@ -443,11 +443,12 @@ DEVICE Words2 load_constant2(const void* address) {
 }
 // Brings the 128 bytes around the address into the second-level cache.
 DEVICE void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-// Keeps the compiler from computing the pointer anew wherever it is used, which it does to save registers.
+// Keeps the compiler from computing the value anew wherever it is used, which it does to save registers.
 template <class T>
 DEVICE void keep(T*& pointer) {
     asm volatile("" : "+l"(pointer));
 }
+DEVICE void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 // Whether any lane says so.
 DEVICE bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 // An 8x8 matrix of 16-bit numbers, two neighbours of row lane / 4 in each lane, transposed.

@@ -133,7 +133,7 @@ DEVICE uint64_t wgmma_advance(uint64_t descriptor, int bytes) {
     return descriptor >> 32 << 32 | (uint32_t(descriptor) + bytes / 16);
 }
 
-enum class Wgmma { f16, bf16, s8 };  // operands
+enum class Wgmma { f16, bf16, s8, e4m3 };  // operands
 
 #define TM_LIST_HALF "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TM_LIST_0                                                                                           \
@@ -151,7 +151,6 @@ enum class Wgmma { f16, bf16, s8 };  // operands
 #define TM_OUT_4(c, d, i) "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3])
 #define TM_OUT_16(c, d, i) TM_OUT_4(c, d, i), TM_OUT_4(c, d, i + 4), TM_OUT_4(c, d, i + 8), TM_OUT_4(c, d, i + 12)
 #define TM_OUT_32(c, d, i) TM_OUT_16(c, d, i), TM_OUT_16(c, d, i + 16)
-#define TM_LIST_HALF "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define TM_OUT_64(c, d, i) TM_OUT_32(c, d, i), TM_OUT_32(c, d, i + 32)
 #define TM_OUT_128(c, d, i) TM_OUT_64(c, d, i), TM_OUT_64(c, d, i + 64)
 
@@ -167,6 +166,7 @@ enum class Wgmma { f16, bf16, s8 };  // operands
         TM_WGMMA_CASE(#N, f16, "k16.f32.f16.f16", "f", OUT, LISTS, A, B, SCALE, ", 1, 1, 0")                      \
         TM_WGMMA_CASE(#N, bf16, "k16.f32.bf16.bf16", "f", OUT, LISTS, A, B, SCALE, ", 1, 1, 0")                   \
         TM_WGMMA_CASE(#N, s8, "k32.s32.s8.s8", "r", OUT, LISTS, A, B, SCALE, "")                                  \
+        TM_WGMMA_CASE(#N, e4m3, "k32.f32.e4m3.e4m3", "f", OUT, LISTS, A, B, SCALE, ", 1, 1")                      \
     }
 
 // d (64 x COLUMNS) += A B^T, or = where `accumulate` is false: A, 64 rows of 32 bytes, from registers (a warp's 16 rows

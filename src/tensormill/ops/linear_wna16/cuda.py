@@ -11,12 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensormill.cuda import Kernel, Module, architecture, capture_number, current_stream, multiprocessors
+from tensormill.cuda import (
+    HOPPER_HEADER,
+    Kernel,
+    Module,
+    architecture,
+    capture_number,
+    current_stream,
+    multiprocessors,
+)
 from tensormill.ops.linear_wna16 import wgmma
 from tensormill.ops.tiles import COLUMNS, tiled_groups
 
 _FOLDER = Path(__file__).parent
-_HEADERS = (_FOLDER / "dequantize.cuh",)
+_HEADERS = (HOPPER_HEADER, _FOLDER / "dequantize.cuh")
 _ACTIVATIONS = {torch.float16: "Half", torch.bfloat16: "BFloat16"}
 _KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
@@ -27,11 +35,14 @@ _MOST_STREAMED_TOKENS_BEFORE_HOPPER = 16
 # (measured with 4 bits).
 _MANY_ROWS, _MOST_STREAMED_TOKENS_OF_MANY_ROWS = 8192, 16
 _MOST_STAGES = 16
-# Units of a block from which on its ring of stages takes all shared memory, not half of it. With few units, all that the
-# next kernel loads ahead delays the last sums of this one: 12.4 instead of 15.2 us at 15 units, but 66 instead of 60 us
-# at 109 (4 bits, one token, H200).
-_UNITS_FOR_A_LONG_RING = 48
-_BARRIER_BYTES = 256
+# Blocks of 64 rows x 128 columns of a block's run from which on its ring of stages takes all shared memory, not half of
+# it. With few, all that the next kernel loads ahead delays the last sums of this one: 12.4 instead of 15.2 us at 60, but
+# 66 instead of 60 us at 436 (4 bits, one token, H200).
+_BLOCKS_FOR_A_LONG_RING = 192
+# Multiprocessors that may idle so that fewer blocks share rows.
+_LEAST_ALIGNED = 0.96
+_MOST_SHARERS = 8  # blocks of a cluster that every GPU with clusters can have
+_BARRIER_BYTES = 272
 _ONE_GROUP = 1 << 30  # a group size beyond any row
 # Shared memory of a block that kernels may use, by architecture.
 _SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_120a": 99 << 10}
@@ -51,6 +62,7 @@ class Plan:
     Attributes:
         defines: its macros.
         grid, block, shared: blocks, threads of a block, bytes of shared memory.
+        cluster: blocks of a cluster.
         workspace: elements of the workspace.
         sizes: the integers of its arguments.
     """
@@ -59,6 +71,7 @@ class Plan:
     grid: int
     block: int
     shared: int
+    cluster: int
     workspace: int
     sizes: tuple[int, ...]
 
@@ -96,15 +109,22 @@ class Tiling:
 
     Attributes:
         row_blocks: 64 rows of a unit each: 1, 2 or 4.
-        row_tiles: 16 rows that a consumer keeps each: 1 or 2.
+        column_blocks: 128 columns of a unit each: 1, 2 or 4. Wide units of few rows are shared by fewer blocks, at the
+            price of more of x's bytes.
+        consumers: warps that multiply; 2 or 4 times as many make `8 row_blocks column_blocks`.
         resident: blocks on a multiprocessor.
         shares: parts of a multiprocessor's shared memory of which a block has one; 0 for one by the size.
+        aligned: runs end with rows of units or are whole parts of them, where that idles few multiprocessors.
+        cluster: then blocks that share a row of units are a cluster; on sm_90 only.
     """
 
     row_blocks: int = 4
-    row_tiles: int = 2
+    column_blocks: int = 1
+    consumers: int = 8
     resident: int = 1
     shares: int = 0
+    aligned: bool = False
+    cluster: bool = False
 
 
 def plan(
@@ -127,14 +147,23 @@ def plan(
     span = min(COLUMNS if one_group else group_size, COLUMNS)
     padded_tokens = next(n for n in (8, 16, 32) if tokens <= n)
     scale_bytes = 4 if scale_dtype == torch.float32 else 2
-    stage = tiling.row_blocks * (1024 * bits + 64 * COLUMNS // span * (scale_bytes + zeros))
-    stage += padded_tokens * (2 * COLUMNS + 16)
-    across = -(-columns // COLUMNS)
+    blocks = tiling.row_blocks * tiling.column_blocks
+    stage = blocks * (1024 * bits + 64 * COLUMNS // span * (scale_bytes + zeros))
+    stage += padded_tokens * (2 * COLUMNS * tiling.column_blocks + 16)
+    across = -(-columns // (COLUMNS * tiling.column_blocks))
     units = -(-rows // (64 * tiling.row_blocks)) * across
     grid = min(multiprocessors * tiling.resident, units)
-    shares = tiling.shares or (1 if units >= _UNITS_FOR_A_LONG_RING * grid else 2)
-    # What consumers give to each other comes before the stages; 1024 bytes of every block are the system's.
-    before = _BARRIER_BYTES + 4 * tiling.row_blocks * 512
+    if tiling.aligned:
+        grid = _aligned_grid(grid, units, across)
+    each = units // grid
+    sharers = across // each if tiling.cluster and each * grid == units and across % each == 0 else 1
+    sharers = sharers if sharers <= _MOST_SHARERS else 1
+    shares = tiling.shares or (1 if each * blocks >= _BLOCKS_FOR_A_LONG_RING else 2)
+    # Sums of 16 rows x 8 tokens that a consumer keeps.
+    kept = max(1, 4 * tiling.row_blocks * padded_tokens // 8 // tiling.consumers)
+    # What consumers and a cluster's blocks give to each other comes before the stages; 1024 bytes of every block are
+    # the system's.
+    before = _BARRIER_BYTES + (2 + (sharers - 1) * kept) * tiling.consumers * 512
     fitting = ((shared + 1024) // shares - 1024 - before) // stage
     stages = max(1, min(_MOST_STAGES, fitting, -(-units // grid)))
     defines = (
@@ -142,7 +171,10 @@ def plan(
         ("ACTIVATION", _ACTIVATIONS[dtype]),
         ("TOKENS", padded_tokens),
         ("ROW_BLOCKS", tiling.row_blocks),
-        ("ROW_TILES", tiling.row_tiles),
+        ("COLUMN_BLOCKS", tiling.column_blocks),
+        ("CONSUMERS", tiling.consumers),
+        ("RESIDENT", tiling.resident),
+        ("SHARERS", sharers),
         ("SPAN", span),
         ("ZEROS", int(zeros)),
         ("SCALE", _KINDS[scale_dtype]),
@@ -152,9 +184,10 @@ def plan(
     return Plan(
         defines,
         grid,
-        32 * (4 * tiling.row_blocks // tiling.row_tiles + tiling.row_blocks),
+        32 * (tiling.consumers + tiling.row_blocks),
         before + stages * stage,
-        grid * 64 * tiling.row_blocks * padded_tokens,
+        sharers,
+        grid * kept * tiling.consumers * 128,
         (
             tokens,
             rows,
@@ -167,6 +200,14 @@ def plan(
             units % grid,
         ),
     )
+
+
+def _aligned_grid(most: int, units: int, across: int) -> int:
+    """`most` blocks, or a few less whose equal runs end where rows of units do, or are whole parts of them."""
+    for grid in range(most, int(most * _LEAST_ALIGNED) - 1, -1):
+        if units % grid == 0 and (across % (units // grid) == 0 or units // grid % across == 0):
+            return grid
+    return most
 
 
 @functools.cache
@@ -262,7 +303,7 @@ def _stream(
     bias = None if bias is None else bias.contiguous()
     partial = workspace(x.device, made.workspace)
     given = made.arguments(x, weight, scale, zero_point, bias, y, partial)
-    kernel.launch(made.grid, made.block, made.shared, given, overlap=overlap)
+    kernel.launch(made.grid, made.block, made.shared, given, overlap=overlap, cluster=made.cluster)
 
 
 def _whole(tensor: Tensor) -> Tensor:

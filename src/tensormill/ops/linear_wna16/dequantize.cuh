@@ -64,13 +64,14 @@ struct ZeroPoint {
         }
     }
 
-    DEVICE explicit ZeroPoint(uint32_t z) {
+    // z is that byte of `word`.
+    DEVICE ZeroPoint(uint32_t word, int byte) {
         if constexpr (F::wide) {
-            const uint32_t low = z < 127 ? z : 127;
+            const uint32_t z = word >> (8 * byte) & 255, low = z < 127 ? z : 127;
             offset[0] = low * 0x00010001u + pair_of<T>(F::one);
             offset[1] = (z - low) * 0x00010001u + pair_of<T>(F::one);
         } else {
-            offset[0] = z * 0x00010001u + pair_of<T>(F::one);
+            offset[0] = permute_bytes(word, pair_of<T>(F::one), 0x5050 + 0x0101 * byte);
 #pragma unroll
             for (int i = 1; i < F::in_place; i++)
                 offset[i] = sub2<T>(pair_of<T>(F::one - (F::one >> (i * BITS))), offset[0]);

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,10 @@ class LinearWNA16(nn.Module):
             other names, the three above are computed when they are asked for, and state dicts stay the same.
     """
 
-    layout: Literal["packed", "tiled"] = "packed"
+    _REORDERED: ClassVar[tuple[str, str, str]] = (
+        _TILED  # names of the buffers in any other layout than "packed"
+    )
+    layout: str = "packed"
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
@@ -185,9 +189,9 @@ class LinearWNA16(nn.Module):
             raise InvalidArgument(f'given layout={layout!r}, expected "packed" or "tiled"')
         if layout == self.layout:
             return self
-        before, after = (_CANONICAL, _TILED) if layout == "tiled" else (_TILED, _CANONICAL)
         convert = tiles.tile_weight if layout == "tiled" else tiles.untile_weight
-        weight, scale, zero_point = (getattr(self, name) for name in before)
+        names = _CANONICAL if layout == "tiled" else _TILED
+        weight, scale, zero_point = (getattr(self, name) for name in names)
         made = convert(
             weight,
             scale,
@@ -196,15 +200,21 @@ class LinearWNA16(nn.Module):
             bits=self.bits,
             group_size=self.group_size,
         )
-        for name in before:
-            delattr(self, name)
-        for name, tensor in zip(after, made, strict=True):
-            self.register_buffer(name, tensor, persistent=layout == "packed")
-        self.layout = layout
-        if made[0].is_cuda:
-            # Kernels may read weights before the kernel ahead of them has ended.
-            torch.cuda.current_stream(made[0].device).synchronize()
+        self._hold(made, layout)
         return self
+
+    def _hold(self, tensors: Sequence[Tensor | None], layout: str) -> None:
+        """Replace weight, scale and zero point by the same in another layout."""
+        for name in _CANONICAL if self.layout == "packed" else self._REORDERED:
+            delattr(self, name)
+        self.layout = layout
+        names = _CANONICAL if layout == "packed" else self._REORDERED
+        for name, tensor in zip(names, tensors, strict=True):
+            self.register_buffer(name, tensor, persistent=layout == "packed")
+        weight = tensors[0]
+        if weight is not None and weight.is_cuda:
+            # Kernels may read weights before the kernel ahead of them has ended.
+            torch.cuda.current_stream(weight.device).synchronize()
 
     def to_fastest_layout(self, dtype: torch.dtype) -> LinearWNA16:
         """Choose the layout in which activations of `dtype` are multiplied fastest where the weight lies.
@@ -222,7 +232,7 @@ class LinearWNA16(nn.Module):
         return self.to_layout("packed")
 
     def __getattr__(self, name: str) -> Any:
-        if name in _CANONICAL and self.__dict__.get("layout") == "tiled":
+        if name in _CANONICAL and self.__dict__.get("layout", "packed") != "packed":
             return self._packed()[_CANONICAL.index(name)]
         return super().__getattr__(name)
 
@@ -238,13 +248,13 @@ class LinearWNA16(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.layout == "tiled":
+        if self.layout != "packed":
             for name, tensor in zip(_CANONICAL, self._packed(), strict=True):
                 if tensor is not None:
                     destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        layout = self.layout
+        layout: Any = self.layout
         self.to_layout("packed")
         super()._load_from_state_dict(*arguments, **options)
         self.to_layout(layout)
@@ -269,7 +279,7 @@ class LinearWNA16(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, symmetric={self.symmetric}, bias={self.bias is not None}"
-            + (', layout="tiled"' if self.layout == "tiled" else "")
+            + (f', layout="{self.layout}"' if self.layout != "packed" else "")
         )
 
     def _check(self) -> None:

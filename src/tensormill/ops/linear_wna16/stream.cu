@@ -1,24 +1,31 @@
 // y = x W^T + bias for few tokens, W of 1 to 8 bits in the tiled layout (ops/tiles.py): bound by the bytes of W.
 //
-// One block per multiprocessor. W is cut in units of 64 ROW_BLOCKS rows x 128 columns, ordered by rows, then columns, and
-// every block takes an equal run of them. Producer warps, one for every 64 rows, stream units (codes, scales, zero points,
-// and the columns of x that belong to them) into a ring of stages in shared memory, as far ahead as there is room.
+// One block per multiprocessor, or a few. W is cut in units of 64 ROW_BLOCKS rows x 128 COLUMN_BLOCKS columns, ordered by
+// rows, then columns, and every block takes an equal run of them. Producer warps, one for every 64 rows, stream units
+// (codes, scales, zero points, and the columns of x that belong to them) into a ring of stages in shared memory, as far
+// ahead as there is room.
 //
-// Consumer warps work in pairs. Each of a pair multiplies SUMMED_TILES x 16 rows of a unit by 64 of its columns: weights
-// are the first operand of the tensor cores' products, in registers, as exact integers q - z; tokens are the second, eight
-// at a time. Sums over the columns that share a scale are exact up to float32's rounding, and the scale is applied to
-// them, not to the weights. After the last column each of the pair gives half of its rows to the other and keeps the sum.
+// Consumer warps work in groups of 2 COLUMN_BLOCKS. Each of a group multiplies the same SUMMED_TILES x 16 rows of a unit by
+// 64 of its columns: weights are the first operand of the tensor cores' products, in registers, as exact integers q - z;
+// tokens are the second, eight at a time. Sums over the columns that share a scale are exact up to float32's rounding, and
+// the scale is applied to them, not to the weights. After the last column the group's warps halve what they keep, in turns,
+// until each has the whole sums of its part.
 //
-// Where a block's run begins or ends within a row of units, the sums are shared among blocks: all but the last of them
-// (in the order of columns) write theirs to the workspace, and the last adds them in order, so that results don't depend
-// on timing. A sum that is not there yet reads as EMPTY, a NaN that arithmetic doesn't produce; whoever has read it
-// writes EMPTY again, so that the workspace is ready for the next launch. Blocks take their rows from the last to the
-// first: what others wait for is computed first, and a block only waits for blocks before it.
+// Where a block's run begins or ends within a row of units, the sums are shared among blocks, and the last of them (in the
+// order of columns) adds those of the others in order, so that results don't depend on timing. Wide units of few rows are
+// shared by fewer blocks, but take more of x's bytes. Sums travel in one of two ways:
+// - through the workspace (SHARERS 1). A sum that is not there yet reads as EMPTY, a NaN that arithmetic doesn't produce;
+//   whoever has read it writes EMPTY again, so that the workspace is ready for the next launch. Blocks take their rows
+//   from the last to the first: what others wait for is computed first, and a block only waits for blocks before it.
+// - through the shared memory of a cluster of SHARERS blocks, which share one row of units each (sm_90).
 //
-// Macros: WEIGHT_BITS; ACTIVATION (Half or BFloat16); TOKENS (8, 16, 32: padded); ROW_BLOCKS; ROW_TILES (1 or 2: 16 rows
-// that a consumer keeps); SPAN (32, 64, 128: columns of a unit that share a scale); ZEROS (whether there are zero points);
-// SCALE and BIAS (0 none, 1 float16, 2 bfloat16, 3 float32).
+// Macros: WEIGHT_BITS; ACTIVATION (Half or BFloat16); TOKENS (8, 16, 32: padded); ROW_BLOCKS; COLUMN_BLOCKS; CONSUMERS
+// (warps); RESIDENT (blocks of a multiprocessor); SHARERS; SPAN (32, 64, 128: columns of a unit that share a scale); ZEROS
+// (whether there are zero points); SCALE and BIAS (0 none, 1 float16, 2 bfloat16, 3 float32).
 #include "dequantize.cuh"
+#if SHARERS > 1
+#include "hopper.cuh"
+#endif
 
 struct Arguments {
     const uint8_t* weight;
@@ -27,7 +34,7 @@ struct Arguments {
     const void* bias;
     const uint8_t* x;
     uint16_t* y;
-    float* workspace;  // TOKENS * rows of a unit, per block
+    float* workspace;  // KEPT * 128 * CONSUMERS, per block
     int tokens, rows, columns;
     int x_stride;    // bytes from token to token, a multiple of 16
     int groups;      // per row
@@ -37,31 +44,38 @@ struct Arguments {
     int units, larger_blocks;  // of a block; so many blocks, the first, have one more
 };
 
-constexpr int COLUMNS = 128;
+constexpr int COLUMNS = 128;  // of a block of columns
 constexpr int ROWS = 64 * ROW_BLOCKS;
-constexpr int CONSUMERS = 4 * ROW_BLOCKS / ROW_TILES;
 constexpr int THREADS = 32 * (CONSUMERS + ROW_BLOCKS);
-// Many sums need more registers than an equal share: the producers leave some of theirs.
-constexpr bool SHIFTED_REGISTERS = TOKENS == 32 && CONSUMERS == 8 && ROW_BLOCKS == 4;
-constexpr int SUMMED_TILES = 2 * ROW_TILES;
+constexpr int WAYS = 2 * COLUMN_BLOCKS;  // warps of a group
+constexpr int SUMMED_TILES = 8 * ROW_BLOCKS * COLUMN_BLOCKS / CONSUMERS;
+static_assert(SUMMED_TILES == 2 || SUMMED_TILES == 4, "a warp's rows are not of one block of 64");
+// Where sums need more registers than an equal share, the producers leave some of theirs.
+constexpr bool SHIFTED_REGISTERS = ROW_BLOCKS == 4 && RESIDENT == 1 && (TOKENS == 32 || CONSUMERS == 16);
 constexpr int TOKEN_TILES = TOKENS / 8;
-constexpr int QUADRUPLES = ROW_TILES * TOKEN_TILES;  // of sums that a thread keeps
+constexpr int QUADRUPLES = SUMMED_TILES * TOKEN_TILES;  // of sums, of a thread: 16 rows x 8 tokens of its warp
+constexpr int KEPT = QUADRUPLES > WAYS ? QUADRUPLES / WAYS : 1;
+constexpr int KEEPERS = QUADRUPLES < WAYS ? CONSUMERS / WAYS * QUADRUPLES : CONSUMERS;  // warps that keep sums
 constexpr int SPANS = COLUMNS / SPAN;
 constexpr int SCALE_BYTES = SCALE == 3 ? 4 : 2;
 constexpr uint32_t EMPTY = 0xffffffffu;
 
 // A stage: codes, then x, then scales, then zero points.
 constexpr int TILE_BYTES = 128 * WEIGHT_BITS;
-constexpr int BLOCK_BYTES = 8 * TILE_BYTES;   // 64 rows x 128 columns
-constexpr int X_STRIDE = 2 * COLUMNS + 16;    // rows of x start in different banks
-constexpr int BLOCK_SCALES = 64 * SPANS;      // of 64 rows
-constexpr int X_OFFSET = ROW_BLOCKS * BLOCK_BYTES;
+constexpr int BLOCK_BYTES = 8 * TILE_BYTES;                    // 64 rows x 128 columns
+constexpr int X_STRIDE = 2 * COLUMNS * COLUMN_BLOCKS + 16;     // rows of x start in different banks
+constexpr int BLOCK_SCALES = 64 * SPANS;                       // of 64 rows x 128 columns
+constexpr int BLOCKS = ROW_BLOCKS * COLUMN_BLOCKS;             // in the order of rows, then columns
+constexpr int X_OFFSET = BLOCKS * BLOCK_BYTES;
 constexpr int SCALE_OFFSET = X_OFFSET + TOKENS * X_STRIDE;
-constexpr int ZERO_OFFSET = SCALE_OFFSET + ROW_BLOCKS * BLOCK_SCALES * SCALE_BYTES;
-constexpr int STAGE_BYTES = ZERO_OFFSET + (ZEROS ? ROW_BLOCKS * BLOCK_SCALES : 0);
-// Before the stages: the barriers of up to 16, and what consumers give to each other.
-constexpr int BARRIER_BYTES = 256;
-constexpr int EXCHANGE_BYTES = CONSUMERS * ROW_TILES * 512;
+constexpr int ZERO_OFFSET = SCALE_OFFSET + BLOCKS * BLOCK_SCALES * SCALE_BYTES;
+constexpr int STAGE_BYTES = ZERO_OFFSET + (ZEROS ? BLOCKS * BLOCK_SCALES : 0);
+// Before the stages: the barriers of up to 16 and that of RECEIVED, what consumers give to each other (two places of 16
+// bytes a thread), and what the other blocks of a cluster give.
+constexpr int BARRIER_BYTES = 272;
+constexpr int EXCHANGE_BYTES = 2 * CONSUMERS * 512;
+constexpr int RECEIVED_BYTES = KEPT * CONSUMERS * 512;  // from one block
+constexpr int STAGES_OFFSET = BARRIER_BYTES + EXCHANGE_BYTES + (SHARERS - 1) * RECEIVED_BYTES;
 
 // A block's units.
 struct Run {
@@ -101,8 +115,9 @@ struct Place {
 
 DEVICE uint32_t full_barrier(int stage) { return shared_memory() + 16 * stage; }
 DEVICE uint32_t empty_barrier(int stage) { return shared_memory() + 16 * stage + 8; }
+DEVICE uint32_t received_barrier() { return shared_memory() + 256; }
 DEVICE uint32_t stage_address(int stage) {
-    return shared_memory() + BARRIER_BYTES + EXCHANGE_BYTES + stage * STAGE_BYTES;
+    return shared_memory() + STAGES_OFFSET + stage * STAGE_BYTES;
 }
 
 #if TENSORMILL_ARCH >= 900
@@ -118,10 +133,10 @@ struct WeightWalk {
     const Run& run;
     const int block, lane;
     int end, left;             // where the current row's part ends, and how many of its units are left
-    bool present;              // rows that exist
+    int blocks;                // of 128 columns, from the next unit to the end of the row; 0 where there are no rows
     const uint8_t* codes;      // of the next unit
     const uint8_t* groups[2];  // what this lane copies of scales and zero points
-    int same;                  // units until the next group
+    int same;                  // blocks until the next group
 #if TENSORMILL_ARCH >= 900
     const uint64_t policy = policy_evict_first();
 #endif
@@ -134,16 +149,17 @@ struct WeightWalk {
         begin_row();
     }
 
-    DEVICE int units_per_group() const { return arguments.group_size > SPAN ? arguments.group_size / COLUMNS : 1; }
+    DEVICE int blocks_per_group() const { return arguments.group_size > SPAN ? arguments.group_size / COLUMNS : 1; }
 
     DEVICE void begin_row() {
         const Part part(run, end);
         const int64_t index = part.row * ROW_BLOCKS + block;
         left = part.last - part.first, end = part.begin(run);
-        present = index * 64 < arguments.rows;
-        codes = arguments.weight + (index * run.across + part.first) * BLOCK_BYTES;
-        const int per_group = units_per_group(), group = per_group > 1 ? part.first / per_group : part.first;
-        same = per_group > 1 ? per_group - part.first % per_group : 1;
+        const int across = (arguments.columns + COLUMNS - 1) / COLUMNS, first = part.first * COLUMN_BLOCKS;
+        blocks = index * 64 < arguments.rows ? across - first : 0;
+        codes = arguments.weight + (index * across + first) * BLOCK_BYTES;
+        const int per_group = blocks_per_group(), group = per_group > 1 ? first / per_group : first;
+        same = per_group > 1 ? per_group - first % per_group : 1;
         const int64_t scales = index * arguments.groups + group * SPANS;
         groups[0] = arguments.scale + scales * (64 * SCALE_BYTES);
         groups[1] = arguments.zero_point + scales * 64;
@@ -151,27 +167,33 @@ struct WeightWalk {
 
     DEVICE void load(int stage) {
         const uint32_t to = stage_address(stage);
+        const int bytes = (blocks < COLUMN_BLOCKS ? blocks : COLUMN_BLOCKS) * BLOCK_BYTES;
 #if TENSORMILL_ARCH >= 900
         if (lane == 0) {
-            mbarrier_arrive_expect(full_barrier(stage), present ? BLOCK_BYTES : 0);
-            if (present) copy_bulk(to + block * BLOCK_BYTES, codes, BLOCK_BYTES, full_barrier(stage), policy);
+            mbarrier_arrive_expect(full_barrier(stage), bytes);
+            if (bytes > 0)
+                copy_bulk(to + block * COLUMN_BLOCKS * BLOCK_BYTES, codes, bytes, full_barrier(stage), policy);
         }
 #else
-        for (int i = 16 * lane; i < BLOCK_BYTES && present; i += 512)
-            copy_async16(to + block * BLOCK_BYTES + i, codes + i);
+        for (int i = 16 * lane; i < bytes; i += 512) copy_async16(to + block * COLUMN_BLOCKS * BLOCK_BYTES + i, codes + i);
 #endif
 #pragma unroll
-        for (int copy = 0; copy < COPIES; copy++) {
-            const int i = 16 * lane + 512 * copy;
-            const bool zero = i >= SCALES;
-            const uint32_t place = zero ? ZERO_OFFSET + block * BLOCK_SCALES + i - SCALES : SCALE_OFFSET + block * SCALES + i;
-            if (i < BYTES && present) copy_async16(to + place, zero ? groups[1] + i - SCALES : groups[0] + i);
+        for (int column = 0; column < COLUMN_BLOCKS; column++) {
+            const int set = block * COLUMN_BLOCKS + column;
+#pragma unroll
+            for (int copy = 0; copy < COPIES; copy++) {
+                const int i = 16 * lane + 512 * copy;
+                const bool zero = i >= SCALES;
+                const uint32_t place = zero ? ZERO_OFFSET + set * BLOCK_SCALES + i - SCALES : SCALE_OFFSET + set * SCALES + i;
+                if (i < BYTES && column < blocks) copy_async16(to + place, zero ? groups[1] + i - SCALES : groups[0] + i);
+            }
+            if (--same == 0) {
+                same = blocks_per_group();
+                groups[0] += SCALES, groups[1] += BLOCK_SCALES;
+            }
         }
-        codes += BLOCK_BYTES;
-        if (--same == 0) {
-            same = units_per_group();
-            groups[0] += SCALES, groups[1] += BLOCK_SCALES;
-        }
+        codes += COLUMN_BLOCKS * BLOCK_BYTES;
+        if (blocks > 0) blocks -= COLUMN_BLOCKS;
         if (--left == 0 && end > run.begin) begin_row();
     }
 };
@@ -193,7 +215,7 @@ struct XWalk {
     DEVICE void begin_row() {
         const Part part(run, end);
         left = part.last - part.first, end = part.begin(run);
-        const int column = part.first * COLUMNS + 8 * chunk;
+        const int column = part.first * (COLUMN_BLOCKS * COLUMNS) + 8 * chunk;
         bytes = 2 * (arguments.columns - column);
         from = arguments.x + int64_t(token) * arguments.x_stride + 2 * column;
     }
@@ -201,13 +223,18 @@ struct XWalk {
     // Tokens beyond the last are not written: their products go nowhere.
     DEVICE void load(int stage) {
         const uint32_t to = stage_address(stage) + X_OFFSET + token * X_STRIDE + 16 * chunk;
-        const int count = bytes < 0 ? 0 : bytes < 16 ? bytes : 16;
 #pragma unroll
-        for (int i = 0; i < TOKENS; i += 2 * ROW_BLOCKS)
-            if (token + i < arguments.tokens)
-                copy_async16(to + i * X_STRIDE, from + int64_t(i) * arguments.x_stride, count);
+        for (int column = 0; column < COLUMN_BLOCKS; column++) {
+            const int count = bytes < 0 ? 0 : bytes < 16 ? bytes : 16;
+#pragma unroll
+            for (int i = 0; i < TOKENS; i += 2 * ROW_BLOCKS)
+                if (token + i < arguments.tokens)
+                    copy_async16(to + i * X_STRIDE + column * 2 * COLUMNS,
+                                 from + int64_t(i) * arguments.x_stride + column * 2 * COLUMNS, count);
+            bytes -= 2 * COLUMNS;
+        }
         copy_async_arrive(full_barrier(stage));
-        bytes -= 2 * COLUMNS, from += 2 * COLUMNS;
+        from += COLUMN_BLOCKS * 2 * COLUMNS;
         if (--left == 0 && end > run.begin) begin_row();
     }
 };
@@ -241,58 +268,73 @@ DEVICE float number(uint32_t bits) {
 struct Consumer {
     const Arguments& arguments;
     const int warp, lane;
-    const int half = warp % 2;  // of a unit's columns; and of the rows, which it keeps at the end
-    // Of the pair's rows, in units of 16: the first in a unit, its block of 64 rows, and its place there.
-    const int first_tile = warp / 2 * SUMMED_TILES, block = first_tile / 4, tile_in_block = first_tile % 4;
-    float sum[SUMMED_TILES][TOKEN_TILES][4];  // after `exchange`, the first ROW_TILES are what the warp keeps
+    const int group = warp / WAYS, way = warp % WAYS;  // `way`: which 64 of a unit's columns
+    // Of the group's rows, in units of 16: the first in a unit, its block of 64 rows, and its place there.
+    const int first_tile = group * SUMMED_TILES, block = first_tile / 4, tile_in_block = first_tile % 4;
+    float sum[QUADRUPLES][4];  // of tile i and tokens 8 n: number i * TOKEN_TILES + n; after `exchange`, the first KEPT
+    uint32_t codes_at, x_at, group_index;  // of this warp or lane: bytes in a stage, and number among scales
+    int kept;                  // the first that the warp keeps, as a number before `exchange`; -1 for none
+    int turn = 0;              // place for an exchange
+
+    DEVICE void begin() {
+        const int set = block * COLUMN_BLOCKS + way / 2, span = SPAN == 128 ? 0 : way % 2 * (64 / SPAN);
+        group_index = (set * SPANS + span) * 64 + lane / 4 * 8 + 2 * tile_in_block;
+        codes_at = block * (COLUMN_BLOCKS * BLOCK_BYTES) + (4 * way + tile_in_block) * TILE_BYTES;
+        x_at = X_OFFSET + lane % 8 * X_STRIDE + 128 * way + lane / 8 * 16;
+        if constexpr (TOKENS < 32) keep(codes_at), keep(x_at), keep(group_index);
+    }
 
     DEVICE void clear() {
 #pragma unroll
-        for (int i = 0; i < SUMMED_TILES; i++)
+        for (int i = 0; i < QUADRUPLES; i++)
 #pragma unroll
-            for (int n = 0; n < TOKEN_TILES; n++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) sum[i][n][j] = 0;
+            for (int j = 0; j < 4; j++) sum[i][j] = 0;
     }
 
-    // Scales and zero points of rows 16 i + lane / 4 and 8 rows on, of the pair's rows.
-    DEVICE void load_groups(uint32_t stage, int span, int i, float (&scale)[2],
-                            ZeroPoint<WEIGHT_BITS, ACTIVATION> (&zero)[2]) const {
-        const int index = block * BLOCK_SCALES + span * 64 + lane / 4 * 8 + 2 * (tile_in_block + i);
-        const uint32_t address = stage + SCALE_OFFSET + index * SCALE_BYTES;
+    // Scales of rows 16 i + lane / 4 and 8 rows on, of the group's rows.
+    DEVICE void load_scales(uint32_t address, int i, float (&scale)[2]) const {
         if constexpr (SCALE == 3) {
-            const Words2 pair = load_shared2(address);
+            const Words2 pair = load_shared2(address + 8 * i);
             scale[0] = bits_to_float(pair.x), scale[1] = bits_to_float(pair.y);
         } else {
-            const uint32_t pair = load_shared(address);
+            const uint32_t pair = load_shared(address + 4 * i);
             scale[0] = number<SCALE>(pair & 0xffff), scale[1] = number<SCALE>(pair >> 16);
-        }
-        if constexpr (ZEROS) {
-            const uint32_t pair = load_shared_half(stage + ZERO_OFFSET + index);
-            zero[0] = ZeroPoint<WEIGHT_BITS, ACTIVATION>(pair & 0xff);
-            zero[1] = ZeroPoint<WEIGHT_BITS, ACTIVATION>(pair >> 8);
         }
     }
 
     DEVICE void multiply(uint32_t stage) {
         constexpr int steps = SPAN == 32 ? 2 : 4;  // of 16 columns, whose sums are scaled together
-        uint32_t x[TOKEN_TILES][2][4];             // B fragments of four steps
+        uint32_t zeros[4 / steps][2];
+        if constexpr (ZEROS) {
+#pragma unroll
+            for (int span = 0; span < 4 / steps; span++) {
+                const uint32_t address = stage + ZERO_OFFSET + group_index + 64 * span;
+                if constexpr (SUMMED_TILES == 4) {
+                    const Words2 found = load_shared2(address);
+                    zeros[span][0] = found.x, zeros[span][1] = found.y;
+                } else {
+                    zeros[span][0] = load_shared(address);
+                }
+            }
+        }
+        uint32_t x[TOKEN_TILES][2][4];  // B fragments of four steps
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++)
 #pragma unroll
             for (int pair = 0; pair < 2; pair++)
-                load_matrices4(stage + X_OFFSET + (8 * n + lane % 8) * X_STRIDE + 128 * half + 64 * pair + lane / 8 * 16,
-                               x[n][pair]);
+                load_matrices4(stage + x_at + 8 * n * X_STRIDE + 64 * pair, x[n][pair]);
 #pragma unroll
         for (int i = 0; i < SUMMED_TILES; i++) {
             uint32_t words[WEIGHT_BITS];
-            load_tile<WEIGHT_BITS>(stage + block * BLOCK_BYTES + (4 * half + tile_in_block + i) * TILE_BYTES, lane, words);
-            float scale[2], partial[TOKEN_TILES][4];
+            load_tile<WEIGHT_BITS>(stage + codes_at + i * TILE_BYTES, lane, words);
+            float partial[TOKEN_TILES][4];
             ZeroPoint<WEIGHT_BITS, ACTIVATION> zero[2];
 #pragma unroll
             for (int step = 0; step < 4; step++) {
                 if (step % steps == 0) {
-                    load_groups(stage, (64 * half + 16 * step) / SPAN, i, scale, zero);
+#pragma unroll
+                    for (int h = 0; h < 2 && ZEROS; h++)
+                        zero[h] = ZeroPoint<WEIGHT_BITS, ACTIVATION>(zeros[step / steps][i / 2], i % 2 * 2 + h);
 #pragma unroll
                     for (int n = 0; n < TOKEN_TILES; n++)
 #pragma unroll
@@ -306,73 +348,106 @@ struct Consumer {
                     mma<ACTIVATION>(partial[n], a, b);
                 }
                 if (step % steps == steps - 1) {
+                    float scale[2];
+                    load_scales(stage + SCALE_OFFSET + (group_index + 64 * (step / steps)) * SCALE_BYTES, i, scale);
 #pragma unroll
                     for (int n = 0; n < TOKEN_TILES; n++)
 #pragma unroll
-                        for (int j = 0; j < 4; j++) sum[i][n][j] += partial[n][j] * scale[j / 2];
+                        for (int j = 0; j < 4; j++) sum[i * TOKEN_TILES + n][j] += partial[n][j] * scale[j / 2];
                 }
             }
         }
     }
 
-    // The pair's sums over both halves of the columns, of half of its rows each.
-    DEVICE void exchange() {
-        const uint32_t mine = shared_memory() + BARRIER_BYTES + (warp * ROW_TILES * 32 + lane) * 16;
-        const uint32_t theirs = shared_memory() + BARRIER_BYTES + ((warp ^ 1) * ROW_TILES * 32 + lane) * 16;
+    // With the warp whose way differs in one bit: of COUNT sums each keeps one half and gets the other's; of a single
+    // sum the lower one keeps the whole.
+    template <int COUNT, int BIT>
+    DEVICE void halve() {
+        constexpr int HALF = COUNT > 1 ? COUNT / 2 : 0, SENT = COUNT > 1 ? HALF : 1;
+        const bool high = (way & BIT) != 0;
 #pragma unroll
-        for (int n = 0; n < TOKEN_TILES; n++) {
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) {
-                const float(&low)[4] = sum[i][n];
-                const float(&high)[4] = sum[ROW_TILES + i][n];
-                store_shared4(mine + 512 * i,
-                              {float_to_bits(half ? low[0] : high[0]), float_to_bits(half ? low[1] : high[1]),
-                               float_to_bits(half ? low[2] : high[2]), float_to_bits(half ? low[3] : high[3])});
-            }
-            barrier_sync(1 + warp / 2, 64);
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) {
-                const Words4 other = load_shared4(theirs + 512 * i);
-                float(&low)[4] = sum[i][n];
-                const float(&high)[4] = sum[ROW_TILES + i][n];
-                low[0] = (half ? high[0] : low[0]) + bits_to_float(other.x);
-                low[1] = (half ? high[1] : low[1]) + bits_to_float(other.y);
-                low[2] = (half ? high[2] : low[2]) + bits_to_float(other.z);
-                low[3] = (half ? high[3] : low[3]) + bits_to_float(other.w);
-            }
-            barrier_sync(1 + warp / 2, 64);
+        for (int i = 0; i < SENT; i++) {
+            float(&low)[4] = sum[i];
+            const float(&up)[4] = sum[HALF + i];
+            const uint32_t place = shared_memory() + BARRIER_BYTES + (turn * CONSUMERS * 32 + lane) * 16;
+            store_shared4(place + 512 * warp, {float_to_bits(high ? low[0] : up[0]), float_to_bits(high ? low[1] : up[1]),
+                                               float_to_bits(high ? low[2] : up[2]), float_to_bits(high ? low[3] : up[3])});
+            barrier_sync(1 + group, 32 * WAYS);
+            const Words4 other = load_shared4(place + 512 * (warp ^ BIT));
+            low[0] = (high ? up[0] : low[0]) + bits_to_float(other.x);
+            low[1] = (high ? up[1] : low[1]) + bits_to_float(other.y);
+            low[2] = (high ? up[2] : low[2]) + bits_to_float(other.z);
+            low[3] = (high ? up[3] : low[3]) + bits_to_float(other.w);
+            turn ^= 1;  // what was read stays until all have met again
         }
+        if (high) kept = COUNT > 1 && kept >= 0 ? kept + HALF : -1;
+        if constexpr (2 * BIT < WAYS) halve<COUNT / 2 + (COUNT == 1), 2 * BIT>();
     }
 
-    // This thread's quadruple i in the workspace of a block.
+    DEVICE void exchange() {
+        kept = 0;
+        halve<QUADRUPLES, 1>();
+    }
+
+    // Where this thread's sum number i lies among what a block gives, in units of 16 bytes.
+    DEVICE int place(int i) const { return i * (32 * CONSUMERS) + 32 * warp + lane; }
     DEVICE float* slot(int block, int i) const {
-        return arguments.workspace + ((int64_t(block) * QUADRUPLES + i) * (32 * CONSUMERS) + 32 * warp + lane) * 4;
+        float* workspace = arguments.workspace;
+        keep(workspace);  // or addresses take registers, all the time
+        return workspace + (int64_t(block) * (KEPT * 32 * CONSUMERS) + place(i)) * 4;
     }
 
     DEVICE void give_away() const {
 #pragma unroll
-        for (int i = 0; i < QUADRUPLES; i++) {
-            const float(&from)[4] = sum[i / TOKEN_TILES][i % TOKEN_TILES];
-            store_relaxed4(slot(block_index(), i), {float_to_bits(from[0]), float_to_bits(from[1]),
-                                                    float_to_bits(from[2]), float_to_bits(from[3])});
+        for (int i = 0; i < KEPT; i++) {
+            const Words4 words = {float_to_bits(sum[i][0]), float_to_bits(sum[i][1]), float_to_bits(sum[i][2]),
+                                  float_to_bits(sum[i][3])};
+#if SHARERS > 1
+            cluster_store(map_shared(received(cluster_rank(), i), SHARERS - 1), words);
+#else
+            store_relaxed4(slot(block_index(), i), words);
+#endif
         }
+#if SHARERS > 1
+        cluster_fence();
+        cluster_mbarrier_arrive(map_shared(received_barrier(), SHARERS - 1));
+#endif
     }
 
+    DEVICE void add_to(float (&to)[4], const Words4& words) const {
+        to[0] += bits_to_float(words.x), to[1] += bits_to_float(words.y);
+        to[2] += bits_to_float(words.z), to[3] += bits_to_float(words.w);
+    }
+
+#if SHARERS > 1
+    DEVICE uint32_t received(int from, int i) const {
+        return shared_memory() + BARRIER_BYTES + EXCHANGE_BYTES + from * RECEIVED_BYTES + place(i) * 16;
+    }
+
+    // Adds the sums of the cluster's other blocks.
+    DEVICE void add(int, int) {
+        cluster_mbarrier_wait(received_barrier(), 0);
+#pragma unroll
+        for (int from = 0; from < SHARERS - 1; from++)
+#pragma unroll
+            for (int i = 0; i < KEPT; i++) add_to(sum[i], load_shared4(received(from, i)));
+    }
+#else
     // Adds the sums of blocks `first` to `last` - 1.
     DEVICE void add(int first, int last) {
         // Loads of several blocks are under way together, as far as registers allow.
-        constexpr int at_once = 8 / QUADRUPLES;
+        constexpr int at_once = 8 / KEPT;
         for (int begin = first; begin < last; begin += at_once) {
-            Words4 found[at_once][QUADRUPLES];
+            Words4 found[at_once][KEPT];
 #pragma unroll
             for (int j = 0; j < at_once; j++)
 #pragma unroll
-                for (int i = 0; i < QUADRUPLES; i++)
+                for (int i = 0; i < KEPT; i++)
                     if (begin + j < last) found[j][i] = load_relaxed4(slot(begin + j, i));
 #pragma unroll
             for (int j = 0; j < at_once; j++)
 #pragma unroll
-                for (int i = 0; i < QUADRUPLES; i++) {
+                for (int i = 0; i < KEPT; i++) {
                     if (begin + j >= last) continue;
                     float* const place = slot(begin + j, i);
                     Words4 words = found[j][i];
@@ -381,53 +456,53 @@ struct Consumer {
                         words = load_relaxed4(place);
                     }
                     store_relaxed4(place, {EMPTY, EMPTY, EMPTY, EMPTY});
-                    float(&to)[4] = sum[i / TOKEN_TILES][i % TOKEN_TILES];
-                    to[0] += bits_to_float(words.x), to[1] += bits_to_float(words.y);
-                    to[2] += bits_to_float(words.z), to[3] += bits_to_float(words.w);
+                    add_to(sum[i], words);
                 }
         }
     }
+#endif
 
     DEVICE void store(int row) const {
 #pragma unroll
-        for (int i = 0; i < ROW_TILES; i++)
+        for (int i = 0; i < KEPT; i++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int n = row * ROWS + (first_tile + half * ROW_TILES + i) * 16 + 8 * h + lane / 4;
+                const int n = row * ROWS + (first_tile + (kept + i) / TOKEN_TILES) * 16 + 8 * h + lane / 4;
                 if (n >= arguments.rows) continue;
                 float bias = 0;
                 if constexpr (BIAS == 3) bias = static_cast<const float*>(arguments.bias)[n];
                 if constexpr (BIAS == 1 || BIAS == 2) bias = number<BIAS>(static_cast<const uint16_t*>(arguments.bias)[n]);
-#pragma unroll
-                for (int m = 0; m < TOKEN_TILES; m++) {
-                    const int token = 8 * m + lane % 4 * 2;
-                    const uint32_t pair = pack2<ACTIVATION>(sum[i][m][2 * h] + bias, sum[i][m][2 * h + 1] + bias);
-                    uint16_t* to = arguments.y + int64_t(token) * arguments.rows + n;
-                    if (token < arguments.tokens) to[0] = uint16_t(pair);
-                    if (token + 1 < arguments.tokens) to[arguments.rows] = uint16_t(pair >> 16);
-                }
+                const int token = (kept + i) % TOKEN_TILES * 8 + lane % 4 * 2;
+                const uint32_t pair = pack2<ACTIVATION>(sum[i][2 * h] + bias, sum[i][2 * h + 1] + bias);
+                uint16_t* to = arguments.y + int64_t(token) * arguments.rows + n;
+                if (token < arguments.tokens) to[0] = uint16_t(pair);
+                if (token + 1 < arguments.tokens) to[arguments.rows] = uint16_t(pair >> 16);
             }
     }
 
     DEVICE void consume(const Run& run) {
+        begin();
         wait_for_previous_kernel();
         allow_next_kernel();
         Place place;
         for (int end = run.end; end > run.begin;) {
             const Part part(run, end);
             end = part.begin(run);
-            // Past the last row there is nothing in shared memory but what was there.
+            // Past the last row or column there is nothing in shared memory but what was there.
             const bool present = (part.row * ROW_BLOCKS + block) * 64 < arguments.rows;
+            int left = arguments.columns - part.first * (COLUMN_BLOCKS * COLUMNS) - 64 * way;
             clear();
             for (int column = part.first; column < part.last; column++) {
                 mbarrier_wait(full_barrier(place.stage), place.parity);
-                if (present) multiply(stage_address(place.stage));
+                if (present && (COLUMN_BLOCKS == 1 || left > 0)) multiply(stage_address(place.stage));
                 synchronize_warp();
                 if (lane == 0) mbarrier_arrive(empty_barrier(place.stage));
                 place.advance(arguments.stages);
+                left -= COLUMN_BLOCKS * COLUMNS;
             }
-            if (!present) continue;
+            if (SHARERS == 1 && !present) continue;
             exchange();
+            if (KEEPERS < CONSUMERS && kept < 0) continue;
             if (part.last < run.across) {
                 give_away();
                 continue;
@@ -438,20 +513,25 @@ struct Consumer {
     }
 };
 
-KERNEL(linear_stream, THREADS, 1, Arguments) {
+KERNEL(linear_stream, THREADS, RESIDENT, Arguments) {
     if (thread_index() < arguments.stages) {
         mbarrier_init(full_barrier(thread_index()), ROW_BLOCKS * PRODUCER_ARRIVALS);
         mbarrier_init(empty_barrier(thread_index()), CONSUMERS);
+        if (SHARERS > 1 && thread_index() == 0) mbarrier_init(received_barrier(), (SHARERS - 1) * 32 * KEEPERS);
         mbarrier_init_fence();
     }
+#if SHARERS > 1
+    cluster_sync();
+#else
     synchronize();
+#endif
     const Run run(arguments, block_index());
     const int warp = warp_index();
     if (warp >= CONSUMERS) {
-        if constexpr (SHIFTED_REGISTERS) lower_registers<72>();
+        if constexpr (SHIFTED_REGISTERS) lower_registers<CONSUMERS == 16 ? 64 : 88>();
         produce(arguments, run, warp - CONSUMERS);
     } else {
-        if constexpr (SHIFTED_REGISTERS) raise_registers<216>();
+        if constexpr (SHIFTED_REGISTERS) raise_registers<CONSUMERS == 16 ? 104 : 208>();
         Consumer{arguments, warp, lane_index()}.consume(run);
     }
 }

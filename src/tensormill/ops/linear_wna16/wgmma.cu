@@ -10,15 +10,15 @@
 // SPLIT blocks, a cluster that has one tile only, share it along K: each adds up and stores some of its tokens; the others
 // send theirs through shared memory, and they are added in the order of the splits.
 //
-// Scales of groups multiply the weights, except for 8-bit x, where they multiply the integer sums of a group, which are
-// then added in float32; scales of whole rows multiply the sums at the end.
+// Scales of groups multiply the weights, except for 8-bit x, where they multiply the sums of a group, which are then added
+// in float32; scales of whole rows multiply the sums at the end.
 
 #include "dequantize.cuh"
 #include "dequantize_bytes.cuh"
 #include "hopper.cuh"
 
 constexpr int BITS = WEIGHT_BITS;
-constexpr int TYPE = X_TYPE;         // 0 float16, 1 bfloat16, 2 int8
+constexpr int TYPE = X_TYPE;         // 0 float16, 1 bfloat16, 2 int8, 3 e4m3
 constexpr int ROWS = TILE_ROWS;      // 128, 256
 constexpr int TOKENS = TILE_TOKENS;  // 32, 64, 128, 256
 constexpr int STAGES = RING_STAGES;
@@ -45,25 +45,25 @@ using Sum = float;
 
 constexpr int SKEW = RING_SKEW;  // stages by which the first warpgroup is ahead of the second
 
-constexpr bool INTEGER = TYPE == 2;
-constexpr float UNIT = INTEGER ? 1.0f / (1 << (8 - BITS)) : 1.0f;  // of the sums
-constexpr bool GROUP_SUMS = INTEGER && GROUPS > 0;
-constexpr Wgmma KIND = INTEGER ? Wgmma::s8 : TYPE == 1 ? Wgmma::bf16 : Wgmma::f16;
+constexpr bool BYTES = TYPE >= 2, INTEGER = TYPE == 2, FP8 = TYPE == 3;
+constexpr float UNIT = INTEGER ? 1.0f / (1 << (8 - BITS)) : FP8 ? 512.0f : 1.0f;  // of the sums
+constexpr bool GROUP_SUMS = (BYTES && GROUPS > 0) || FP8;
+constexpr Wgmma KIND = INTEGER ? Wgmma::s8 : FP8 ? Wgmma::e4m3 : TYPE == 1 ? Wgmma::bf16 : Wgmma::f16;
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = 128 * CONSUMERS;  // that multiply
 constexpr int BLOCKS = ROWS / 64;
 constexpr int PARTS = BLOCKS / CONSUMERS;  // of 64 rows, of a warpgroup
 constexpr int SUMS = TOKENS / 2;           // of a thread, for 64 rows
-constexpr int TOTALS = GROUP_SUMS ? SUMS : 1;
-constexpr int TILES = INTEGER ? 2 : 1;     // of 64 columns, in a stage
+constexpr int TILES = BYTES ? 2 : 1;       // of 64 columns, in a stage
 constexpr int TILE_BYTES = 128 * BITS;     // of 16 rows x 64 columns
-static_assert(!GROUP_SUMS || (GROUPS == 1 && PARTS == 1 && TOKENS <= 128 && !ZERO && SPLIT == 1), "registers");
+static_assert(!GROUP_SUMS || (GROUPS <= 1 && PARTS == 1 && TOKENS <= 128 && !ZERO), "registers");
+static_assert(!FP8 || BITS <= 5, "weights that e4m3 does not hold");
 
 // A stage: tokens (rows of 128 bytes, swizzled), weights, scales, zero points.
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int WEIGHT_BYTES = 4 * TILE_BYTES * TILES;  // of 64 rows
 constexpr int SCALE_BYTES = FLOAT_SCALE ? 256 : 128;  // of 64 rows and a group
-constexpr int ZERO_BYTES = ZERO && !INTEGER ? 64 : 0;
+constexpr int ZERO_BYTES = ZERO && !BYTES ? 64 : 0;
 constexpr int SCALE_OFFSET = X_BYTES + BLOCKS * WEIGHT_BYTES;
 constexpr int ZERO_OFFSET = SCALE_OFFSET + GROUPS * BLOCKS * SCALE_BYTES;
 constexpr int STAGE_BYTES = (ZERO_OFFSET + GROUPS * BLOCKS * ZERO_BYTES + 1023) / 1024 * 1024;
@@ -170,7 +170,7 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
             mbarrier_arrive_expect(barrier, (local == 0 ? X_BYTES : 0) +
                                                 (present ? WEIGHT_BYTES + GROUPS * (SCALE_BYTES + ZERO_BYTES) : 0));
             if (local == 0) {
-                const int x = step * (INTEGER ? 128 : 64), y = at.token_tile * TOKENS;
+                const int x = step * (BYTES ? 128 : 64), y = at.token_tile * TOKENS;
                 copy_tensor(to, &p.x, x, y, barrier);
             }
             if (present) {
@@ -195,18 +195,22 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
 // Half a stage of the weights of 64 rows, number `local` of the block, as first operands of two products.
 DEVICE void expand(const Worker& w, uint32_t from, int local, int half, const ZeroPoint<BITS, X> (&row_zero)[2],
                    uint32_t (&words)[BITS], uint32_t (&a)[2][4]) {
-    if (INTEGER || half == 0)
-        load_tile<BITS>(from + X_BYTES + local * WEIGHT_BYTES + ((INTEGER ? 4 * half : 0) + w.quarter) * TILE_BYTES, w.lane,
+    if (BYTES || half == 0)
+        load_tile<BITS>(from + X_BYTES + local * WEIGHT_BYTES + ((BYTES ? 4 * half : 0) + w.quarter) * TILE_BYTES, w.lane,
                         words);
-    if constexpr (INTEGER) {
+    if constexpr (BYTES) {
 #pragma unroll
-        for (int s = 0; s < 2; s++) dequantize_bytes<BITS>(words, s, a[s]);
+        for (int s = 0; s < 2; s++) {
+            dequantize_bytes<BITS>(words, s, a[s]);
+#pragma unroll
+            for (int r = 0; r < 4 && FP8; r++) a[s][r] = to_e4m3<BITS>(a[s][r]);
+        }
     } else {
         const int set = local * GROUPS + (GROUPS == 2 ? half : 0);
         ZeroPoint<BITS, X> low = row_zero[0], high = row_zero[1];
         if constexpr (ZERO && GROUPS > 0) {
             const uint32_t zero = load_shared_half(from + ZERO_OFFSET + set * ZERO_BYTES + w.pair * 2);
-            low = ZeroPoint<BITS, X>(zero & 255), high = ZeroPoint<BITS, X>(zero >> 8);
+            low = ZeroPoint<BITS, X>(zero, 0), high = ZeroPoint<BITS, X>(zero, 1);
         }
 #pragma unroll
         for (int s = 0; s < 2; s++) dequantize<BITS, X>(words, 2 * half + s, low, high, a[s]);
@@ -221,11 +225,13 @@ DEVICE void expand(const Worker& w, uint32_t from, int local, int half, const Ze
     }
 }
 
-// Adds the sums of a group, times its scale, to the totals.
-DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], float (&totals)[TOTALS]) {
+// Adds the sums of a group, times its scale if there are groups, to the totals.
+template <int COUNT>
+DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], float (&totals)[COUNT]) {
     const uint32_t scales = from + SCALE_OFFSET + w.consumer * SCALE_BYTES;
-    float low, high;
-    if constexpr (FLOAT_SCALE) {
+    float low = 1, high = 1;
+    if constexpr (GROUPS == 0) {
+    } else if constexpr (FLOAT_SCALE) {
         const Words2 scale = load_shared2(scales + w.pair * 8);
         low = bits_to_float(scale.x), high = bits_to_float(scale.y);
     } else {
@@ -233,33 +239,34 @@ DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], f
         low = to_float<Y>(scale), high = to_float<Y>(scale >> 16);
     }
 #pragma unroll
-    for (int i = 0; i < TOTALS; i++) totals[i] += float(sums[i]) * (i & 2 ? high : low);
+    for (int i = 0; i < COUNT; i++) totals[i] += float(sums[i]) * (i & 2 ? high : low);
 }
 
-// The sums of a warpgroup's rows, from `block` on; `lead`: lets the other one start after that many stages.
+// The sums of a warpgroup's rows, from `block` on, or their totals over groups; `lead`: lets the other one start after
+// that many stages.
 DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&sums)[PARTS][SUMS],
-                     float (&totals)[TOTALS]) {
+                     float (&totals)[GROUP_SUMS ? SUMS : 1]) {
     uint32_t a[2][PARTS][2][4];
     uint32_t words[PARTS][BITS];
     ZeroPoint<BITS, X> row_zero[PARTS][2];
-    if constexpr (ZERO && !INTEGER && GROUPS == 0) {
+    if constexpr (ZERO && !BYTES && GROUPS == 0) {
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
             if (block + part < p.row_blocks) {
                 const uint32_t zero = p.zero[(block + part) * 32 + w.pair];
-                row_zero[part][0] = ZeroPoint<BITS, X>(zero & 255);
-                row_zero[part][1] = ZeroPoint<BITS, X>(zero >> 8);
+                row_zero[part][0] = ZeroPoint<BITS, X>(zero, 0);
+                row_zero[part][1] = ZeroPoint<BITS, X>(zero, 1);
             }
     }
     if constexpr (GROUP_SUMS) {
 #pragma unroll
-        for (int i = 0; i < TOTALS; i++) totals[i] = 0.0f;
+        for (float& total : totals) total = 0.0f;
     }
-    int column = 0;  // of GROUP_SUMS: how far the group's products are
+    int column = GROUP_SUMS && GROUPS > 0 ? w.begin * 128 % p.group_size : 0;  // in the group
+    bool more = false;  // products add to sums
     for (int step = w.begin; step < w.end; step++) {
         const uint32_t from = w.base + w.stage.index * STAGE_BYTES;
         const uint64_t tokens = wgmma_descriptor(from);
-        const bool more = GROUP_SUMS ? column > 0 : step > w.begin;  // products add to sums
         mbarrier_wait(w.full + 8 * w.stage.index, w.stage.parity);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -277,11 +284,13 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
             // The products of the stage before are done.
             if (half == 0 && step > w.begin && !GROUP_SUMS) release(w, w.stage.previous());
         }
+        more = true;
         if constexpr (GROUP_SUMS) {
             wgmma_wait<0>();
             column += 128;
-            if (column >= p.group_size || step == w.end - 1) {
-                column = 0;
+            // The units sum products of e4m3 in about 14 bits: every stage is added in float32.
+            if (FP8 || column >= p.group_size || step == w.end - 1) {
+                column = 0, more = false;
                 add_group(w, from, sums[0], totals);
             }
             release(w, w.stage.index);
@@ -297,7 +306,8 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
 
 // Sends each block of a split its slice and waits for those of the others: splits before the receiver lay theirs at
 // their own index, those after it one lower.
-DEVICE void exchange(const Worker& w, uint32_t received, const Sum (&sums)[PARTS][SUMS]) {
+template <class S>
+DEVICE void exchange(const Worker& w, uint32_t received, const S (&sums)[PARTS][SUMS]) {
 #pragma unroll
     for (int to = 0; to < SPLIT; to++)
         if (to != w.split) {
@@ -307,7 +317,7 @@ DEVICE void exchange(const Worker& w, uint32_t received, const Sum (&sums)[PARTS
             for (int part = 0; part < PARTS; part++)
 #pragma unroll
                 for (int i = 0; i < SLICE_SUMS; i += 4) {
-                    const Sum* s = &sums[part][to * SLICE_SUMS + i];
+                    const S* s = &sums[part][to * SLICE_SUMS + i];
                     cluster_store(sent + (part * SLICE_SUMS + i) / 4 * (16 * THREADS),
                                   {to_bits(s[0]), to_bits(s[1]), to_bits(s[2]), to_bits(s[3])});
                 }
@@ -320,11 +330,12 @@ DEVICE void exchange(const Worker& w, uint32_t received, const Sum (&sums)[PARTS
 }
 
 // Four sums with those of the other splits, in order.
-DEVICE void add_splits(const Worker& w, int position, int split, Sum (&s)[4]) {
-    Sum total[4] = {0, 0, 0, 0};
+template <class S>
+DEVICE void add_splits(const Worker& w, int position, int split, S (&s)[4]) {
+    S total[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int other = 0; other < SPLIT; other++) {
-        Sum more[4] = {s[0], s[1], s[2], s[3]};
+        S more[4] = {s[0], s[1], s[2], s[3]};
         if (other != split) {
             const Words4 words = load_shared4(w.base + SENT_OFFSET + (other - (other > split)) * SENT_BYTES +
                                               position / 4 * (16 * THREADS) + thread_index() * 16);
@@ -339,8 +350,8 @@ DEVICE void add_splits(const Worker& w, int position, int split, Sum (&s)[4]) {
 }
 
 // The sums of a warpgroup's rows, from `block` on, become y.
-DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile, const Sum (&sums)[PARTS][SUMS],
-                  const float (&totals)[TOTALS]) {
+template <class S>
+DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile, const S (&sums)[PARTS][SUMS]) {
     const uint32_t output = w.base + Y_OFFSET + w.consumer * PARTS * Y_BYTES;
     const int token = token_tile * TOKENS + w.split * SLICE;
     if (thread_index() % 128 == 0) store_tensor_wait();
@@ -368,12 +379,12 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const int first = i + 4 * c;
-                    Sum s[4];
+                    S s[4];
 #pragma unroll
                     for (int j = 0; j < 4; j++) s[j] = sums[part][split * SLICE_SUMS + first + j];
                     if constexpr (SPLIT > 1) add_splits(w, part * SLICE_SUMS + first, split, s);
                     float factor[2] = {1.0f, 1.0f};
-                    if constexpr (INTEGER) {
+                    if constexpr (BYTES) {
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
                             const int t = token + 2 * first + 2 * (w.lane % 4) + j;
@@ -386,10 +397,7 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
                     }
                     float value[4];
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        value[j] = GROUP_SUMS ? totals[(first + j) % TOTALS] : float(s[j]);
-                        value[j] = value[j] * (scale[j / 2] * factor[j % 2]) + shift[j / 2];
-                    }
+                    for (int j = 0; j < 4; j++) value[j] = float(s[j]) * (scale[j / 2] * factor[j % 2]) + shift[j / 2];
                     packed[2 * c] = pack2<Y>(value[0], value[1]);
                     packed[2 * c + 1] = pack2<Y>(value[2], value[3]);
                 }
@@ -408,6 +416,14 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
             if ((block + part) * 64 < p.rows) store_tensor(&p.y, (block + part) * 64, token, output + part * Y_BYTES);
         store_tensor_commit();
     }
+}
+
+template <bool FIRST, class A, class B>
+DEVICE const auto& choose(const A& a, const B& b) {
+    if constexpr (FIRST)
+        return a;
+    else
+        return b;
 }
 
 KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
@@ -446,16 +462,17 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
     } else {
         raise_registers<224>();
         Sum sums[PARTS][SUMS];
-        float totals[TOTALS];
+        float totals[PARTS][GROUP_SUMS ? SUMS : 1];
         const bool skewed = SKEW > 0 && cluster + clusters < schedule.count();
         int lead = skewed && w.consumer == 0 ? min(SKEW, w.end - w.begin) : 0;
         if (skewed && w.consumer == 1) barrier_sync(3, THREADS);
         for (int index = cluster; index < schedule.count(); index += clusters) {
             const Place at = schedule.place(index);
             const int block = at.row_tile * BLOCKS + w.consumer * PARTS;
-            multiply(p, w, block, lead, sums, totals);
-            if constexpr (SPLIT > 1) exchange(w, received, sums);
-            store(p, w, block, at.token_tile, sums, totals);
+            multiply(p, w, block, lead, sums, totals[0]);
+            const auto& results = choose<GROUP_SUMS>(totals, sums);
+            if constexpr (SPLIT > 1) exchange(w, received, results);
+            store(p, w, block, at.token_tile, results);
             lead = 0;
         }
         if (thread_index() % 128 == 0) store_tensor_wait();

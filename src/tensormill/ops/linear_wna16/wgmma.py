@@ -20,7 +20,7 @@ _HEADERS = (
     _FOLDER / "dequantize.cuh",
     _FOLDER.parent / "linear_wna8" / "dequantize_bytes.cuh",
 )
-_X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
+_X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 _Y_TYPES = {torch.float16: 0, torch.bfloat16: 1}
 _THREADS = 384
 _MOST_SHARED = 232448  # bytes of shared memory that a block of sm_90 can have
@@ -51,11 +51,11 @@ class Format:
 
     Attributes:
         bits: of a weight.
-        x: dtype of the activations: float16, bfloat16 or int8.
-        y: dtype of the result and bias: x's, or for int8 x, float16 or bfloat16.
+        x: dtype of the activations: float16, bfloat16, int8 or float8_e4m3fn.
+        y: dtype of the result and bias: x's, or for 8-bit x, float16 or bfloat16.
         scale_sets: scales of a row in a stage of 128 bytes of x: 0 for one per row, else 1 or 2.
         zero_points: whether there are any.
-        float_scale: whether scales are float32, which they can be for int8 x; otherwise they have y's dtype.
+        float_scale: whether scales are float32, which they can be for 8-bit x; otherwise they have y's dtype.
     """
 
     bits: int
@@ -65,6 +65,16 @@ class Format:
     zero_points: bool
     float_scale: bool = False
 
+    @property
+    def bytes(self) -> bool:
+        """Whether activations have 8 bits."""
+        return self.x.itemsize == 1
+
+    @property
+    def promoted(self) -> bool:
+        """Whether sums over 128 columns are added in float32: for scales of groups, or to keep e4m3's bits."""
+        return self.x == torch.float8_e4m3fn or (self.bytes and self.scale_sets > 0)
+
 
 # `Arguments` of wgmma.cu, after the two tensor maps: addresses; sizes, and the bytes that the struct's alignment adds.
 _ADDRESSES = struct.Struct("6Q")
@@ -73,10 +83,9 @@ _SIZES = struct.Struct("7i52x")
 
 def shared_bytes(form: Format, tile: Tile) -> tuple[int, int]:
     """(stages of the ring, bytes of shared memory): as many stages as fit, as wgmma.cu lays them out."""
-    integer = form.x == torch.int8
     blocks = tile.rows // 64
-    sets = blocks * ((256 if form.float_scale else 128) + 64 * (form.zero_points and not integer))
-    stage = tile.tokens * 128 + blocks * 512 * form.bits * (2 if integer else 1) + form.scale_sets * sets
+    sets = blocks * ((256 if form.float_scale else 128) + 64 * (form.zero_points and not form.bytes))
+    stage = tile.tokens * 128 + blocks * 512 * form.bits * (2 if form.bytes else 1) + form.scale_sets * sets
     stage = -(-stage // 1024) * 1024
     slice_tokens = tile.tokens // tile.split
     rest = blocks * slice_tokens * 128 + (tile.split - 1) * (blocks // 2) * (slice_tokens // 2) * 1024 + 8
@@ -112,12 +121,6 @@ def scale_sets(x: torch.dtype, columns: int, group_size: int) -> int:
     return 2 if group_size % 64 else 1
 
 
-def can_multiply(x: torch.dtype, columns: int, group_size: int, zero_points: bool) -> bool:
-    """Whether the kernel takes such weights; integers are summed over 128 columns before a scale is applied."""
-    grouped = scale_sets(x, columns, group_size) > 0
-    return x != torch.int8 or not grouped or (group_size % 128 == 0 and not zero_points)
-
-
 def product(
     x: Tensor,
     weight: Tensor,
@@ -135,24 +138,25 @@ def product(
     """`x W^T + bias` for a tiled weight.
 
     Args:
-        x: (M, K) float16 or bfloat16; or int8 codes with `x_scale`.
-        weight, scale, zero_point: of `tile_weight`, kind "f16" or, for int8 x, "i8"; N is their first dimension. The
-            scale is rounded to x's dtype, unless that is int8.
+        x: (M, K) float16 or bfloat16; or int8 or float8_e4m3fn codes with `x_scale`.
+        weight, scale, zero_point: of `tile_weight`, kind "f16" or, for 8-bit x, "i8"; N is their first dimension. The
+            scale is rounded to x's dtype, unless that has 8 bits.
         bias: (N,) of the result's dtype, or None.
         bits, group_size: of the weight.
         tile: None chooses.
         x_scale: (M,) float32.
-        dtype: of the result for int8 x, float16 or bfloat16; otherwise it is x's.
+        dtype: of the result for 8-bit x, float16 or bfloat16; otherwise it is x's.
         overlap: the weight was written long ago, so that it may be read before earlier kernels have ended.
 
     Returns:
         (M, N).
     """
-    if x.dtype != torch.int8:
+    narrow = x.dtype.itemsize == 1
+    if not narrow:
         dtype = x.dtype
     assert dtype is not None
-    if scale.dtype != dtype and (x.dtype != torch.int8 or scale.dtype != torch.float32):
-        scale = scale.to(dtype if x.dtype != torch.int8 else torch.float32)
+    if scale.dtype != dtype and not (narrow and scale.dtype == torch.float32):
+        scale = scale.to(torch.float32 if narrow else dtype)
     (tokens, columns), rows = x.shape, weight.shape[0]
     zeros, float_scale = zero_point is not None, scale.dtype == torch.float32
     made = _plan(
@@ -271,29 +275,42 @@ _TILES = tuple(
         (128, 32, 2),
     )
 )
+# More for 8-bit activations, whose stages are half as many.
+_NARROW_TILES = (*_TILES, Tile(128, 128, 4), Tile(128, 64, 4))
 # Fitted to measurements there: cycles that a stage (of a small or a large tile), a tile and a split take beside products;
 # from how many tokens on power sets the clock, and by how much products are faster then if fewer weights are expanded.
 _SMALL_STAGE_CYCLES, _STAGE_CYCLES = 400, 600
 _TILE_CYCLES = 2600
 _SPLIT_CYCLES = 8000
 _MANY_TOKENS, _FEWER_WEIGHTS = 1024, 0.97
+_PROMOTED = 1.9  # how much longer products of int8 take with their sums scaled group by group
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> Tile:
     """The tile that should be fastest: a model of a block's cycles, times the tiles that each must do."""
-    if form.x == torch.int8:
-        return Tile(128, 128) if form.scale_sets > 0 else Tile(256, 128)
     stages = -(-columns // _stage_columns(form))  # every split needs one
-    tiles = [t for t in _TILES if t.split <= min(stages, multiprocessors) and shared_bytes(form, t)[0] >= 3]
+    tiles = [
+        t
+        for t in (_NARROW_TILES if form.bytes else _TILES)
+        if t.split <= min(stages, multiprocessors) and fits(form, t)
+    ]
     return min(tiles, key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
+
+
+def fits(form: Format, tile: Tile) -> bool:
+    """Whether a block's sums fit its registers, and its ring of stages shared memory."""
+    small = tile.rows == 128 and tile.tokens <= 128
+    return shared_bytes(form, tile)[0] >= 3 and (small or not form.promoted)
 
 
 def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
     """Clock cycles of the product."""
     products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
-    if tile.tokens == 256 and tokens >= _MANY_TOKENS:
+    if tile.tokens == 256 and tokens >= _MANY_TOKENS and not form.bytes:
         products *= _FEWER_WEIGHTS
+    if form.promoted:
+        products *= _PROMOTED
     small = tile.rows == 128 and tile.tokens < 256
     stages = -(-columns // _stage_columns(form)) / tile.split
     turns = -(-tile.count(tokens, rows) // _fitting(tile, multiprocessors))

@@ -34,3 +34,14 @@ DEVICE void dequantize_bytes(const uint32_t (&words)[BITS], int step, uint32_t (
         a[r] = lop3<AND_XOR>(code, (((1u << BITS) - 1) << top) * 0x01010101u, 0x80808080u);
     }
 }
+
+// Four bytes of dequantize_bytes, v 2^(8-BITS) with |v| <= 16, as e4m3 numbers v 2^-9: up to there an e4m3's byte below its
+// sign is |v| itself.
+template <int BITS>
+DEVICE uint32_t to_e4m3(uint32_t bytes) {
+    constexpr uint32_t each = 0x01010101u;
+    const uint32_t negative = bytes >> 7 & each;
+    // v below its sign, with all bits inverted where it is negative: |v| or |v| - 1.
+    const uint32_t value = lop3<AND_XOR>(bytes >> (8 - BITS), ((1u << (BITS - 1)) - 1) * each, negative * ((1u << (BITS - 1)) - 1));
+    return value + negative * 0x81u;
+}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tensormill.errors import InvalidArgument
 from tensormill.ops.linear_wna8 import check_activations, operator
+from tensormill.ops.linear_wna8.planes import to_packed
 from tensormill.ops.linear_wna16 import autocast
 from tensormill.ops.linear_wna16.module import LinearWNA16
 from tensormill.ops.quantize_activations import check_quantization
@@ -17,15 +18,22 @@ from tensormill.ops.quantize_activations import check_quantization
 class LinearWNA8(LinearWNA16):
     """A linear layer with weights of 1 to 8 bits and 8-bit activations; see `tensormill.ops.linear_wna8`.
 
-    Buffers, state dict and constructors are those of `LinearWNA16`. Where the fastest implementation wants the
-    weight in another order, the first call makes a copy in that order and keeps it (not in the state dict), so that
-    the weight is in memory twice; before `torch.compile` or capturing a CUDA graph, call `prepare`.
+    State dict and constructors are those of `LinearWNA16`. Where the fastest implementation wants the weight in another
+    order, the first call brings it into that order, in place: `layout` says which, buffers have other names,
+    `weight_packed`, `weight_scale` and `weight_zero_point` are computed when they are asked for, and state dicts stay
+    the same. Before `torch.compile` or capturing a CUDA graph, call `prepare`.
 
     Args:
         in_features, out_features, bits, group_size, symmetric, bias, dtype, device: as for `LinearWNA16`.
         x_dtype: what activations are quantized to: torch.int8 or torch.float8_e4m3fn.
         x_group_size: channels of the input that share a scale, -1 for all of a token.
     """
+
+    _REORDERED: ClassVar[tuple[str, str, str]] = (
+        "weight_ordered",
+        "weight_scale_ordered",
+        "weight_zero_point_ordered",
+    )
 
     def __init__(
         self,
@@ -55,8 +63,7 @@ class LinearWNA8(LinearWNA16):
         )
         self.x_dtype = x_dtype
         self.x_group_size = x_group_size
-        self._prepared: tuple[Any, ...] | None = None
-        self._prepared_from: list[tuple[Tensor, int]] = []
+        self._prepared_for: torch.device | None = None
 
     @classmethod
     def from_wna16(
@@ -86,7 +93,7 @@ class LinearWNA8(LinearWNA16):
 
     def forward(self, x: Tensor, x_scale: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N) in x's dtype; or codes and their scales, to the dtype of the weight's scale."""
-        weight = self.weight_packed
+        weight, scale, zero_point = self._held()
         good = x.is_floating_point() if x_scale is None else x.dtype == self.x_dtype
         if x.shape[-1:] != (self.in_features,) or x.device != weight.device or not good:
             kind = "floats" if x_scale is None else str(self.x_dtype)
@@ -96,21 +103,22 @@ class LinearWNA8(LinearWNA16):
             )
         if x_scale is None:
             x = autocast(x)
-        dtype = x.dtype if x_scale is None else self.weight_scale.dtype
-        if not torch.compiler.is_compiling():
+        dtype = x.dtype if x_scale is None else scale.dtype
+        if (
+            not torch.compiler.is_compiling()
+            and self._prepared_for != weight.device
+            and not _capturing(weight)
+        ):
             self.prepare()
-        if self._prepared is None:
-            return operator(*self._canonical(x, x_scale, dtype))  # type: ignore[no-any-return]
-        weight, scale, zero_point, layout = self._prepared
+            weight, scale, zero_point = self._held()
+        layout = self.layout
         if layout == "tiled" and dtype == torch.float32:
-            return operator(*self._canonical(x, x_scale, dtype))  # type: ignore[no-any-return]
-        arguments = list(self._canonical(x, x_scale, dtype))
-        arguments[2:5] = weight, scale, zero_point
-        arguments[-1] = layout
-        return operator(*arguments)  # type: ignore[no-any-return]
+            weight, scale, zero_point = self._packed()
+            layout = "packed"
+        return operator(*self._arguments(x, x_scale, weight, scale, zero_point, dtype, layout))  # type: ignore[no-any-return]
 
     def to_layout(self, layout: Literal["packed", "tiled"]) -> LinearWNA16:
-        """The layer itself for "packed".
+        """Bring the weight back into canonical rows, in place, for "packed", and return the layer.
 
         Raises:
             InvalidArgument: for "tiled", the order for 16-bit activations; `prepare` makes the one for these.
@@ -119,48 +127,71 @@ class LinearWNA8(LinearWNA16):
             raise InvalidArgument(
                 f'given layout={layout!r} for a layer with 8-bit activations, expected "packed"; call prepare()'
             )
+        if self.layout != "packed":
+            self._hold(self._packed(), "packed")
+        self._prepared_for = None
         return self
 
     def prepare(self, tokens: int = 1) -> None:
-        """Bring the weight into the order of the implementation that this device uses, unless it is in an order.
+        """Bring the weight into the order of the implementation that this device uses, in place.
+
+        The first call of the layer does it by itself, for few tokens, and so does the first one after the weight was
+        loaded or moved to another device.
 
         Args:
             tokens: of the calls that should be fastest. From 256 on, Hopper uses a kernel with an order of its own,
                 which is slower than the usual one with a few tokens.
         """
-        now = [t for t in (self.weight_packed, self.weight_scale, self.weight_zero_point) if t is not None]
-        before = self._prepared_from
-        if len(now) == len(before) and all(
-            t is old and t._version == version for t, (old, version) in zip(now, before, strict=True)
-        ):
-            return
-        x = torch.empty(
-            tokens, self.in_features, dtype=self.weight_scale.dtype, device=self.weight_packed.device
-        )
-        canonical = self._canonical(x, None, x.dtype)
+        weight, scale, zero_point = self._packed()
+        x = torch.empty(tokens, self.in_features, dtype=scale.dtype, device=weight.device)
+        canonical = self._arguments(x, None, weight, scale, zero_point, x.dtype, "packed")
         implementation = operator.select(*canonical)
-        self._prepared = None
         if implementation.prepare is not None:
             new = implementation.prepare(*canonical)
-            self._prepared = (*new[2:5], new[-1])
-        self._prepared_from = [(t, t._version) for t in now]
+            self._hold(new[2:5], new[-1])
+        elif self.layout != "packed":
+            self._hold((weight, scale, zero_point), "packed")
+        self._prepared_for = weight.device
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, x_dtype={self.x_dtype}, x_group_size={self.x_group_size}"
 
-    def _canonical(self, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype) -> tuple[Any, ...]:
-        return (
-            x,
-            x_scale,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            self.out_features,
-            self.bits,
-            self.group_size,
-            self.x_group_size,
-            self.x_dtype,
-            dtype,
-            "packed",
+    def _held(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight, scale and zero point as they are."""
+        if self.layout == "packed":
+            return self.weight_packed, self.weight_scale, self.weight_zero_point
+        weight, scale, zero_point = (self._buffers[name] for name in self._REORDERED)
+        assert weight is not None and scale is not None
+        return weight, scale, zero_point
+
+    def _packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return to_packed(
+            *self._held(),
+            rows=self.out_features,
+            in_features=self.in_features,
+            bits=self.bits,
+            group_size=self.group_size,
+            layout=self.layout,
         )
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.to_layout("packed")
+        super()._load_from_state_dict(*arguments, **options)
+
+    def _arguments(
+        self,
+        x: Tensor,
+        x_scale: Tensor | None,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        dtype: torch.dtype,
+        layout: str,
+    ) -> tuple[Any, ...]:
+        sizes = (self.out_features, self.bits, self.group_size, self.x_group_size)
+        return x, x_scale, weight, scale, zero_point, self.bias, *sizes, self.x_dtype, dtype, layout
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, whose memory nothing may keep."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tensormill.ops.bit_packing import pack_bits, unpack_bits
+from tensormill.ops.tiles import untile_weight
 
 ROWS = 64
 
@@ -88,6 +89,39 @@ def from_planes(
     top = 1 << (bits - 1)
     negative = flat >= top if sign else torch.zeros_like(flat, dtype=torch.bool)
     return pack_bits(torch.where(negative, flat ^ (2 * top - 1), flat ^ top), bits)
+
+
+def to_packed(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    rows: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight, scales and zero points in canonical rows from any layout of `linear_wna8`.
+
+    `layout` is "packed"; "planes<w>" or "signed_planes<w>", with parts of w columns and scales and zero points (G, N);
+    or "tiled", of kind "i8" (`ops/tiles.py`).
+    """
+    if layout == "packed":
+        return weight, scale, zero_point
+    if layout == "tiled":
+        return untile_weight(
+            weight,
+            scale,
+            zero_point,
+            in_features=in_features,
+            bits=bits,
+            group_size=group_size,
+            kind="i8",
+        )
+    sign, width = layout.startswith("signed"), int(layout.rpartition("planes")[2])
+    packed = from_planes(weight, bits, rows, in_features, width, sign)
+    return packed, scale.T.contiguous(), None if zero_point is None else zero_point.T.contiguous()
 
 
 def _recoded(codes: Tensor, bits: int, sign: bool) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tensormill.ops.bit_packing import unpack_bits
-from tensormill.ops.linear_wna8.planes import from_planes
+from tensormill.ops.linear_wna8.planes import to_packed
 from tensormill.ops.quantize_activations.reference import quantize_activations
 
 
@@ -52,19 +52,23 @@ def linear_wna8(
         x_group_size: channels of x that share a scale, -1 for all.
         x_dtype: of the activations' codes: torch.int8, or torch.float8_e4m3fn.
         dtype: of the result.
-        layout: "packed", or that of `planes` with parts of w columns, "planes<w>" or
-            "signed_planes<w>", and scales and zero points (G, N).
+        layout: of weight, weight_scale and zero_point: "packed", or another that `planes.to_packed` knows.
 
     Returns:
         (..., N) of `dtype` (float64 for a float64 `weight_scale`).
     """
     if x_scale is None:
         x, x_scale = quantize_activations(x, None, None, None, 0.0, 0.0, 8, x_group_size, x_dtype)
-    if layout != "packed":
-        sign, width = layout.startswith("signed"), int(layout.rpartition("planes")[2])
-        weight = from_planes(weight, bits, out_features, x.shape[-1], width, sign)
-        weight_scale = weight_scale.T
-        zero_point = None if zero_point is None else zero_point.T
+    weight, weight_scale, zero_point = to_packed(
+        weight,
+        weight_scale,
+        zero_point,
+        rows=out_features,
+        in_features=x.shape[-1],
+        bits=bits,
+        group_size=group_size,
+        layout=layout,
+    )
     compute = torch.float64 if weight_scale.dtype == torch.float64 else torch.float32
     columns = x.shape[-1]
     codes = unpack_bits(weight, bits, columns).double()

@@ -155,6 +155,32 @@ TM_VNNI TM_VNNI_INLINE __m512i decode(const Packed &packed, int j) {
   }
 }
 
+// The middle codes of a byte of four, by its six lower bits.
+struct Middle {
+  alignas(64) uint8_t code[2][64];
+  constexpr Middle() : code() {
+    for (int i = 0; i < 64; ++i) {
+      code[0][i] = static_cast<uint8_t>(i >> 2 & 3);
+      code[1][i] = static_cast<uint8_t>(i >> 4);
+    }
+  }
+};
+constexpr Middle kMiddle{};
+
+// As decode, with fewer instructions if tables for it are kept in registers: VPERMB ignores an index's upper bits.
+struct Decoder {
+  __m512i middle[2];
+
+  TM_VNNI TM_VNNI_INLINE Decoder() : middle{_mm512_load_si512(kMiddle.code[0]), _mm512_load_si512(kMiddle.code[1])} {
+    __asm__("" : "+v"(middle[0]), "+v"(middle[1]));  // not from memory every time
+  }
+  template <int BITS>
+  TM_VNNI TM_VNNI_INLINE __m512i code(const Packed &packed, int j) const {
+    if (BITS == 2 && (j == 1 || j == 2)) return _mm512_permutexvar_epi8(packed.first, middle[j - 1]);
+    return decode<BITS>(packed, j);
+  }
+};
+
 // ---------------------------------------------------------------- activations
 
 TM_VNNI TM_VNNI_INLINE __m512 load_floats(const void *data, int64_t i, int kind, __mmask16 mask) {
@@ -286,21 +312,37 @@ TM_VNNI void arrange_token(const int8_t *codes, const float *units, int64_t unit
 constexpr int kRows = 4;
 constexpr int kPadding = 16;  // a block's scales are loaded as one vector
 
-// Scales of a row, and the zero points' share of its result: -sum over groups of scale * zero_point * sum(x), by lanes.
+// kRows rows at equal distances, and what they are multiplied with.
+struct Rows {
+  int64_t row, count;  // rows count ... kRows-1 are row count-1 again
+  const uint8_t *codes;
+  int64_t code_stride;
+  float *scale;  // [kRows][scale_stride], times the groups' units if they are given
+  int64_t scale_stride;
+};
+
+// Fills in the scales, and starts the totals with the zero points' share of the results:
+// -sum over groups of scale * zero_point * sum(x), by lanes.
 template <int KIND, bool ZEROS>
-TM_VNNI __m512 load_row(const Weight &w, int64_t row, float *scales, const float *sums) {
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t g = 0; g < w.groups; g += 16) {
-    const __mmask16 mask = lanes_below(w.groups - g);
-    const int64_t i = row * w.groups + g;
-    const __m512 scale = load_floats(w.scale, i, KIND, mask);
-    _mm512_store_ps(scales + g, scale);
-    __m512 share = _mm512_load_ps(sums + g);
-    if (ZEROS)
-      share = _mm512_mul_ps(share, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zero + i))));
-    total = _mm512_fnmadd_ps(share, scale, total);
+TM_VNNI void load_rows(const Weight &w, const Rows &rows, const float *units, const float *sums, float *totals) {
+  const __m512 middle = _mm512_set1_ps(ZEROS ? -1.0f : -static_cast<float>(1 << (w.bits - 1)));
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kRows; ++r) {
+    __m512 total = _mm512_setzero_ps();
+    const int64_t first = (rows.row + std::min(r, rows.count - 1)) * w.groups;
+    for (int64_t g = 0; g < w.groups; g += 16) {
+      const __mmask16 mask = lanes_below(w.groups - g);
+      const __m512 scale = load_floats(w.scale, first + g, KIND, mask);
+      _mm512_store_ps(rows.scale + r * rows.scale_stride + g,
+                      units == nullptr ? scale : _mm512_mul_ps(scale, _mm512_load_ps(units + g)));
+      __m512 share = _mm512_load_ps(sums + g);
+      if (ZEROS)
+        share = _mm512_mul_ps(
+            share, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zero + first + g))));
+      total = _mm512_fmadd_ps(share, scale, total);
+    }
+    _mm512_store_ps(totals + r * kLanes, _mm512_mul_ps(total, middle));
   }
-  return ZEROS ? total : _mm512_mul_ps(total, _mm512_set1_ps(static_cast<float>(1 << (w.bits - 1))));
 }
 
 // Scales of a row, and scale * zero_point (not where there are none).
@@ -352,65 +394,58 @@ struct Call {
 // Bytes from what is decoded to what is fetched into the second-level cache: past the rows that are decoded now.
 constexpr int64_t kLeastAhead = 16384;
 
-struct Rows {
-  const uint8_t *codes[kRows];
-  const float *scale[kRows];
-  int64_t ahead;
-};
-
-// Adds a block of kRows rows; UNIFORM where a block never has two groups.
-template <int BITS, int DIGITS, bool UNIFORM>
-TM_VNNI TM_VNNI_INLINE void add_block(const Call<BITS> &call, const Rows &rows, int64_t block,
-                                      const Packed (&packed)[kRows], __m512 (&total)[kRows]) {
+// Adds COUNT blocks of kRows rows; ONE_GROUP where a block never has two groups, UNITS where units are not in the
+// scales. Memory is faster when neighbouring cache lines are asked for together.
+template <int BITS, int DIGITS, bool ONE_GROUP, bool UNITS, int COUNT>
+TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows, int64_t ahead, int64_t block,
+                                       const Decoder &decoder, __m512 (&total)[kRows]) {
   constexpr int J = kVectors<BITS>;
-  const int8_t *x = call.a.block_values(0, block);
-  __m512i sum[kRows][DIGITS];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_setzero_si512();
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < J; ++j) {
-    __m512i digit[DIGITS];
-#pragma GCC unroll 2
-    for (int d = 0; d < DIGITS; ++d) digit[d] = _mm512_load_si512(x + (d * J + j) * 64);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i code = decode<BITS>(packed[r], j);
-#pragma GCC unroll 2
-      for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_dpbusd_epi32(sum[r][d], code, digit[d]);
-    }
-  }
-  const __m512 unit = _mm512_load_ps(call.a.units + block * kLanes);
-  const int64_t first = call.lanes.first[block];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    const __m512i exact =
-        DIGITS == 1 ? sum[r][0] : _mm512_add_epi32(_mm512_slli_epi32(sum[r][0], 8), sum[r][DIGITS - 1]);
-    const __m512 by = UNIFORM ? _mm512_set1_ps(rows.scale[r][first])
-                              : _mm512_permutexvar_ps(_mm512_loadu_si512(call.lanes.lane.get() + block * kLanes),
-                                                      _mm512_loadu_ps(rows.scale[r] + first));
-    total[r] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact), unit), by, total[r]);
-  }
-}
-
-// Adds COUNT blocks. Memory is faster when neighbouring cache lines are asked for together.
-template <int BITS, int DIGITS, bool UNIFORM, int COUNT>
-TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows, int64_t block,
-                                       __m512 (&total)[kRows]) {
   Packed packed[COUNT][kRows];
+  const uint8_t *from = rows.codes + block * kBlockBytes<BITS>;
+  const int64_t left = COUNT == 1 ? call.w.row_bytes - block * kBlockBytes<BITS> : kBlockBytes<BITS>;
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int b = 0; b < COUNT; ++b) {
-      const int64_t at = (block + b) * kBlockBytes<BITS>;
-      packed[b][r] = load_block<BITS>(rows.codes[r] + at, COUNT == 1 ? call.w.row_bytes - at : kBlockBytes<BITS>);
-      __asm__ volatile("" : "+v"(packed[b][r].first));  // now, and once
-      __builtin_prefetch(rows.codes[r] + at + rows.ahead, 0, 2);
+      const uint8_t *here = from + r * rows.code_stride + b * kBlockBytes<BITS>;
+      Packed loaded = load_block<BITS>(here, left);
+      __asm__ volatile("" : "+v"(loaded.first));  // now, and once
+      packed[b][r] = loaded;
+      __builtin_prefetch(here + ahead, 0, 2);
     }
 #pragma GCC unroll 2
-  for (int b = 0; b < COUNT; ++b) add_block<BITS, DIGITS, UNIFORM>(call, rows, block + b, packed[b], total);
+  for (int b = 0; b < COUNT; ++b, ++block) {
+    const int8_t *x = call.a.values + block * DIGITS * kBlock<BITS>;
+    __m512i sum[kRows][DIGITS];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      __m512i digit[DIGITS];
+#pragma GCC unroll 2
+      for (int d = 0; d < DIGITS; ++d) digit[d] = _mm512_load_si512(x + (d * J + j) * 64);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i code = decoder.code<BITS>(packed[b][r], j);
+#pragma GCC unroll 2
+        for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_dpbusd_epi32(sum[r][d], code, digit[d]);
+      }
+    }
+    const float *const scale = rows.scale + call.lanes.first[block];
+    const __m512i lane = _mm512_loadu_si512(call.lanes.lane.get() + block * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const float *const of = scale + r * rows.scale_stride;
+      const __m512i exact =
+          DIGITS == 1 ? sum[r][0] : _mm512_add_epi32(_mm512_slli_epi32(sum[r][0], 8), sum[r][DIGITS - 1]);
+      __m512 value = _mm512_cvtepi32_ps(exact);
+      if (UNITS) value = _mm512_mul_ps(value, _mm512_load_ps(call.a.units + block * kLanes));
+      const __m512 by = ONE_GROUP ? _mm512_set1_ps(*of) : _mm512_permutexvar_ps(lane, _mm512_loadu_ps(of));
+      total[r] = _mm512_fmadd_ps(value, by, total[r]);
+    }
+  }
 }
 
 TM_VNNI TM_VNNI_INLINE __m128 sums_of(const __m512 (&total)[kRows]) {
@@ -423,36 +458,47 @@ TM_VNNI TM_VNNI_INLINE __m128 sums_of(const __m512 (&total)[kRows]) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// One token, four rows at a time.
-template <int BITS, int DIGITS, bool UNIFORM>
-TM_VNNI void dot_rows(const Call<BITS> &call, int64_t begin, int64_t end) {
+// One token, four rows at a time, and the last few one by one. `units` of the groups, or null.
+template <int BITS, int DIGITS, bool ONE_GROUP, bool UNITS>
+TM_VNNI void dot_rows(const Call<BITS> &call, const float *units, int64_t begin, int64_t end) {
   const Weight &w = call.w;
-  const int64_t blocks = call.a.blocks, groups = call.a.padded_groups, full = w.row_bytes / kBlockBytes<BITS>;
-  const Aligned scales(kRows * (groups + kPadding) * 4);
-  std::memset(scales.data, 0, kRows * (groups + kPadding) * 4);
+  const int64_t blocks = call.a.blocks, full = w.row_bytes / kBlockBytes<BITS>;
+  const int64_t scale_stride = call.a.padded_groups + kPadding, ahead = std::max(kRows * w.row_bytes, kLeastAhead);
+  const Aligned scales(kRows * scale_stride * 4);
+  std::memset(scales.data, 0, kRows * scale_stride * 4);
   const auto load =
-      with_kind(w, [](auto kind, auto zeros) { return &load_row<decltype(kind)::value, decltype(zeros)::value>; });
-  for (int64_t i = begin; i < end; i += kRows) {
-    Rows rows;
-    int64_t row[kRows];
+      with_kind(w, [](auto kind, auto zeros) { return &load_rows<decltype(kind)::value, decltype(zeros)::value>; });
+  const Decoder decoder;
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = end - row >= kRows ? kRows : 1;
+    const Rows rows{row, count, w.codes + row * w.row_bytes, count == 1 ? 0 : w.row_bytes,
+                    reinterpret_cast<float *>(scales.data), scale_stride};
+    prefetch_scales(w, row + 2 * kRows, kRows);
+    alignas(64) float totals[kRows * kLanes], sums[kRows];
+    load(w, rows, units, call.a.sums, totals);
     __m512 total[kRows];
-    rows.ahead = std::max(kRows * w.row_bytes, kLeastAhead);
-    prefetch_scales(w, i + 2 * kRows, kRows);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      row[r] = std::min(i + r, end - 1);  // the last row again where there is no fourth
-      rows.codes[r] = w.codes + row[r] * w.row_bytes;
-      float *scale = reinterpret_cast<float *>(scales.data) + r * (groups + kPadding);
-      rows.scale[r] = scale;
-      total[r] = load(w, row[r], scale, call.a.sums);
-    }
+    for (int r = 0; r < kRows; ++r) total[r] = _mm512_load_ps(totals + r * kLanes);
     int64_t block = 0;
-    for (; block + 2 <= full; block += 2) add_blocks<BITS, DIGITS, UNIFORM, 2>(call, rows, block, total);
-    for (; block < blocks; ++block) add_blocks<BITS, DIGITS, UNIFORM, 1>(call, rows, block, total);
-    alignas(16) float sums[kRows];
+    for (; block + 2 <= full; block += 2)
+      add_blocks<BITS, DIGITS, ONE_GROUP, UNITS, 2>(call, rows, ahead, block, decoder, total);
+    for (; block < blocks; ++block)
+      add_blocks<BITS, DIGITS, ONE_GROUP, UNITS, 1>(call, rows, ahead, block, decoder, total);
     _mm_store_ps(sums, sums_of(total));
-    for (int r = 0; r < kRows; ++r) call.out.store(0, row[r], sums[r]);
+    for (int64_t r = 0; r < count; ++r) call.out.store(0, row + r, sums[r]);
   }
+}
+
+// The units of the one token's groups; false if one changes within a group.
+template <int BITS>
+bool units_of_groups(const Call<BITS> &call, float *units) {
+  std::fill(units, units + call.a.padded_groups, 0.0f);
+  for (int64_t lane = 0; lane < call.a.blocks * kLanes; ++lane) {
+    float &known = units[call.lanes.first[lane / kLanes] + call.lanes.lane[lane]];
+    if (known != 0 && known != call.a.units[lane]) return false;
+    known = call.a.units[lane];
+  }
+  return true;
 }
 
 // ---------------------------------------------------------------- lanes are rows
@@ -873,10 +919,14 @@ void linear(const Weight &w, const Activations<BITS> &a, const Lanes &lanes, con
   if (a.M == 0) return;
   if constexpr (DIGITS != kByTables) {
     if (a.M == 1) {
-      const bool uniform = w.groups == 1 || w.group_size % kBlock<BITS> == 0;
+      const Aligned storage(a.padded_groups * 4);
+      float *const units = reinterpret_cast<float *>(storage.data);
+      const bool one_group = w.groups == 1 || w.group_size % kBlock<BITS> == 0, folded = units_of_groups(call, units);
       parallel_chunks(out.N, kRows, threads, [&](int64_t begin, int64_t end) {
-        if (uniform) return dot_rows<BITS, DIGITS, true>(call, begin, end);
-        dot_rows<BITS, DIGITS, false>(call, begin, end);
+        if (one_group && folded) return dot_rows<BITS, DIGITS, true, false>(call, units, begin, end);
+        if (one_group) return dot_rows<BITS, DIGITS, true, true>(call, nullptr, begin, end);
+        if (folded) return dot_rows<BITS, DIGITS, false, false>(call, units, begin, end);
+        dot_rows<BITS, DIGITS, false, true>(call, nullptr, begin, end);
       });
       return;
     }

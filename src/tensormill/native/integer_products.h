@@ -582,7 +582,7 @@ struct Tile {
   const float *units;
 };
 
-constexpr int kStrips = 2;  // of 16 rows: each broadcast word serves both
+constexpr int kStrips = 3;  // of 16 rows: each broadcast word serves all, at the cost of half a product
 constexpr int64_t kStripRows = kStrips * kLanes;
 
 // 32 rows (fewer at the end of the matrix) with their scales, transposed, and what is summed so far.
@@ -609,10 +609,10 @@ struct Staging {
   uint8_t *words = nullptr;
 
   template <int BITS>
-  TM_VNNI TM_VNNI_INLINE void copy(int64_t c) const {  // rows 2c, 2c+1
+  TM_VNNI TM_VNNI_INLINE void copy(int64_t c) const {  // a sixteenth
     if (rows == nullptr) return;
-#pragma GCC unroll 2
-    for (int64_t r = 2 * c; r < 2 * c + 2; ++r) {
+#pragma GCC unroll 4
+    for (int64_t r = kStrips * c; r < kStrips * (c + 1); ++r) {
       const uint8_t *from = rows + r * row_bytes;
       const Packed packed = load_block<BITS>(from, r < count ? bytes : 0);
       for (int64_t i = 0; i < kBlockBytes<BITS>; i += 64)  // of the next strips, into the second-level cache
@@ -624,12 +624,12 @@ struct Staging {
     }
   }
   template <int BITS>
-  TM_VNNI TM_VNNI_INLINE void transpose(int64_t c) const {  // half a quarter of the words
-    if (copied_before == nullptr || c % 2 != 0) return;
-    const int64_t strip = c / 2 % 2;
+  TM_VNNI TM_VNNI_INLINE void transpose(int64_t c) const {  // a sixteenth, if c is below 4 kStrips
+    if (copied_before == nullptr || c >= 4 * kStrips) return;
+    const int64_t strip = c / 4;
 #pragma GCC unroll 2
     for (int j = 0; j < kWords<BITS>; ++j)
-      transpose_words(copied_before + (j * kStripRows + strip * kLanes) * 64, 64, c / 4,
+      transpose_words(copied_before + (j * kStripRows + strip * kLanes) * 64, 64, c % 4,
                       words + (j * kStrips + strip) * kLanes * 64);
   }
 };
@@ -644,7 +644,7 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
   const int32_t *lane = call.lanes.lane.get() + block * kLanes;
   float *total = strips.total + tile.first * kStripRows;
   __m512i sum[kStrips][DIGITS][TOKENS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kStrips; ++s)
 #pragma GCC unroll 2
     for (int d = 0; d < DIGITS; ++d)
@@ -654,7 +654,7 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
     staging.copy<BITS>(c);
     staging.transpose<BITS>(c);
     Packed packed[kStrips];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int s = 0; s < kStrips; ++s)
       if (kWholeBytes<BITS>) {
         packed[s].first = _mm512_load_si512(codes + (s * kLanes + c) * 64);
@@ -663,7 +663,7 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       __m512i code[kStrips];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)
         code[s] = kWholeBytes<BITS> ? decode<BITS>(packed[s], j)
                                     : _mm512_load_si512(codes + ((j * kStrips + s) * kLanes + c) * 64);
@@ -672,14 +672,14 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
 #pragma GCC unroll 16
         for (int t = 0; t < TOKENS; ++t) {
           const __m512i word = _mm512_set1_epi32(x[d * TOKENS + t]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int s = 0; s < kStrips; ++s) sum[s][d][t] = _mm512_dpbusd_epi32(sum[s][d][t], code[s], word);
         }
       x += DIGITS * TOKENS;
     }
     if (ends >> c & 1) {
       const float *scales = strips.scale + (call.lanes.first[block] + lane[c]) * kStripRows;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s) {
         const __m512 scale = _mm512_load_ps(scales + s * kLanes);
 #pragma GCC unroll 16
@@ -741,7 +741,7 @@ TM_VNNI void look_up(const Call<BITS> &call, const Strips &strips, const Tile &t
   float *total = strips.total + tile.first * kStripRows;
   const __m512i ones = _mm512_set1_epi8(1), low_half = _mm512_set1_epi8(15), which = _mm512_set1_epi32(0x30201000);
   __m512i high[kStrips][TOKENS], low[kStrips][TOKENS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kStrips; ++s)
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) high[s][t] = low[s][t] = _mm512_setzero_si512();
@@ -749,19 +749,19 @@ TM_VNNI void look_up(const Call<BITS> &call, const Strips &strips, const Tile &t
     staging.copy<BITS>(c);
     staging.transpose<BITS>(c);
     __m512i packed[kStrips];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int s = 0; s < kStrips; ++s) packed[s] = _mm512_load_si512(codes + (s * kLanes + c) * 64);
 #pragma GCC unroll 2
     for (int nibble = 0; nibble < 2; ++nibble) {
       __m512i index[kStrips];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)  // (packed & low_half) | which
         index[s] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(packed[s], 4 * nibble), low_half, which, 0xea);
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; ++t) {
         const uint8_t *of = table + t * stride + (2 * c + nibble) * 128;
         const __m512i high_bytes = _mm512_load_si512(of), low_bytes = _mm512_load_si512(of + 64);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int s = 0; s < kStrips; ++s) {
           high[s][t] = _mm512_dpbusd_epi32(high[s][t], ones, _mm512_permutexvar_epi8(index[s], high_bytes));
           low[s][t] = _mm512_dpbusd_epi32(low[s][t], ones, _mm512_permutexvar_epi8(index[s], low_bytes));
@@ -770,7 +770,7 @@ TM_VNNI void look_up(const Call<BITS> &call, const Strips &strips, const Tile &t
     }
     if (ends >> c & 1) {
       const float *scales = strips.scale + (call.lanes.first[block] + lane[c]) * kStripRows;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)
 #pragma GCC unroll 4
         for (int t = 0; t < TOKENS; ++t) {
@@ -830,7 +830,7 @@ TM_VNNI void finish(const Call<BITS> &call, const Strips &strips, int64_t token)
   const float *const by = zeros ? strips.product : strips.scale;
   const __m512 zero = _mm512_set1_ps(zeros ? 1.0f : static_cast<float>(1 << (BITS - 1)));
   __m512 share[kStrips][TOKENS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kStrips; ++s)
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) share[s][t] = _mm512_setzero_ps();
@@ -838,12 +838,12 @@ TM_VNNI void finish(const Call<BITS> &call, const Strips &strips, int64_t token)
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) {
       const __m512 sum = _mm512_set1_ps(call.a.sums[(token + t) * call.a.padded_groups + g]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)
         share[s][t] = _mm512_fmadd_ps(sum, _mm512_load_ps(by + g * kStripRows + s * kLanes), share[s][t]);
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kStrips; ++s) {
     const int64_t row = strips.row + s * kLanes;
     const __mmask16 mask = lanes_below(strips.rows - s * kLanes);

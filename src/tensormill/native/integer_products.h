@@ -710,7 +710,7 @@ template <int BITS>
 constexpr int64_t kTableBytes = kLanes * 2 * 2 * 64;
 
 template <int BITS>
-void build_tables(const Activations<BITS> &a, int64_t token, int8_t *out) {
+TM_VNNI void build_tables(const Activations<BITS> &a, int64_t token, int8_t *out) {
   constexpr int CODES = 4 / BITS, J = kVectors<BITS>;
   for (int64_t block = 0; block < a.blocks; ++block) {
     const int8_t *x = a.block_values(token, block);
@@ -789,14 +789,17 @@ TM_VNNI void look_up(const Call<BITS> &call, const Strips &strips, const Tile &t
 constexpr int kByTables = 0;  // in place of a number of digits
 
 template <int DIGITS>
-constexpr int64_t kMostTokens = DIGITS == kByTables ? 2 : DIGITS == 1 ? 8 : 4;  // of a tile: up to sixteen sums
+constexpr int64_t kMostTokens = DIGITS == 1 ? 8 : 4;  // of a tile: 24 sums
 
 template <int BITS, int DIGITS>
 void multiply_tile(const Call<BITS> &call, const Strips &strips, const Tile &tile, int64_t block, uint32_t ends,
                    const uint8_t *codes, const Staging &staging) {
   if constexpr (DIGITS == kByTables) {
-    if (tile.width == 1) return look_up<BITS, 1>(call, strips, tile, block, ends, codes, staging);
-    look_up<BITS, 2>(call, strips, tile, block, ends, codes, staging);
+    switch (tile.width) {
+      case 1: return look_up<BITS, 1>(call, strips, tile, block, ends, codes, staging);
+      case 2: return look_up<BITS, 2>(call, strips, tile, block, ends, codes, staging);
+      default: return look_up<BITS, 4>(call, strips, tile, block, ends, codes, staging);
+    }
   } else {
     switch (tile.width) {
       case 2: return multiply<BITS, DIGITS, 2>(call, strips, tile, block, ends, codes, staging);
@@ -952,7 +955,7 @@ void linear(const Weight &w, const Activations<BITS> &a, const Lanes &lanes, con
   parallel_ranges(count, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tokens = std::min(kMost, a.M - i * kMost);
-      const int64_t width = DIGITS == kByTables ? tokens : tokens <= 2 ? 2 : tokens <= 4 ? 4 : kMost;
+      const int64_t width = DIGITS == kByTables && tokens == 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : kMost;
       auto *to = reinterpret_cast<int32_t *>(word_storage.data) + i * kMost * words;
       auto *units = reinterpret_cast<float *>(unit_storage.data) + i * kMost * a.blocks * kLanes;
       if constexpr (DIGITS == kByTables) {

@@ -19,6 +19,7 @@
 namespace nb = nanobind;
 
 using namespace tensormill::low_bit;
+using tensormill::half_to_float;
 using tensormill::instruction_set;
 
 namespace {
@@ -325,7 +326,7 @@ void linear(uintptr_t x, int x_kind, uintptr_t unit, uintptr_t codes, uintptr_t 
     given.unit = quantized_unit.get();
   }
 #if TENSORMILL_X86
-  if (instruction_set() >= tensormill::kAvx512Vnni && linear_vnni(w, given, out, tables, threads)) return;
+  if (instruction_set() >= tensormill::kVnni && linear_vnni(w, given, out, tables, threads)) return;
 #else
   static_cast<void>(tables);
 #endif
@@ -344,5 +345,5 @@ void linear(uintptr_t x, int x_kind, uintptr_t unit, uintptr_t codes, uintptr_t 
 
 NB_MODULE(_cpu, m) {
   m.def("linear", &linear, nb::call_guard<nb::gil_scoped_release>());
-  m.def("instruction_set", [] { return static_cast<int>(instruction_set()); });
+  m.def("instruction_set", &tensormill::instruction_set_name);
 }

@@ -11,7 +11,7 @@
 // vectors of 64 bytes, whose 32-bit lane d holds codes of the d-th sixteenth of the block; activations are brought into
 // the same order once per call. Two ways to walk:
 // - few tokens: lanes are columns. Rows are dotted with x, and summed across lanes at the end.
-// - more tokens: lanes are rows. Blocks of 32 rows are transposed, so that each of x's 32-bit words is broadcast and
+// - more tokens: lanes are rows. Blocks of 48 rows are transposed, so that each of x's 32-bit words is broadcast and
 //   the sums of 16 rows are one vector: nothing but VPDPBUSD happens per token until a segment ends.
 #pragma once
 
@@ -585,11 +585,11 @@ struct Tile {
 constexpr int kStrips = 3;  // of 16 rows: each broadcast word serves all, at the cost of half a product
 constexpr int64_t kStripRows = kStrips * kLanes;
 
-// 32 rows (fewer at the end of the matrix) with their scales, transposed, and what is summed so far.
+// 48 rows (fewer at the end of the matrix) with their scales, transposed, and what is summed so far.
 struct Strips {
   int64_t row, rows;
-  const float *scale, *product;  // [groups][32], the scales, and their products with the zero points
-  float *total;                  // [tokens][32]
+  const float *scale, *product;  // [groups][kStripRows], the scales, and their products with the zero points
+  float *total;                  // [tokens][kStripRows]
 };
 
 // Vectors that a row's block is while it is transposed: packed codes, or decoded ones.
@@ -600,7 +600,7 @@ constexpr int64_t kStagedBytes = kWords<BITS> *kStripRows * 64;
 
 // A block on its way from the matrix to the multiplication. Rows are copied first, for they may lie at a distance at
 // which the first-level cache holds few of them, then transposed. Both happen a little at a time while another block is
-// multiplied, which leaves the units for it idle. `copied` is [words][32 rows][64], `words` [words][strips][16][64].
+// multiplied, which leaves the units for it idle. `copied` is [words][48 rows][64], `words` [words][strips][16][64].
 struct Staging {
   const uint8_t *rows = nullptr;  // to copy, or null
   int64_t bytes = 0, row_bytes = 0, count = 0;

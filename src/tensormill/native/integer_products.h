@@ -493,10 +493,12 @@ TM_VNNI void dot_rows(const Call<BITS> &call, const float *units, int64_t begin,
 template <int BITS>
 bool units_of_groups(const Call<BITS> &call, float *units) {
   std::fill(units, units + call.a.padded_groups, 0.0f);
+  int64_t before = -1;
   for (int64_t lane = 0; lane < call.a.blocks * kLanes; ++lane) {
-    float &known = units[call.lanes.first[lane / kLanes] + call.lanes.lane[lane]];
-    if (known != 0 && known != call.a.units[lane]) return false;
-    known = call.a.units[lane];
+    const int64_t group = call.lanes.first[lane / kLanes] + call.lanes.lane[lane];
+    if (group == before && units[group] != call.a.units[lane]) return false;
+    units[group] = call.a.units[lane];
+    before = group;
   }
   return true;
 }

@@ -11,7 +11,7 @@
 // vectors of 64 bytes, whose 32-bit lane d holds codes of the d-th sixteenth of the block; activations are brought into
 // the same order once per call. Two ways to walk:
 // - few tokens: lanes are columns. Rows are dotted with x, and summed across lanes at the end.
-// - more tokens: lanes are rows. Blocks of 32 rows are transposed, so that each of x's 32-bit words is broadcast and
+// - more tokens: lanes are rows. Blocks of 48 rows are transposed, so that each of x's 32-bit words is broadcast and
 //   the sums of 16 rows are one vector: nothing but VPDPBUSD happens per token until a segment ends.
 #pragma once
 
@@ -155,6 +155,32 @@ TM_VNNI TM_VNNI_INLINE __m512i decode(const Packed &packed, int j) {
   }
 }
 
+// The middle codes of a byte of four, by its six lower bits.
+struct Middle {
+  alignas(64) uint8_t code[2][64];
+  constexpr Middle() : code() {
+    for (int i = 0; i < 64; ++i) {
+      code[0][i] = static_cast<uint8_t>(i >> 2 & 3);
+      code[1][i] = static_cast<uint8_t>(i >> 4);
+    }
+  }
+};
+constexpr Middle kMiddle{};
+
+// As decode, with fewer instructions if tables for it are kept in registers: VPERMB ignores an index's upper bits.
+struct Decoder {
+  __m512i middle[2];
+
+  TM_VNNI TM_VNNI_INLINE Decoder() : middle{_mm512_load_si512(kMiddle.code[0]), _mm512_load_si512(kMiddle.code[1])} {
+    __asm__("" : "+v"(middle[0]), "+v"(middle[1]));  // not from memory every time
+  }
+  template <int BITS>
+  TM_VNNI TM_VNNI_INLINE __m512i code(const Packed &packed, int j) const {
+    if (BITS == 2 && (j == 1 || j == 2)) return _mm512_permutexvar_epi8(packed.first, middle[j - 1]);
+    return decode<BITS>(packed, j);
+  }
+};
+
 // ---------------------------------------------------------------- activations
 
 TM_VNNI TM_VNNI_INLINE __m512 load_floats(const void *data, int64_t i, int kind, __mmask16 mask) {
@@ -286,21 +312,37 @@ TM_VNNI void arrange_token(const int8_t *codes, const float *units, int64_t unit
 constexpr int kRows = 4;
 constexpr int kPadding = 16;  // a block's scales are loaded as one vector
 
-// Scales of a row, and the zero points' share of its result: -sum over groups of scale * zero_point * sum(x), by lanes.
+// kRows rows at equal distances, and what they are multiplied with.
+struct Rows {
+  int64_t row, count;  // rows count ... kRows-1 are row count-1 again
+  const uint8_t *codes;
+  int64_t code_stride;
+  float *scale;  // [kRows][scale_stride], times the groups' units if they are given
+  int64_t scale_stride;
+};
+
+// Fills in the scales, and starts the totals with the zero points' share of the results:
+// -sum over groups of scale * zero_point * sum(x), by lanes.
 template <int KIND, bool ZEROS>
-TM_VNNI __m512 load_row(const Weight &w, int64_t row, float *scales, const float *sums) {
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t g = 0; g < w.groups; g += 16) {
-    const __mmask16 mask = lanes_below(w.groups - g);
-    const int64_t i = row * w.groups + g;
-    const __m512 scale = load_floats(w.scale, i, KIND, mask);
-    _mm512_store_ps(scales + g, scale);
-    __m512 share = _mm512_load_ps(sums + g);
-    if (ZEROS)
-      share = _mm512_mul_ps(share, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zero + i))));
-    total = _mm512_fnmadd_ps(share, scale, total);
+TM_VNNI void load_rows(const Weight &w, const Rows &rows, const float *units, const float *sums, float *totals) {
+  const __m512 middle = _mm512_set1_ps(ZEROS ? -1.0f : -static_cast<float>(1 << (w.bits - 1)));
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kRows; ++r) {
+    __m512 total = _mm512_setzero_ps();
+    const int64_t first = (rows.row + std::min(r, rows.count - 1)) * w.groups;
+    for (int64_t g = 0; g < w.groups; g += 16) {
+      const __mmask16 mask = lanes_below(w.groups - g);
+      const __m512 scale = load_floats(w.scale, first + g, KIND, mask);
+      _mm512_store_ps(rows.scale + r * rows.scale_stride + g,
+                      units == nullptr ? scale : _mm512_mul_ps(scale, _mm512_load_ps(units + g)));
+      __m512 share = _mm512_load_ps(sums + g);
+      if (ZEROS)
+        share = _mm512_mul_ps(
+            share, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zero + first + g))));
+      total = _mm512_fmadd_ps(share, scale, total);
+    }
+    _mm512_store_ps(totals + r * kLanes, _mm512_mul_ps(total, middle));
   }
-  return ZEROS ? total : _mm512_mul_ps(total, _mm512_set1_ps(static_cast<float>(1 << (w.bits - 1))));
 }
 
 // Scales of a row, and scale * zero_point (not where there are none).
@@ -352,65 +394,58 @@ struct Call {
 // Bytes from what is decoded to what is fetched into the second-level cache: past the rows that are decoded now.
 constexpr int64_t kLeastAhead = 16384;
 
-struct Rows {
-  const uint8_t *codes[kRows];
-  const float *scale[kRows];
-  int64_t ahead;
-};
-
-// Adds a block of kRows rows; UNIFORM where a block never has two groups.
-template <int BITS, int DIGITS, bool UNIFORM>
-TM_VNNI TM_VNNI_INLINE void add_block(const Call<BITS> &call, const Rows &rows, int64_t block,
-                                      const Packed (&packed)[kRows], __m512 (&total)[kRows]) {
+// Adds COUNT blocks of kRows rows; ONE_GROUP where a block never has two groups, UNITS where units are not in the
+// scales. Memory is faster when neighbouring cache lines are asked for together.
+template <int BITS, int DIGITS, bool ONE_GROUP, bool UNITS, int COUNT>
+TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows, int64_t ahead, int64_t block,
+                                       const Decoder &decoder, __m512 (&total)[kRows]) {
   constexpr int J = kVectors<BITS>;
-  const int8_t *x = call.a.block_values(0, block);
-  __m512i sum[kRows][DIGITS];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_setzero_si512();
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < J; ++j) {
-    __m512i digit[DIGITS];
-#pragma GCC unroll 2
-    for (int d = 0; d < DIGITS; ++d) digit[d] = _mm512_load_si512(x + (d * J + j) * 64);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i code = decode<BITS>(packed[r], j);
-#pragma GCC unroll 2
-      for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_dpbusd_epi32(sum[r][d], code, digit[d]);
-    }
-  }
-  const __m512 unit = _mm512_load_ps(call.a.units + block * kLanes);
-  const int64_t first = call.lanes.first[block];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    const __m512i exact =
-        DIGITS == 1 ? sum[r][0] : _mm512_add_epi32(_mm512_slli_epi32(sum[r][0], 8), sum[r][DIGITS - 1]);
-    const __m512 by = UNIFORM ? _mm512_set1_ps(rows.scale[r][first])
-                              : _mm512_permutexvar_ps(_mm512_loadu_si512(call.lanes.lane.get() + block * kLanes),
-                                                      _mm512_loadu_ps(rows.scale[r] + first));
-    total[r] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact), unit), by, total[r]);
-  }
-}
-
-// Adds COUNT blocks. Memory is faster when neighbouring cache lines are asked for together.
-template <int BITS, int DIGITS, bool UNIFORM, int COUNT>
-TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows, int64_t block,
-                                       __m512 (&total)[kRows]) {
   Packed packed[COUNT][kRows];
+  const uint8_t *from = rows.codes + block * kBlockBytes<BITS>;
+  const int64_t left = COUNT == 1 ? call.w.row_bytes - block * kBlockBytes<BITS> : kBlockBytes<BITS>;
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int b = 0; b < COUNT; ++b) {
-      const int64_t at = (block + b) * kBlockBytes<BITS>;
-      packed[b][r] = load_block<BITS>(rows.codes[r] + at, COUNT == 1 ? call.w.row_bytes - at : kBlockBytes<BITS>);
-      __asm__ volatile("" : "+v"(packed[b][r].first));  // now, and once
-      __builtin_prefetch(rows.codes[r] + at + rows.ahead, 0, 2);
+      const uint8_t *here = from + r * rows.code_stride + b * kBlockBytes<BITS>;
+      Packed loaded = load_block<BITS>(here, left);
+      __asm__ volatile("" : "+v"(loaded.first));  // now, and once
+      packed[b][r] = loaded;
+      __builtin_prefetch(here + ahead, 0, 2);
     }
 #pragma GCC unroll 2
-  for (int b = 0; b < COUNT; ++b) add_block<BITS, DIGITS, UNIFORM>(call, rows, block + b, packed[b], total);
+  for (int b = 0; b < COUNT; ++b, ++block) {
+    const int8_t *x = call.a.values + block * DIGITS * kBlock<BITS>;
+    __m512i sum[kRows][DIGITS];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      __m512i digit[DIGITS];
+#pragma GCC unroll 2
+      for (int d = 0; d < DIGITS; ++d) digit[d] = _mm512_load_si512(x + (d * J + j) * 64);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i code = decoder.code<BITS>(packed[b][r], j);
+#pragma GCC unroll 2
+        for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_dpbusd_epi32(sum[r][d], code, digit[d]);
+      }
+    }
+    const float *const scale = rows.scale + call.lanes.first[block];
+    const __m512i lane = _mm512_loadu_si512(call.lanes.lane.get() + block * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const float *const of = scale + r * rows.scale_stride;
+      const __m512i exact =
+          DIGITS == 1 ? sum[r][0] : _mm512_add_epi32(_mm512_slli_epi32(sum[r][0], 8), sum[r][DIGITS - 1]);
+      __m512 value = _mm512_cvtepi32_ps(exact);
+      if (UNITS) value = _mm512_mul_ps(value, _mm512_load_ps(call.a.units + block * kLanes));
+      const __m512 by = ONE_GROUP ? _mm512_set1_ps(*of) : _mm512_permutexvar_ps(lane, _mm512_loadu_ps(of));
+      total[r] = _mm512_fmadd_ps(value, by, total[r]);
+    }
+  }
 }
 
 TM_VNNI TM_VNNI_INLINE __m128 sums_of(const __m512 (&total)[kRows]) {
@@ -423,36 +458,49 @@ TM_VNNI TM_VNNI_INLINE __m128 sums_of(const __m512 (&total)[kRows]) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// One token, four rows at a time.
-template <int BITS, int DIGITS, bool UNIFORM>
-TM_VNNI void dot_rows(const Call<BITS> &call, int64_t begin, int64_t end) {
+// One token, four rows at a time, and the last few one by one. `units` of the groups, or null.
+template <int BITS, int DIGITS, bool ONE_GROUP, bool UNITS>
+TM_VNNI void dot_rows(const Call<BITS> &call, const float *units, int64_t begin, int64_t end) {
   const Weight &w = call.w;
-  const int64_t blocks = call.a.blocks, groups = call.a.padded_groups, full = w.row_bytes / kBlockBytes<BITS>;
-  const Aligned scales(kRows * (groups + kPadding) * 4);
-  std::memset(scales.data, 0, kRows * (groups + kPadding) * 4);
+  const int64_t blocks = call.a.blocks, full = w.row_bytes / kBlockBytes<BITS>;
+  const int64_t scale_stride = call.a.padded_groups + kPadding, ahead = std::max(kRows * w.row_bytes, kLeastAhead);
+  const Aligned scales(kRows * scale_stride * 4);
+  std::memset(scales.data, 0, kRows * scale_stride * 4);
   const auto load =
-      with_kind(w, [](auto kind, auto zeros) { return &load_row<decltype(kind)::value, decltype(zeros)::value>; });
-  for (int64_t i = begin; i < end; i += kRows) {
-    Rows rows;
-    int64_t row[kRows];
+      with_kind(w, [](auto kind, auto zeros) { return &load_rows<decltype(kind)::value, decltype(zeros)::value>; });
+  const Decoder decoder;
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = end - row >= kRows ? kRows : 1;
+    const Rows rows{row, count, w.codes + row * w.row_bytes, count == 1 ? 0 : w.row_bytes,
+                    reinterpret_cast<float *>(scales.data), scale_stride};
+    prefetch_scales(w, row + 2 * kRows, kRows);
+    alignas(64) float totals[kRows * kLanes], sums[kRows];
+    load(w, rows, units, call.a.sums, totals);
     __m512 total[kRows];
-    rows.ahead = std::max(kRows * w.row_bytes, kLeastAhead);
-    prefetch_scales(w, i + 2 * kRows, kRows);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      row[r] = std::min(i + r, end - 1);  // the last row again where there is no fourth
-      rows.codes[r] = w.codes + row[r] * w.row_bytes;
-      float *scale = reinterpret_cast<float *>(scales.data) + r * (groups + kPadding);
-      rows.scale[r] = scale;
-      total[r] = load(w, row[r], scale, call.a.sums);
-    }
+    for (int r = 0; r < kRows; ++r) total[r] = _mm512_load_ps(totals + r * kLanes);
     int64_t block = 0;
-    for (; block + 2 <= full; block += 2) add_blocks<BITS, DIGITS, UNIFORM, 2>(call, rows, block, total);
-    for (; block < blocks; ++block) add_blocks<BITS, DIGITS, UNIFORM, 1>(call, rows, block, total);
-    alignas(16) float sums[kRows];
+    for (; block + 2 <= full; block += 2)
+      add_blocks<BITS, DIGITS, ONE_GROUP, UNITS, 2>(call, rows, ahead, block, decoder, total);
+    for (; block < blocks; ++block)
+      add_blocks<BITS, DIGITS, ONE_GROUP, UNITS, 1>(call, rows, ahead, block, decoder, total);
     _mm_store_ps(sums, sums_of(total));
-    for (int r = 0; r < kRows; ++r) call.out.store(0, row[r], sums[r]);
+    for (int64_t r = 0; r < count; ++r) call.out.store(0, row + r, sums[r]);
   }
+}
+
+// The units of the one token's groups; false if one changes within a group.
+template <int BITS>
+bool units_of_groups(const Call<BITS> &call, float *units) {
+  std::fill(units, units + call.a.padded_groups, 0.0f);
+  int64_t before = -1;
+  for (int64_t lane = 0; lane < call.a.blocks * kLanes; ++lane) {
+    const int64_t group = call.lanes.first[lane / kLanes] + call.lanes.lane[lane];
+    if (group == before && units[group] != call.a.units[lane]) return false;
+    units[group] = call.a.units[lane];
+    before = group;
+  }
+  return true;
 }
 
 // ---------------------------------------------------------------- lanes are rows
@@ -536,14 +584,14 @@ struct Tile {
   const float *units;
 };
 
-constexpr int kStrips = 2;  // of 16 rows: each broadcast word serves both
+constexpr int kStrips = 3;  // of 16 rows: each broadcast word serves all, at the cost of half a product
 constexpr int64_t kStripRows = kStrips * kLanes;
 
-// 32 rows (fewer at the end of the matrix) with their scales, transposed, and what is summed so far.
+// 48 rows (fewer at the end of the matrix) with their scales, transposed, and what is summed so far.
 struct Strips {
   int64_t row, rows;
-  const float *scale, *product;  // [groups][32], the scales, and their products with the zero points
-  float *total;                  // [tokens][32]
+  const float *scale, *product;  // [groups][kStripRows], the scales, and their products with the zero points
+  float *total;                  // [tokens][kStripRows]
 };
 
 // Vectors that a row's block is while it is transposed: packed codes, or decoded ones.
@@ -554,7 +602,7 @@ constexpr int64_t kStagedBytes = kWords<BITS> *kStripRows * 64;
 
 // A block on its way from the matrix to the multiplication. Rows are copied first, for they may lie at a distance at
 // which the first-level cache holds few of them, then transposed. Both happen a little at a time while another block is
-// multiplied, which leaves the units for it idle. `copied` is [words][32 rows][64], `words` [words][strips][16][64].
+// multiplied, which leaves the units for it idle. `copied` is [words][48 rows][64], `words` [words][strips][16][64].
 struct Staging {
   const uint8_t *rows = nullptr;  // to copy, or null
   int64_t bytes = 0, row_bytes = 0, count = 0;
@@ -563,10 +611,10 @@ struct Staging {
   uint8_t *words = nullptr;
 
   template <int BITS>
-  TM_VNNI TM_VNNI_INLINE void copy(int64_t c) const {  // rows 2c, 2c+1
+  TM_VNNI TM_VNNI_INLINE void copy(int64_t c) const {  // a sixteenth
     if (rows == nullptr) return;
-#pragma GCC unroll 2
-    for (int64_t r = 2 * c; r < 2 * c + 2; ++r) {
+#pragma GCC unroll 4
+    for (int64_t r = kStrips * c; r < kStrips * (c + 1); ++r) {
       const uint8_t *from = rows + r * row_bytes;
       const Packed packed = load_block<BITS>(from, r < count ? bytes : 0);
       for (int64_t i = 0; i < kBlockBytes<BITS>; i += 64)  // of the next strips, into the second-level cache
@@ -578,12 +626,12 @@ struct Staging {
     }
   }
   template <int BITS>
-  TM_VNNI TM_VNNI_INLINE void transpose(int64_t c) const {  // half a quarter of the words
-    if (copied_before == nullptr || c % 2 != 0) return;
-    const int64_t strip = c / 2 % 2;
+  TM_VNNI TM_VNNI_INLINE void transpose(int64_t c) const {  // a sixteenth, if c is below 4 kStrips
+    if (copied_before == nullptr || c >= 4 * kStrips) return;
+    const int64_t strip = c / 4;
 #pragma GCC unroll 2
     for (int j = 0; j < kWords<BITS>; ++j)
-      transpose_words(copied_before + (j * kStripRows + strip * kLanes) * 64, 64, c / 4,
+      transpose_words(copied_before + (j * kStripRows + strip * kLanes) * 64, 64, c % 4,
                       words + (j * kStrips + strip) * kLanes * 64);
   }
 };
@@ -598,7 +646,7 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
   const int32_t *lane = call.lanes.lane.get() + block * kLanes;
   float *total = strips.total + tile.first * kStripRows;
   __m512i sum[kStrips][DIGITS][TOKENS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kStrips; ++s)
 #pragma GCC unroll 2
     for (int d = 0; d < DIGITS; ++d)
@@ -608,7 +656,7 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
     staging.copy<BITS>(c);
     staging.transpose<BITS>(c);
     Packed packed[kStrips];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int s = 0; s < kStrips; ++s)
       if (kWholeBytes<BITS>) {
         packed[s].first = _mm512_load_si512(codes + (s * kLanes + c) * 64);
@@ -617,7 +665,7 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       __m512i code[kStrips];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)
         code[s] = kWholeBytes<BITS> ? decode<BITS>(packed[s], j)
                                     : _mm512_load_si512(codes + ((j * kStrips + s) * kLanes + c) * 64);
@@ -626,14 +674,14 @@ TM_VNNI void multiply(const Call<BITS> &call, const Strips &strips, const Tile &
 #pragma GCC unroll 16
         for (int t = 0; t < TOKENS; ++t) {
           const __m512i word = _mm512_set1_epi32(x[d * TOKENS + t]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int s = 0; s < kStrips; ++s) sum[s][d][t] = _mm512_dpbusd_epi32(sum[s][d][t], code[s], word);
         }
       x += DIGITS * TOKENS;
     }
     if (ends >> c & 1) {
       const float *scales = strips.scale + (call.lanes.first[block] + lane[c]) * kStripRows;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s) {
         const __m512 scale = _mm512_load_ps(scales + s * kLanes);
 #pragma GCC unroll 16
@@ -664,7 +712,7 @@ template <int BITS>
 constexpr int64_t kTableBytes = kLanes * 2 * 2 * 64;
 
 template <int BITS>
-void build_tables(const Activations<BITS> &a, int64_t token, int8_t *out) {
+TM_VNNI void build_tables(const Activations<BITS> &a, int64_t token, int8_t *out) {
   constexpr int CODES = 4 / BITS, J = kVectors<BITS>;
   for (int64_t block = 0; block < a.blocks; ++block) {
     const int8_t *x = a.block_values(token, block);
@@ -695,7 +743,7 @@ TM_VNNI void look_up(const Call<BITS> &call, const Strips &strips, const Tile &t
   float *total = strips.total + tile.first * kStripRows;
   const __m512i ones = _mm512_set1_epi8(1), low_half = _mm512_set1_epi8(15), which = _mm512_set1_epi32(0x30201000);
   __m512i high[kStrips][TOKENS], low[kStrips][TOKENS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kStrips; ++s)
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) high[s][t] = low[s][t] = _mm512_setzero_si512();
@@ -703,19 +751,19 @@ TM_VNNI void look_up(const Call<BITS> &call, const Strips &strips, const Tile &t
     staging.copy<BITS>(c);
     staging.transpose<BITS>(c);
     __m512i packed[kStrips];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int s = 0; s < kStrips; ++s) packed[s] = _mm512_load_si512(codes + (s * kLanes + c) * 64);
 #pragma GCC unroll 2
     for (int nibble = 0; nibble < 2; ++nibble) {
       __m512i index[kStrips];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)  // (packed & low_half) | which
         index[s] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(packed[s], 4 * nibble), low_half, which, 0xea);
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; ++t) {
         const uint8_t *of = table + t * stride + (2 * c + nibble) * 128;
         const __m512i high_bytes = _mm512_load_si512(of), low_bytes = _mm512_load_si512(of + 64);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int s = 0; s < kStrips; ++s) {
           high[s][t] = _mm512_dpbusd_epi32(high[s][t], ones, _mm512_permutexvar_epi8(index[s], high_bytes));
           low[s][t] = _mm512_dpbusd_epi32(low[s][t], ones, _mm512_permutexvar_epi8(index[s], low_bytes));
@@ -724,7 +772,7 @@ TM_VNNI void look_up(const Call<BITS> &call, const Strips &strips, const Tile &t
     }
     if (ends >> c & 1) {
       const float *scales = strips.scale + (call.lanes.first[block] + lane[c]) * kStripRows;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)
 #pragma GCC unroll 4
         for (int t = 0; t < TOKENS; ++t) {
@@ -743,14 +791,17 @@ TM_VNNI void look_up(const Call<BITS> &call, const Strips &strips, const Tile &t
 constexpr int kByTables = 0;  // in place of a number of digits
 
 template <int DIGITS>
-constexpr int64_t kMostTokens = DIGITS == kByTables ? 2 : DIGITS == 1 ? 8 : 4;  // of a tile: up to sixteen sums
+constexpr int64_t kMostTokens = DIGITS == 1 ? 8 : 4;  // of a tile: 24 sums
 
 template <int BITS, int DIGITS>
 void multiply_tile(const Call<BITS> &call, const Strips &strips, const Tile &tile, int64_t block, uint32_t ends,
                    const uint8_t *codes, const Staging &staging) {
   if constexpr (DIGITS == kByTables) {
-    if (tile.width == 1) return look_up<BITS, 1>(call, strips, tile, block, ends, codes, staging);
-    look_up<BITS, 2>(call, strips, tile, block, ends, codes, staging);
+    switch (tile.width) {
+      case 1: return look_up<BITS, 1>(call, strips, tile, block, ends, codes, staging);
+      case 2: return look_up<BITS, 2>(call, strips, tile, block, ends, codes, staging);
+      default: return look_up<BITS, 4>(call, strips, tile, block, ends, codes, staging);
+    }
   } else {
     switch (tile.width) {
       case 2: return multiply<BITS, DIGITS, 2>(call, strips, tile, block, ends, codes, staging);
@@ -784,7 +835,7 @@ TM_VNNI void finish(const Call<BITS> &call, const Strips &strips, int64_t token)
   const float *const by = zeros ? strips.product : strips.scale;
   const __m512 zero = _mm512_set1_ps(zeros ? 1.0f : static_cast<float>(1 << (BITS - 1)));
   __m512 share[kStrips][TOKENS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kStrips; ++s)
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) share[s][t] = _mm512_setzero_ps();
@@ -792,12 +843,12 @@ TM_VNNI void finish(const Call<BITS> &call, const Strips &strips, int64_t token)
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) {
       const __m512 sum = _mm512_set1_ps(call.a.sums[(token + t) * call.a.padded_groups + g]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s)
         share[s][t] = _mm512_fmadd_ps(sum, _mm512_load_ps(by + g * kStripRows + s * kLanes), share[s][t]);
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < kStrips; ++s) {
     const int64_t row = strips.row + s * kLanes;
     const __mmask16 mask = lanes_below(strips.rows - s * kLanes);
@@ -873,10 +924,14 @@ void linear(const Weight &w, const Activations<BITS> &a, const Lanes &lanes, con
   if (a.M == 0) return;
   if constexpr (DIGITS != kByTables) {
     if (a.M == 1) {
-      const bool uniform = w.groups == 1 || w.group_size % kBlock<BITS> == 0;
+      const Aligned storage(a.padded_groups * 4);
+      float *const units = reinterpret_cast<float *>(storage.data);
+      const bool one_group = w.groups == 1 || w.group_size % kBlock<BITS> == 0, folded = units_of_groups(call, units);
       parallel_chunks(out.N, kRows, threads, [&](int64_t begin, int64_t end) {
-        if (uniform) return dot_rows<BITS, DIGITS, true>(call, begin, end);
-        dot_rows<BITS, DIGITS, false>(call, begin, end);
+        if (one_group && folded) return dot_rows<BITS, DIGITS, true, false>(call, units, begin, end);
+        if (one_group) return dot_rows<BITS, DIGITS, true, true>(call, nullptr, begin, end);
+        if (folded) return dot_rows<BITS, DIGITS, false, false>(call, units, begin, end);
+        dot_rows<BITS, DIGITS, false, true>(call, nullptr, begin, end);
       });
       return;
     }
@@ -902,7 +957,7 @@ void linear(const Weight &w, const Activations<BITS> &a, const Lanes &lanes, con
   parallel_ranges(count, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tokens = std::min(kMost, a.M - i * kMost);
-      const int64_t width = DIGITS == kByTables ? tokens : tokens <= 2 ? 2 : tokens <= 4 ? 4 : kMost;
+      const int64_t width = DIGITS == kByTables && tokens == 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : kMost;
       auto *to = reinterpret_cast<int32_t *>(word_storage.data) + i * kMost * words;
       auto *units = reinterpret_cast<float *>(unit_storage.data) + i * kMost * a.blocks * kLanes;
       if constexpr (DIGITS == kByTables) {

@@ -1,10 +1,11 @@
-// What the kernels of all instruction sets share: the packed weight, the output, and scalar conversions.
+// What the kernels of all instruction sets share: the packed weight and the output.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <memory>
 
+#include "floats.h"
 #include "parallel.h"
 
 namespace tensormill::low_bit {
@@ -18,55 +19,6 @@ struct Weight {
   int64_t K, row_bytes, groups, group_size;
   int bits, scale_kind;
 };
-
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
-  uint32_t bits;
-  if (exponent == 31) {
-    bits = sign | 0x7f800000u | (mantissa << 13);
-  } else if (exponent != 0) {
-    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-  } else {
-    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    return sign ? -value : value;
-  }
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint16_t float_to_half(float value) {  // round to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
-  if (bits < 0x38800000u) {                                              // subnormal half
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    const float shifted = magnitude + 0.5f;  // the unit in the last place of 0.5 is 2^-24
-    uint32_t rounded;
-    std::memcpy(&rounded, &shifted, 4);
-    return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
-  }
-  const uint32_t odd = (bits >> 13) & 1u;
-  return static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xfffu + odd) >> 13));
-}
-
-inline float bfloat_to_float(uint16_t b) {
-  const uint32_t bits = static_cast<uint32_t>(b) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint16_t float_to_bfloat(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 inline float load_float(const void *data, int64_t i, int kind) {
   if (kind == kFloat32) return static_cast<const float *>(data)[i];

@@ -3,13 +3,11 @@
 // Formats are affine in the unsigned codes, so that y = alpha U + beta_x sum(u_x) + beta_w sum(u_w) + gamma K for each
 // group, in arithmetic modulo 2^32, which is exact because y fits.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
 
-#include <cstdlib>
 #include <cstring>
-#include <string>
 #include <vector>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace tensormill::bit_planes {
@@ -49,25 +47,15 @@ struct Kernel {
 
 namespace tensormill::bit_planes {
 
-// TENSORMILL_CPU_ISA=portable (or avx2) keeps to that instruction set; anything else takes the best there is.
-const std::string &instruction_set() {
-  static const std::string chosen = [] {
-    const char *given = std::getenv("TENSORMILL_CPU_ISA");
-    const std::string wanted = given ? given : "";
 #if TENSORMILL_X86
-    const bool counts = has_avx512() && __builtin_cpu_supports("avx512vpopcntdq");
-    if (wanted != "portable" && wanted != "avx2" && counts) return std::string("avx512");
-    if (wanted != "portable" && has_avx2()) return std::string("avx2");
+// Whether there is an instruction that counts the bits of a vector's words.
+bool counts_bits() { return instruction_set() >= kAvx512 && __builtin_cpu_supports("avx512vpopcntdq"); }
 #endif
-    return std::string("portable");
-  }();
-  return chosen;
-}
 
 Kernel kernel() {
 #if TENSORMILL_X86
-  if (instruction_set() == "avx512") return avx512::kernel();
-  if (instruction_set() == "avx2") return avx2::kernel();
+  if (counts_bits()) return avx512::kernel();
+  if (instruction_set() >= kAvx2) return avx2::kernel();
 #endif
   return portable::kernel();
 }
@@ -165,7 +153,7 @@ void expand(uintptr_t planes_address, uintptr_t bytes_address, int64_t rows, int
   auto *bytes = reinterpret_cast<uint8_t *>(bytes_address);
   auto *row = &expand_row;
 #if TENSORMILL_X86
-  if (instruction_set() == "avx512") row = &expand_row_avx512;
+  if (instruction_set() >= kAvx512) row = &expand_row_avx512;
 #endif
   parallel_ranges(rows, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) row(planes + r * 4 * words, rows * 4 * words, bytes + r * length, length, bits);
@@ -180,5 +168,5 @@ NB_MODULE(_cpu, m) {
   m.def("product", &product, nb::call_guard<nb::gil_scoped_release>());
   m.def("expand", &expand, nb::call_guard<nb::gil_scoped_release>());
   m.def("has_byte_products", [] { return tensormill::has_avx512_vnni(); });
-  m.def("instruction_set", &instruction_set);
+  m.def("instruction_set", &tensormill::instruction_set_name);
 }

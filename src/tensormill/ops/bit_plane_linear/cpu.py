@@ -86,5 +86,5 @@ def _expand(planes: Tensor, length: int) -> Tensor:
 
 
 def instruction_set() -> str:
-    """Which instructions the kernels use here: "avx512", "avx2" or "portable"."""
+    """The best instruction set that may be used here: "portable", "avx2", "avx512" or one above it."""
     return str(_cpu.instruction_set())

@@ -7,14 +7,12 @@
 // natural order of other columns. For floating-point results columns are cut to the digits of the mantissa
 // beforehand, and the base carries the exponent of numbers in [1, 2), from which 1 is subtracted: no conversion.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <string>
 #include <type_traits>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace tensormill::digital_net {
@@ -81,27 +79,9 @@ struct Kernels {
 
 namespace tensormill::digital_net {
 
-// TENSORMILL_CPU_ISA=portable (or avx2) keeps to that instruction set; anything else takes the best there is.
-const std::string &instruction_set() {
-  static const std::string chosen = [] {
-    const char *given = std::getenv("TENSORMILL_CPU_ISA");
-    const std::string wanted = given ? given : "";
-    if (wanted != "portable" && wanted != "avx2" && has_avx512()) return std::string("avx512");
-    if (wanted != "portable" && has_avx2()) return std::string("avx2");
-    return std::string("portable");
-  }();
-  return chosen;
-}
-
 template <class T>
 const Kernels<T> &kernels() {
-  static const Kernels<T> chosen = [] {
-#if TENSORMILL_X86
-    if (instruction_set() == "avx512") return avx512::kernels<T>();
-    if (instruction_set() == "avx2") return avx2::kernels<T>();
-#endif
-    return portable::kernels<T>();
-  }();
+  static const Kernels<T> chosen = TENSORMILL_BEST_COPY(kernels<T>());
   return chosen;
 }
 
@@ -264,5 +244,5 @@ NB_MODULE(_cpu, m) {
   m.def("float32", &generate<float>, nb::call_guard<nb::gil_scoped_release>());
   m.def("float64", &generate<double>, nb::call_guard<nb::gil_scoped_release>());
   m.def("int64", &generate<int64_t>, nb::call_guard<nb::gil_scoped_release>());
-  m.def("instruction_set", &instruction_set);
+  m.def("instruction_set", &tensormill::instruction_set_name);
 }

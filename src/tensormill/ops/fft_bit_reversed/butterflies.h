@@ -18,19 +18,7 @@
 namespace tensormill::fft::ISA {
 
 template <class T>
-struct Register;
-template <>
-struct Register<float> {
-  typedef float type __attribute__((vector_size(ISA_BYTES)));
-  typedef int32_t index __attribute__((vector_size(ISA_BYTES)));
-};
-template <>
-struct Register<double> {
-  typedef double type __attribute__((vector_size(ISA_BYTES)));
-  typedef int64_t index __attribute__((vector_size(ISA_BYTES)));
-};
-template <class T>
-using Vector = typename Register<T>::type;
+using Vector = typename Register<T, ISA_BYTES>::type;
 template <class T>
 constexpr int LANES = ISA_BYTES / sizeof(T);
 template <class T>
@@ -41,24 +29,18 @@ ISA_INLINE void fetch(Vector<T> &v, const T *p) {
   std::memcpy(&v, p, sizeof v);
 }
 
-#if defined(__clang__)
-#define ISA_SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define ISA_SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, typename Register<T>::index{__VA_ARGS__})
-#endif
-
 template <class T, size_t... I>
 ISA_INLINE void deinterleave(Vector<T> &a, Vector<T> &b, std::index_sequence<I...>) {
-  const Vector<T> re = ISA_SHUFFLE(T, a, b, (2 * int(I))...);
-  b = ISA_SHUFFLE(T, a, b, (2 * int(I) + 1)...);
+  const Vector<T> re = TENSORMILL_SHUFFLE(T, ISA_BYTES, a, b, (2 * int(I))...);
+  b = TENSORMILL_SHUFFLE(T, ISA_BYTES, a, b, (2 * int(I) + 1)...);
   a = re;
 }
 
 template <class T, size_t... I>
 ISA_INLINE void interleave(Vector<T> &a, Vector<T> &b, std::index_sequence<I...>) {
   constexpr int L = LANES<T>;
-  const Vector<T> low = ISA_SHUFFLE(T, a, b, (int(I) / 2 + (int(I) % 2) * L)...);
-  b = ISA_SHUFFLE(T, a, b, (int(I) / 2 + (int(I) % 2) * L + L / 2)...);
+  const Vector<T> low = TENSORMILL_SHUFFLE(T, ISA_BYTES, a, b, (int(I) / 2 + (int(I) % 2) * L)...);
+  b = TENSORMILL_SHUFFLE(T, ISA_BYTES, a, b, (int(I) / 2 + (int(I) % 2) * L + L / 2)...);
   a = low;
 }
 
@@ -79,7 +61,7 @@ ISA_INLINE void store(T *p, Vector<T> &re, Vector<T> &im) {
 // Lane i becomes v[i] + v[i ^ H], or v[i ^ H] - v[i] where i has the bit.
 template <class T, int H, size_t... I>
 ISA_INLINE void exchange_lanes(Vector<T> &v, std::index_sequence<I...>) {
-  const Vector<T> other = ISA_SHUFFLE(T, v, v, (int(I) ^ H)...);
+  const Vector<T> other = TENSORMILL_SHUFFLE(T, ISA_BYTES, v, v, (int(I) ^ H)...);
   v = v * Vector<T>{((int(I) & H) ? T(-1) : T(1))...} + other;
 }
 
@@ -346,7 +328,7 @@ ISA_TARGET void rows(const T *x, int64_t imag, T *y, int log_n, int64_t count, b
 
 template <class T, size_t... I>
 ISA_INLINE void turn_round(Vector<T> &v, std::index_sequence<I...>) {
-  v = ISA_SHUFFLE(T, v, v, (LANES<T> - 1 - int(I))...);
+  v = TENSORMILL_SHUFFLE(T, ISA_BYTES, v, v, (LANES<T> - 1 - int(I))...);
 }
 
 // Z, the transform of (first half) + i (second half) of 2^log_n real samples, is in the first half of y; it becomes
@@ -418,4 +400,3 @@ Kernels<T> kernels() {
 #undef ISA_BYTES
 #undef ISA_RADIX
 #undef ISA_INLINE
-#undef ISA_SHUFFLE

@@ -5,26 +5,19 @@
 // then the columns, a block of them at a time in a small scratch buffer; inverse, the columns first. So the data cross
 // the outer caches twice, and both halves are independent pieces of work for threads.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
-#include <string>
 #include <utility>
 
+#include "isa.h"
+#include "lanes.h"
 #include "parallel.h"
 
 namespace tensormill::fft {
-
-constexpr int log2_floor(int64_t n) {
-  int bits = 0;
-  for (; n > 1; n /= 2) ++bits;
-  return bits;
-}
 
 constexpr std::align_val_t LINE{64};
 struct FreeAligned {
@@ -122,27 +115,9 @@ struct Kernels {
 
 namespace tensormill::fft {
 
-// TENSORMILL_CPU_ISA=portable (or avx2) keeps to that instruction set; anything else takes the best there is.
-const std::string &instruction_set() {
-  static const std::string chosen = [] {
-    const char *given = std::getenv("TENSORMILL_CPU_ISA");
-    const std::string wanted = given ? given : "";
-    if (wanted != "portable" && wanted != "avx2" && has_avx512()) return std::string("avx512");
-    if (wanted != "portable" && has_avx2()) return std::string("avx2");
-    return std::string("portable");
-  }();
-  return chosen;
-}
-
 template <class T>
 const Kernels<T> &kernels() {
-  static const Kernels<T> chosen = [] {
-#if TENSORMILL_X86
-    if (instruction_set() == "avx512") return avx512::kernels<T>();
-    if (instruction_set() == "avx2") return avx2::kernels<T>();
-#endif
-    return portable::kernels<T>();
-  }();
+  static const Kernels<T> chosen = TENSORMILL_BEST_COPY(kernels<T>());
   return chosen;
 }
 
@@ -239,5 +214,5 @@ NB_MODULE(_cpu, m) {
   m.def("real_float32", &transform_real<float>, nb::call_guard<nb::gil_scoped_release>());
   m.def("real_float64", &transform_real<double>, nb::call_guard<nb::gil_scoped_release>());
   m.def("least_real_bits", &least_real_bits);
-  m.def("instruction_set", &instruction_set);
+  m.def("instruction_set", &tensormill::instruction_set_name);
 }

@@ -14,19 +14,7 @@
 namespace tensormill::hadamard::ISA {
 
 template <class T>
-struct Register;
-template <>
-struct Register<float> {
-  typedef float type __attribute__((vector_size(ISA_BYTES)));
-  typedef int32_t index __attribute__((vector_size(ISA_BYTES)));
-};
-template <>
-struct Register<double> {
-  typedef double type __attribute__((vector_size(ISA_BYTES)));
-  typedef int64_t index __attribute__((vector_size(ISA_BYTES)));
-};
-template <class T>
-using Vector = typename Register<T>::type;
+using Vector = typename Register<T, ISA_BYTES>::type;
 template <class T>
 constexpr int LANES = ISA_BYTES / sizeof(T);
 template <class T>
@@ -58,24 +46,20 @@ ISA_INLINE void store(Half *p, const Vector<float> &v) {
 template <class S>
 ISA_INLINE void load(Vector<float> &v, const S *p) {
   float values[LANES<float>];
-  for (int i = 0; i < LANES<float>; ++i) values[i] = to_float(p[i]);
+  for (int i = 0; i < LANES<float>; ++i) values[i] = widen(p[i]);
   std::memcpy(&v, values, sizeof v);
 }
 template <class S>
 ISA_INLINE void store(S *p, const Vector<float> &v) {
   float values[LANES<float>];
   std::memcpy(values, &v, sizeof v);
-  for (int i = 0; i < LANES<float>; ++i) p[i] = from_float<S>(values[i]);
+  for (int i = 0; i < LANES<float>; ++i) p[i] = narrow<S>(values[i]);
 }
 
 // One stage on lane bit H: lane i becomes v[i] + v[i ^ H], or v[i ^ H] - v[i] where i has the bit.
 template <class T, int H, size_t... I>
 ISA_INLINE void exchange_lanes(Vector<T> &v, std::index_sequence<I...>) {
-#if defined(__clang__)
-  const Vector<T> other = __builtin_shufflevector(v, v, (int(I) ^ H)...);
-#else
-  const Vector<T> other = __builtin_shuffle(v, typename Register<T>::index{(int(I) ^ H)...});
-#endif
+  const Vector<T> other = TENSORMILL_SHUFFLE(T, ISA_BYTES, v, v, (int(I) ^ H)...);
   v = v * Vector<T>{((int(I) & H) ? T(-1) : T(1))...} + other;
 }
 

@@ -6,25 +6,18 @@
 // level once per split, and both halves are independent pieces of work for threads. Rows of more than 2^19 floats are
 // split twice, for the first-level and for the second-level cache.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <string>
 #include <type_traits>
 #include <utility>
 
+#include "floats.h"
+#include "isa.h"
+#include "lanes.h"
 #include "parallel.h"
 
 namespace tensormill::hadamard {
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
 
 template <class S>
 struct Compute {
@@ -36,62 +29,6 @@ struct Compute<double> {
 };
 template <class S>
 using compute_t = typename Compute<S>::type;
-
-constexpr int log2_floor(int64_t n) {
-  int bits = 0;
-  for (; n > 1; n /= 2) ++bits;
-  return bits;
-}
-
-inline float to_float(BFloat b) {
-  const uint32_t word = uint32_t{b.bits} << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-
-template <class S>
-S from_float(float value);
-
-template <>
-inline BFloat from_float<BFloat>(float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, sizeof word);
-  const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const uint32_t nan = (word >> 16) | 0x40;
-  return {static_cast<uint16_t>((word & 0x7fffffff) > 0x7f800000 ? nan : rounded)};
-}
-
-inline float to_float(Half h) {
-  const uint32_t sign = uint32_t{h.bits & 0x8000u} << 16, rest = h.bits & 0x7fffu;
-  float value;
-  if (rest < 0x400) {  // zero and subnormals: multiples of 2^-24
-    value = static_cast<float>(rest) * 0x1p-24f;
-    return sign ? -value : value;
-  }
-  const uint32_t word = sign | ((rest << 13) + (rest >= 0x7c00 ? 0x70000000u : 0x38000000u));
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-
-template <>
-inline Half from_float<Half>(float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, sizeof word);
-  const uint16_t sign = static_cast<uint16_t>((word >> 16) & 0x8000);
-  const uint32_t rest = word & 0x7fffffff;
-  if (rest > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
-  if (rest >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and more round to infinity
-  if (rest < 0x38800000) {  // below 2^-14: the addition rounds to a multiple of 2^-24
-    float magnitude;
-    std::memcpy(&magnitude, &rest, sizeof magnitude);
-    magnitude += 0.5f;
-    uint32_t shifted;
-    std::memcpy(&shifted, &magnitude, sizeof shifted);
-    return {static_cast<uint16_t>(sign | (shifted - 0x3f000000))};
-  }
-  return {static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13))};
-}
 
 // What cpu.cpp needs from one instruction set, for storage type S.
 template <class S>
@@ -127,27 +64,9 @@ struct Kernels {
 
 namespace tensormill::hadamard {
 
-// TENSORMILL_CPU_ISA=portable (or avx2) keeps to that instruction set; anything else takes the best there is.
-const std::string &instruction_set() {
-  static const std::string chosen = [] {
-    const char *given = std::getenv("TENSORMILL_CPU_ISA");
-    const std::string wanted = given ? given : "";
-    if (wanted != "portable" && wanted != "avx2" && has_avx512()) return std::string("avx512");
-    if (wanted != "portable" && has_avx2()) return std::string("avx2");
-    return std::string("portable");
-  }();
-  return chosen;
-}
-
 template <class S>
 const Kernels<S> &kernels() {
-  static const Kernels<S> chosen = [] {
-#if TENSORMILL_X86
-    if (instruction_set() == "avx512") return avx512::kernels<S>();
-    if (instruction_set() == "avx2") return avx2::kernels<S>();
-#endif
-    return portable::kernels<S>();
-  }();
+  static const Kernels<S> chosen = TENSORMILL_BEST_COPY(kernels<S>());
   return chosen;
 }
 
@@ -234,7 +153,7 @@ NB_MODULE(_cpu, m) {
   using namespace tensormill::hadamard;
   m.def("float32", &transform<float>, nb::call_guard<nb::gil_scoped_release>());
   m.def("float64", &transform<double>, nb::call_guard<nb::gil_scoped_release>());
-  m.def("float16", &transform<Half>, nb::call_guard<nb::gil_scoped_release>());
-  m.def("bfloat16", &transform<BFloat>, nb::call_guard<nb::gil_scoped_release>());
-  m.def("instruction_set", &instruction_set);
+  m.def("float16", &transform<tensormill::Half>, nb::call_guard<nb::gil_scoped_release>());
+  m.def("bfloat16", &transform<tensormill::BFloat16>, nb::call_guard<nb::gil_scoped_release>());
+  m.def("instruction_set", &tensormill::instruction_set_name);
 }

@@ -31,5 +31,5 @@ def hadamard_transform(x: Tensor, scale: float) -> Tensor:
 
 
 def instruction_set() -> str:
-    """Which instructions the kernel uses here: "avx512", "avx2" or "portable"."""
+    """The best instruction set that may be used here: "portable", "avx2", "avx512" or one above it."""
     return str(_cpu.instruction_set())

@@ -1,13 +1,11 @@
 // Kalman smoother of a batch of series: one thread takes whole series, each one step after another (recursion.h).
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <string>
 #include <vector>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace tensormill::kalman {
@@ -29,39 +27,27 @@ using Series = void (*)(const Arguments<T> &, const Results<T> &, int64_t, int, 
 
 #define ISA portable
 #define ISA_TARGET
+#define ISA_SIZES !TENSORMILL_X86
 #include "recursion.h"
 
 #if TENSORMILL_X86
 #define ISA avx2
 #define ISA_TARGET __attribute__((target("avx2,fma")))
+#define ISA_SIZES 1
 #include "recursion.h"
 
 #define ISA avx512
-#define ISA_TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma")))
+// Matrices are too small for whole registers; what helps is that there are more.
+#define ISA_TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma,prefer-vector-width=256")))
+#define ISA_SIZES 1
 #include "recursion.h"
 #endif
 
 namespace tensormill::kalman {
 
-// TENSORMILL_CPU_ISA=portable (or avx2) keeps to that instruction set; anything else takes the best there is.
-const std::string &instruction_set() {
-  static const std::string chosen = [] {
-    const char *given = std::getenv("TENSORMILL_CPU_ISA");
-    const std::string wanted = given ? given : "";
-    if (wanted != "portable" && wanted != "avx2" && has_avx512()) return std::string("avx512");
-    if (wanted != "portable" && has_avx2()) return std::string("avx2");
-    return std::string("portable");
-  }();
-  return chosen;
-}
-
 template <class T>
 Series<T> best_series(int size) {
-#if TENSORMILL_X86
-  if (instruction_set() == "avx512") return avx512::series_of<T>(size);
-  if (instruction_set() == "avx2") return avx2::series_of<T>(size);
-#endif
-  return portable::series_of<T>(size);
+  return TENSORMILL_BEST_COPY(series_of<T>(size));
 }
 
 template <class T>
@@ -100,5 +86,5 @@ NB_MODULE(_cpu, m) {
   using namespace tensormill::kalman;
   m.def("float32", &smooth<float>, nb::call_guard<nb::gil_scoped_release>());
   m.def("float64", &smooth<double>, nb::call_guard<nb::gil_scoped_release>());
-  m.def("instruction_set", &instruction_set);
+  m.def("instruction_set", &tensormill::instruction_set_name);
 }

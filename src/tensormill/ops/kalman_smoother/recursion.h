@@ -2,6 +2,7 @@
 // defining
 //   ISA         namespace of this copy
 //   ISA_TARGET  function attribute that enables the instructions (may be empty)
+//   ISA_SIZES   whether there are copies for the sizes most used, which take most of the time to compile
 // There is no include guard on purpose.
 //
 // Every covariance is kept as a factor F with P = F F', every precision likewise, and a product of Gaussians becomes
@@ -9,7 +10,7 @@
 // where the matrix in the middle is symmetric with eigenvalues of at least one: its Cholesky factor always exists, and
 // the result is positive semidefinite by construction, whatever was rounded. J may be singular; so may P.
 
-#define ISA_INLINE ISA_TARGET inline __attribute__((always_inline))
+#define ISA_INLINE ISA_TARGET inline  // "flatten" below inlines them where the size is known, and nothing else has to
 
 namespace tensormill::kalman::ISA {
 
@@ -153,7 +154,7 @@ ISA_INLINE void narrow(const T *f, const T *j, T *out, T *work, T *spare, int n)
 
 // A size known at compile time (SIZE above 0) lets the compiler unroll the products.
 template <class T, int SIZE>
-ISA_TARGET void series(const Arguments<T> &in, const Results<T> &out, int64_t steps, int size, int outputs) {
+ISA_TARGET inline __attribute__((always_inline)) void run(const Arguments<T> &in, const Results<T> &out, int64_t steps, int size, int outputs) {
   const int s = SIZE > 0 ? SIZE : size, r = outputs;
   const int64_t ss = int64_t{s} * s;
   std::vector<T> buffer(steps * ss + 8 * ss + 2 * int64_t{r} * s + 6 * s + 4 * r);
@@ -231,8 +232,21 @@ ISA_TARGET void series(const Arguments<T> &in, const Results<T> &out, int64_t st
   }
 }
 
+template <class T, int SIZE>
+ISA_TARGET __attribute__((flatten)) void series(const Arguments<T> &in, const Results<T> &out, int64_t steps, int size,
+                                                int outputs) {
+  run<T, SIZE>(in, out, steps, size, outputs);
+}
+
+template <class T>
+ISA_TARGET void series_of_any_size(const Arguments<T> &in, const Results<T> &out, int64_t steps, int size,
+                                   int outputs) {
+  run<T, 0>(in, out, steps, size, outputs);
+}
+
 template <class T>
 Series<T> series_of(int size) {
+#if ISA_SIZES
   switch (size) {
     case 1: return series<T, 1>;
     case 2: return series<T, 2>;
@@ -240,8 +254,10 @@ Series<T> series_of(int size) {
     case 4: return series<T, 4>;
     case 6: return series<T, 6>;
     case 9: return series<T, 9>;
-    default: return series<T, 0>;
   }
+#endif
+  static_cast<void>(size);
+  return series_of_any_size<T>;
 }
 
 }  // namespace tensormill::kalman::ISA
@@ -249,3 +265,4 @@ Series<T> series_of(int size) {
 #undef ISA_INLINE
 #undef ISA
 #undef ISA_TARGET
+#undef ISA_SIZES

@@ -713,7 +713,7 @@ bool multiplies_bytes(int64_t groups, int64_t group_size, int bits) {
   w.groups = groups;
   w.group_size = group_size;
   w.bits = bits;
-  if (instruction_set() < tensormill::kAvx512Vnni) return false;
+  if (instruction_set() < tensormill::kVnni) return false;
   TM_DISPATCH_BITS(takes_vnni, w)
 #else
   static_cast<void>(groups), static_cast<void>(group_size), static_cast<void>(bits);
@@ -737,8 +737,8 @@ void linear(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintp
   }
 #endif
   const auto of_integers = [&] { TM_DISPATCH_BITS(linear_vnni, w, values, x_kind, M, out, threads) };
-  if (x_kind != kFloat32 && instruction_set() >= tensormill::kAvx512Vnni && of_integers()) return;
-  if (instruction_set() >= tensormill::kAvx512 && whole_octets) {
+  if (x_kind != kFloat32 && instruction_set() >= tensormill::kVnni && of_integers()) return;
+  if (instruction_set() >= tensormill::kVbmi && whole_octets) {
     TM_DISPATCH_BITS(linear_512, w, values, x_kind, M, out, threads)
   }
   if (instruction_set() >= tensormill::kAvx2 && whole_octets) {
@@ -763,7 +763,7 @@ void dequantize(uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t out,
   void *target = reinterpret_cast<void *>(out);
   if (N * K < serial_work()) threads = 1;
 #if TENSORMILL_X86
-  if (instruction_set() >= tensormill::kAvx512 && (groups == 1 || group_size % 16 == 0)) {
+  if (instruction_set() >= tensormill::kVbmi && (groups == 1 || group_size % 16 == 0)) {
     TM_DISPATCH_BITS(dequantize_512, w, target, out_kind, N, threads)
   }
   if (instruction_set() >= tensormill::kAvx2 && (groups == 1 || group_size % 8 == 0)) {
@@ -784,5 +784,5 @@ NB_MODULE(_cpu, m) {
   m.def("linear", &linear, nb::call_guard<nb::gil_scoped_release>());
   m.def("dequantize", &dequantize, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiplies_bytes", &multiplies_bytes);
-  m.def("instruction_set", [] { return static_cast<int>(instruction_set()); });
+  m.def("instruction_set", &tensormill::instruction_set_name);
 }

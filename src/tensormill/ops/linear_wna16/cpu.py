@@ -14,7 +14,6 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # 64 for float32 activations.
 _MOST_DECODED_TOKENS = 8
 _MOST_DECODED_TOKENS_AVX2 = 64
-_AVX2, _AMX = 1, 4  # of _cpu.instruction_set()
 # Tokens, or elements of x, up to which decoding into AMX tiles beats it: x stays in the second-level cache.
 _MOST_TILED_TOKENS = 32
 _MOST_TILED_ELEMENTS = 3 << 18
@@ -35,10 +34,10 @@ def linear(
     """See `reference.linear_wna16`."""
     tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
     whole_octets = scale.shape[1] == 1 or group_size % 8 == 0
-    avx2 = whole_octets and _cpu.instruction_set() == _AVX2
+    avx2 = whole_octets and _cpu.instruction_set() in ("avx2", "avx512")
     most_decoded = _MOST_DECODED_TOKENS_AVX2 if avx2 else _MOST_DECODED_TOKENS
     tiled = tokens <= _MOST_TILED_TOKENS or x.numel() <= _MOST_TILED_ELEMENTS
-    amx = _cpu.instruction_set() == _AMX
+    amx = _cpu.instruction_set() == "amx"
     if amx and x.dtype == torch.bfloat16:
         direct = tokens <= most_decoded or tiled
     else:

@@ -93,7 +93,7 @@ def _tinygemm_takes(
     columns, rows = x.shape[-1], weight.shape[0]
     fits = rows % 16 == 0 if x.device.type == "cpu" else rows % 8 == 0 and columns % 128 == 0
     group = _group(columns, group_size)
-    return bits == 4 and x.dim() == 2 and group in (32, 64, 128, 256) and columns % group == 0 and fits
+    return bits <= 4 and x.dim() == 2 and group in (32, 64, 128, 256) and columns % group == 0 and fits
 
 
 def onnxruntime(accuracy_level: int) -> Callable[..., Call]:
@@ -326,7 +326,7 @@ def register(operator: Operator) -> None:
         tolerance=_BF16_TOLERANCE,
     )
     operator.peer(
-        "torch int4 (tinygemm)",
+        "torch int4 (tinygemm), 4.25 bits",  # with groups of 128
         devices=("cpu", "cuda"),
         make=_tinygemm,
         supports=_tinygemm_takes,

@@ -3,8 +3,8 @@
 // Sums of integers are exact; scales and zero points are applied in float32 to sums over a *segment*, columns that
 // share a scale of the weight and one of the activations. AVX-512 VNNI has a kernel of its own (integer_products.h).
 // The others decode a row of weights to a byte per code, once for all tokens, and multiply it with the tokens' codes as
-// they lie in memory: AVX-VNNI like AVX-512 VNNI, AVX2 by VPMADDUBSW, whose 16-bit sums of two products are exact up to 7
-// bits, and by 16-bit products for 8 bits.
+// they lie in memory: AVX-VNNI like AVX-512 VNNI, AVX2 by VPMADDUBSW, whose 16-bit sums of products are exact up to 7 bits,
+// and by 16-bit products for 8 bits.
 #include <nanobind/nanobind.h>
 
 #include <cmath>
@@ -19,6 +19,7 @@
 namespace nb = nanobind;
 
 using namespace tensormill::low_bit;
+using tensormill::half_to_float;
 using tensormill::instruction_set;
 
 namespace {
@@ -126,7 +127,12 @@ void decode_row(const Weight &w, int64_t row, uint8_t *out) {
   const uint32_t mask = (1u << w.bits) - 1u;
   for (int64_t k = 0; k < w.K; k += 8, codes += w.bits) {
     uint64_t octet = 0;
-    std::memcpy(&octet, codes, std::min<int64_t>(w.bits, w.codes + (row + 1) * w.row_bytes - codes));
+    const int64_t left = w.codes + (row + 1) * w.row_bytes - codes;
+    if (left >= 8) {
+      std::memcpy(&octet, codes, 8);
+    } else {
+      std::memcpy(&octet, codes, std::min<int64_t>(w.bits, left));
+    }
     for (int j = 0; j < 8; ++j) out[k + j] = static_cast<uint8_t>(octet >> (j * w.bits) & mask);
   }
 }
@@ -150,20 +156,24 @@ struct Segments {
 
 TM_INLINE int64_t group_of(int64_t column, int64_t groups, int64_t size) { return groups == 1 ? 0 : column / size; }
 
-// Row by row: `dot(codes, x, count)` returns the exact sum of products.
-template <class Decode, class Dot>
-TM_INLINE void linear_rows_body(const Weight &w, const Codes &x, const Segments &segments, const Output &out,
-                                int64_t begin, int64_t end, Decode &&decode, Dot &&dot) {
+int32_t dot_portable(const uint8_t *codes, const int8_t *x, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += codes[i] * x[i];
+  return sum;
+}
+
+void linear_rows_portable(const Weight &w, const Codes &x, const Segments &segments, const Output &out, int64_t begin,
+                          int64_t end) {
   std::unique_ptr<uint8_t[]> codes(new uint8_t[w.K + 64]);
   for (int64_t row = begin; row < end; ++row) {
-    decode(w, row, codes.get());
+    decode_row(w, row, codes.get());
     for (int64_t t = 0; t < x.M; ++t) {
       float total = 0;
       for (int64_t i = 0; i < segments.count; ++i) {
         const int64_t column = i * segments.size, g = row * w.groups + group_of(column, w.groups, w.group_size);
         const int32_t zero = w.zero != nullptr ? w.zero[g] : 1 << (w.bits - 1);
         const int32_t exact =
-            dot(codes.get() + column, x.values + t * x.K + column, std::min(segments.size, w.K - column));
+            dot_portable(codes.get() + column, x.values + t * x.K + column, std::min(segments.size, w.K - column));
         total += static_cast<float>(exact - zero * segments.sums[t * segments.count + i]) *
                  (load_float(w.scale, g, w.scale_kind) *
                   x.unit[t * x.units + group_of(column, x.units, x.unit_size)]);
@@ -173,76 +183,120 @@ TM_INLINE void linear_rows_body(const Weight &w, const Codes &x, const Segments 
   }
 }
 
-TM_INLINE int32_t dot_portable(const uint8_t *codes, const int8_t *x, int64_t count) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += codes[i] * x[i];
-  return sum;
-}
-
-void linear_rows_portable(const Weight &w, const Codes &x, const Segments &segments, const Output &out, int64_t begin,
-                          int64_t end) {
-  linear_rows_body(w, x, segments, out, begin, end, decode_row, dot_portable);
-}
-
 #if TENSORMILL_X86
 #define TM_AVX2_FEATURES "avx2,fma,f16c,bmi,bmi2"
+#define TM_AVX2 __attribute__((target(TM_AVX2_FEATURES)))
+#define TM_AVX_VNNI __attribute__((target(TM_AVX2_FEATURES ",avxvnni")))
 
-__attribute__((target(TM_AVX2_FEATURES))) TM_INLINE int32_t reduce_add(__m256i sum) {
-  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
-}
-
-// Eight codes by one PDEP.
-__attribute__((target(TM_AVX2_FEATURES))) inline void decode_row_avx2(const Weight &w, int64_t row, uint8_t *out) {
+// Codes of one row, a byte each, 32 at a time where bytes hold whole codes, else eight by one PDEP. Up to 32 bytes are
+// written past K.
+TM_AVX2 inline void decode_row_avx2(const Weight &w, int64_t row, uint8_t *out) {
   const uint8_t *codes = w.codes + row * w.row_bytes;
+  int64_t k = 0, at = 0;
+  const auto store = [&](__m256i value) TM_AVX2 { _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + k), value); };
+  if (w.bits == 2) {
+    const __m256i mask = _mm256_set1_epi8(3);
+    for (; k < w.K && at + 8 <= w.row_bytes; k += 32, at += 8) {  // a byte's codes to the four bytes of a lane
+      const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes + at)));
+      const __m256i twice = _mm256_or_si256(byte, _mm256_slli_epi32(byte, 12));
+      store(_mm256_and_si256(_mm256_or_si256(twice, _mm256_slli_epi32(twice, 6)), mask));
+    }
+  } else if (w.bits == 4) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (; k < w.K && at + 16 <= w.row_bytes; k += 32, at += 16) {  // a byte's codes to the two bytes of a lane
+      const __m256i byte = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + at)));
+      store(_mm256_and_si256(_mm256_or_si256(byte, _mm256_slli_epi16(byte, 4)), mask));
+    }
+  }
   const uint64_t mask = 0x0101010101010101u * ((1u << w.bits) - 1u);
-  const int64_t safe = w.row_bytes - 8;  // where eight bytes can be read
-  for (int64_t k = 0, at = 0; k < w.K; k += 8, at += w.bits) {
+  for (; k < w.K; k += 8, at += w.bits) {
     uint64_t octet = 0;
-    if (at <= safe) {
+    if (at + 8 <= w.row_bytes) {
       std::memcpy(&octet, codes + at, 8);
     } else {
-      std::memcpy(&octet, codes + at, std::min<int64_t>(8, w.row_bytes - at));
+      std::memcpy(&octet, codes + at, w.row_bytes - at);
     }
     octet = _pdep_u64(octet, mask);
     std::memcpy(out + k, &octet, 8);
   }
 }
 
-// Two products fit 16 bits with sign.
-__attribute__((target(TM_AVX2_FEATURES))) inline int32_t dot_bytes(const uint8_t *codes, const int8_t *x,
-                                                                    int64_t count) {
+TM_AVX2 TM_INLINE __m256i load_bytes(const void *from) {
+  return _mm256_loadu_si256(static_cast<const __m256i *>(from));
+}
+
+TM_AVX2 TM_INLINE __m256i with_tail(__m256i sum, const uint8_t *codes, const int8_t *x, int64_t count) {
+  if (count == 0) return sum;
+  return _mm256_add_epi32(sum, _mm256_setr_epi32(dot_portable(codes, x, count), 0, 0, 0, 0, 0, 0, 0));
+}
+
+// Exact sums of products, in eight lanes. Two products fit 16 bits with sign up to 7 bits, sixteen up to 4 bits.
+template <int STEPS>
+TM_AVX2 TM_INLINE __m256i multiply_bytes(const uint8_t *codes, const int8_t *x, int64_t count) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i sum = _mm256_setzero_si256();
   int64_t i = 0;
-  for (; i + 32 <= count; i += 32) {
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + i)),
-                                               _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x + i)));
+  while (i + 32 <= count) {
+    __m256i pairs = _mm256_maddubs_epi16(load_bytes(codes + i), load_bytes(x + i));
+    i += 32;
+    for (int step = 1; step < STEPS && i + 32 <= count; ++step, i += 32)
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(load_bytes(codes + i), load_bytes(x + i)));
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
   }
-  return reduce_add(sum) + dot_portable(codes + i, x + i, count - i);
+  return with_tail(sum, codes + i, x + i, count - i);
 }
 
-__attribute__((target(TM_AVX2_FEATURES))) inline int32_t dot_words(const uint8_t *codes, const int8_t *x,
-                                                                   int64_t count) {
+TM_AVX2 TM_INLINE __m256i multiply_words(const uint8_t *codes, const int8_t *x, int64_t count) {
   __m256i sum = _mm256_setzero_si256();
   int64_t i = 0;
   for (; i + 16 <= count; i += 16)
     sum = _mm256_add_epi32(
         sum, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i))),
                                _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x + i)))));
-  return reduce_add(sum) + dot_portable(codes + i, x + i, count - i);
+  return with_tail(sum, codes + i, x + i, count - i);
 }
 
-__attribute__((target(TM_AVX2_FEATURES ",avxvnni"))) inline int32_t dot_vnni(const uint8_t *codes, const int8_t *x,
-                                                                              int64_t count) {
+TM_AVX_VNNI TM_INLINE __m256i multiply_vnni(const uint8_t *codes, const int8_t *x, int64_t count) {
   __m256i sum = _mm256_setzero_si256();
   int64_t i = 0;
-  for (; i + 32 <= count; i += 32)
-    sum = _mm256_dpbusd_avx_epi32(sum, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + i)),
-                                  _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x + i)));
-  return reduce_add(sum) + dot_portable(codes + i, x + i, count - i);
+  for (; i + 32 <= count; i += 32) sum = _mm256_dpbusd_avx_epi32(sum, load_bytes(codes + i), load_bytes(x + i));
+  return with_tail(sum, codes + i, x + i, count - i);
+}
+
+TM_AVX2 TM_INLINE float sum_of(__m256 lanes) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// Row by row, decoded once for all tokens. Sums of segments are scaled in eight lanes, and added up at the end.
+template <class Multiply>
+TM_AVX2 TM_INLINE void linear_rows_body(const Weight &w, const Codes &x, const Segments &segments, const Output &out,
+                                        int64_t begin, int64_t end, Multiply &&multiply) {
+  std::unique_ptr<uint8_t[]> codes(new uint8_t[w.K + 64]);
+  std::unique_ptr<float[]> scale(new float[2 * segments.count]);
+  float *const by_zero = scale.get() + segments.count;
+  for (int64_t row = begin; row < end; ++row) {
+    decode_row_avx2(w, row, codes.get());
+    for (int64_t i = 0; i < segments.count; ++i) {
+      const int64_t g = row * w.groups + group_of(i * segments.size, w.groups, w.group_size);
+      scale[i] = load_float(w.scale, g, w.scale_kind);
+      by_zero[i] = scale[i] * static_cast<float>(w.zero != nullptr ? w.zero[g] : 1 << (w.bits - 1));
+    }
+    for (int64_t t = 0; t < x.M; ++t) {
+      __m256 total = _mm256_setzero_ps();
+      float share = 0;
+      for (int64_t i = 0; i < segments.count; ++i) {
+        const int64_t column = i * segments.size;
+        const float unit = x.units == 1 ? x.unit[t] : x.unit[t * x.units + column / x.unit_size];
+        const __m256i exact =
+            multiply(codes.get() + column, x.values + t * x.K + column, std::min(segments.size, w.K - column));
+        total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), _mm256_set1_ps(scale[i] * unit), total);
+        share += by_zero[i] * unit * static_cast<float>(segments.sums[t * segments.count + i]);
+      }
+      out.store(t, row, sum_of(total) - share);
+    }
+  }
 }
 
 bool has_avx_vnni() {
@@ -250,18 +304,16 @@ bool has_avx_vnni() {
   return yes;
 }
 
-__attribute__((target(TM_AVX2_FEATURES))) void linear_rows_avx2(const Weight &w, const Codes &x,
-                                                                const Segments &segments, const Output &out,
-                                                                int64_t begin, int64_t end) {
-  if (w.bits == 8) return linear_rows_body(w, x, segments, out, begin, end, decode_row_avx2, dot_words);
-  linear_rows_body(w, x, segments, out, begin, end, decode_row_avx2, dot_bytes);
+TM_AVX2 void linear_rows_avx2(const Weight &w, const Codes &x, const Segments &segments, const Output &out,
+                              int64_t begin, int64_t end) {
+  if (w.bits == 8) return linear_rows_body(w, x, segments, out, begin, end, multiply_words);
+  if (w.bits > 4) return linear_rows_body(w, x, segments, out, begin, end, multiply_bytes<1>);
+  linear_rows_body(w, x, segments, out, begin, end, multiply_bytes<8>);
 }
 
-__attribute__((target(TM_AVX2_FEATURES ",avxvnni"))) void linear_rows_avx_vnni(const Weight &w, const Codes &x,
-                                                                               const Segments &segments,
-                                                                               const Output &out, int64_t begin,
-                                                                               int64_t end) {
-  linear_rows_body(w, x, segments, out, begin, end, decode_row_avx2, dot_vnni);
+TM_AVX_VNNI void linear_rows_avx_vnni(const Weight &w, const Codes &x, const Segments &segments, const Output &out,
+                                      int64_t begin, int64_t end) {
+  linear_rows_body(w, x, segments, out, begin, end, multiply_vnni);
 }
 
 template <int BITS>
@@ -325,7 +377,7 @@ void linear(uintptr_t x, int x_kind, uintptr_t unit, uintptr_t codes, uintptr_t 
     given.unit = quantized_unit.get();
   }
 #if TENSORMILL_X86
-  if (instruction_set() >= tensormill::kAvx512Vnni && linear_vnni(w, given, out, tables, threads)) return;
+  if (instruction_set() >= tensormill::kVnni && linear_vnni(w, given, out, tables, threads)) return;
 #else
   static_cast<void>(tables);
 #endif
@@ -344,5 +396,5 @@ void linear(uintptr_t x, int x_kind, uintptr_t unit, uintptr_t codes, uintptr_t 
 
 NB_MODULE(_cpu, m) {
   m.def("linear", &linear, nb::call_guard<nb::gil_scoped_release>());
-  m.def("instruction_set", [] { return static_cast<int>(instruction_set()); });
+  m.def("instruction_set", &tensormill::instruction_set_name);
 }

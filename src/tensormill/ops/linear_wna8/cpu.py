@@ -8,7 +8,6 @@ from torch import Tensor
 from tensormill.ops.linear_wna8 import _cpu  # type: ignore[attr-defined]
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_VNNI = 3  # of _cpu.instruction_set()
 
 
 def linear(
@@ -76,7 +75,7 @@ def linear_by_tables(
 
 def tables_missing() -> str | None:
     """Why there are no look-ups on this machine, or None."""
-    return None if _cpu.instruction_set() >= _VNNI else "no AVX-512 with VBMI and VNNI"
+    return None if _cpu.instruction_set() in ("vnni", "amx") else "no AVX-512 with VBMI and VNNI"
 
 
 def _linear(

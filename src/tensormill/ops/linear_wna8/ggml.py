@@ -1,9 +1,9 @@
 """llama.cpp's matrix product on the CPU, through the ggml libraries that the package llama-cpp-python ships.
 
-A weight of 4 bits in whole groups of 32 without zero points is Q4_0 exactly, up to the rounding of its scales to
-float16. The K-quants have scales of scales: for them the dequantized weight is quantized again by ggml, so that they
-are yardsticks of speed. Activations are float32, quantized inside the call to 8 bits in groups of 32 (256 for the
-K-quants). Weights are laid out as llama.cpp lays them out when it loads a model (its "repack" buffers).
+A weight of up to 4 bits in whole groups of 32 without zero points is Q4_0 exactly, up to the rounding of its scales to
+float16. The K-quants have scales of scales, TQ2_0 has three values only: for them the dequantized weight is quantized
+again by ggml, so that they are yardsticks of speed. Activations are float32, quantized inside the call to 8 bits in
+groups of 32 (256 for all but Q4_0). Weights are laid out as llama.cpp lays them out when it loads a model (its "repack" buffers).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-F32, Q4_0, Q2_K, Q4_K = 0, 2, 10, 12
+F32, Q4_0, Q2_K, Q4_K, TQ2_0 = 0, 2, 10, 12, 35
 
 
 class _InitParams(ctypes.Structure):

@@ -2,7 +2,8 @@
 
 Every peer gets the same codes and scales, converted to its own layout outside the timing, and quantizes float
 activations inside it where it can (onnxruntime a scale per group of the weight, llama.cpp one per 32 or 256
-channels). cuBLAS's 8-bit products are yardsticks of a layer with 8-bit weights: integers
+channels). Names say how many bits llama.cpp's formats take a weight, scales included, which also stand beside weights
+of fewer bits than they hold. cuBLAS's 8-bit products are yardsticks of a layer with 8-bit weights: integers
 in, integers out, without scales.
 """
 
@@ -206,7 +207,7 @@ def _llama_cpp(kind: int) -> Callable[..., Call]:
             )
             return ggml.product(x, kind, dense=dense)
         repeated = torch.arange(columns // 32) * 32 // (columns if group_size == -1 else group_size)
-        codes = unpack_bits(weight, bits, columns)
+        codes = unpack_bits(weight, bits, columns) + (8 - (1 << (bits - 1)))
         return ggml.product(x, kind, codes=codes, scale=weight_scale[:, repeated])
 
     return make
@@ -230,8 +231,8 @@ def _llama_cpp_takes(kind: int) -> Callable[..., bool]:
             return False
         if kind == ggml.Q4_0:
             whole = group_size % 32 == 0 if group_size != -1 else True
-            return bits == 4 and zero_point is None and whole and columns % 32 == 0
-        return bits == {ggml.Q2_K: 2, ggml.Q4_K: 4}[kind] and columns % 256 == 0
+            return bits <= 4 and zero_point is None and whole and columns % 32 == 0
+        return bits <= {ggml.Q2_K: 2, ggml.TQ2_0: 2, ggml.Q4_K: 4}[kind] and columns % 256 == 0
 
     return takes
 
@@ -246,7 +247,12 @@ def register(operator: Operator) -> None:
         supports=_onnxruntime_takes,
         tolerance=_QUANTIZATION,
     )
-    for name, kind in (("Q4_0", ggml.Q4_0), ("Q4_K", ggml.Q4_K), ("Q2_K", ggml.Q2_K)):
+    for name, kind in (
+        ("Q4_0, 4.5 bits", ggml.Q4_0),
+        ("Q4_K, 4.5 bits", ggml.Q4_K),
+        ("Q2_K, 2.6 bits", ggml.Q2_K),
+        ("TQ2_0, 2.1 bits", ggml.TQ2_0),
+    ):
         operator.peer(
             f"llama.cpp {name}",
             devices=("cpu",),

@@ -186,7 +186,7 @@ void multiply(D (&d)[COLUMNS / 2], const uint32_t* registers, uint64_t a, uint64
         for (const void* operands : group.operands) all.push_back(*static_cast<const Operands*>(operands));
         group.open.push_back([=] {
             static float left[64][K], right[COLUMNS][K];
-            const auto element = [](uint32_t at) {
+            const auto element = [=](uint32_t at) {
                 return wgmma_element<KIND>(shared_bytes(at ^ ((at >> 7 & 7) << 4), SIZE));
             };
             for (int t = 0; registers && t < 128; t++)

@@ -34,8 +34,10 @@ DEVICE void decode_tile(const Arguments& arguments) {
     load_tile<WEIGHT_BITS>(shared_memory(), lane, words);
     ZeroPoint<WEIGHT_BITS, T> low, high;
     if constexpr (ZEROS) {
-        low = ZeroPoint<WEIGHT_BITS, T>(arguments.zeros[lane / 4]);
-        high = ZeroPoint<WEIGHT_BITS, T>(arguments.zeros[lane / 4 + 8]);
+        const int byte = lane % 4;  // of a word whose other bytes are something else
+        const uint32_t others = 0x5A5A5A5A & ~(255u << (8 * byte));
+        low = ZeroPoint<WEIGHT_BITS, T>(others | uint32_t(arguments.zeros[lane / 4]) << (8 * byte), byte);
+        high = ZeroPoint<WEIGHT_BITS, T>(others | uint32_t(arguments.zeros[lane / 4 + 8]) << (8 * byte), byte);
     }
 #pragma unroll
     for (int step = 0; step < 4; step++) {

@@ -7,7 +7,7 @@ from tiny_models import ARCHITECTURES, tiny_model, tokens
 from tensormill.compress.calibration import Calibration
 from tensormill.compress.formats import QuantSpec, quantize_weight
 from tensormill.compress.formats.quantization import group_grid
-from tensormill.compress.gptq import GPTQConfig, apply, conditional_variance, gptq_quantize, inverse_factor
+from tensormill.compress.gptq import GPTQConfig, apply, gptq_quantize, inverse_factor
 from tensormill.compress.output_error import output_error
 from tensormill.errors import InvalidArgument
 from tensormill.ops.linear_wna16.module import LinearWNA16
@@ -77,13 +77,6 @@ def test_it_is_optimal_brain_quantization_in_order(group_size, symmetric, clip):
     # at both ends; a wrong update moves most of the codes.
     assert torch.isclose(found, expected, atol=1e-4).float().mean() > (0.85 if clip else 0.97)
     assert output_error(weight, found, gram) == pytest.approx(output_error(weight, expected, gram), rel=0.05)
-
-
-def test_conditional_variances_are_those_of_the_definition():
-    gram = correlated_gram(40)
-    regular = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(40)
-    expected = [1 / torch.linalg.inv(regular[column:, column:])[0, 0] for column in range(40)]
-    assert torch.allclose(conditional_variance(gram, 0.01).double(), torch.stack(expected), rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from tensormill.compress.formats.quantization import (
     quantize_weight,
     split_groups,
 )
-from tensormill.compress.gptq import conditional_variance, gptq_quantize
+from tensormill.compress.gptq import gptq_quantize
 from tensormill.compress.methods import (
     LayerReport,
     MethodReport,
@@ -89,9 +89,8 @@ class AWQConfig(WeightConfig):
         clip_scores: clip query and key projections too. The paper's code doesn't, since their errors meet in
             a product; here clipping is kept only in rows whose whole error it lowers, and then it helps.
         rounding: how codes are chosen once scales are: "nearest", the paper's; "gptq" lets the columns still to come
-            absorb each one's error (the paper's combination with GPTQ). The objective "gram" then counts what they
-            leave of an error, and ranges are searched as GPTQ does. Costs a factorization for each input and
-            N K^2 operations for each linear.
+            absorb each one's error (the paper's combination with GPTQ); ranges are then searched as GPTQ does. Costs
+            a factorization for each input and N K^2 operations for each linear.
         damping: as GPTQ's, for that rounding.
         mappings: "auto", or a list of `{"producer": name, "consumers": [names]}`, names as inside a block.
     """
@@ -450,21 +449,13 @@ def _search_mapping(
     calls = [call.to(torch.float32) for call in block.captured.get(mapping.inspected, ())]
     module = block.module.get_submodule(mapping.inspected)
     inputs = _inputs_of(linears, module, calls) if config.objective == "linear" else []
-    magnitudes = [each.mean_abs for each in seen]
     if config.objective == "module" and mapping.inspected not in names:
         per_column = module_loss(module, linears, calls, chosen)
     elif any(x.numel() for x in inputs):
         per_column = sample_loss(weights, inputs, chosen, shares)
     else:
         # An expert that the sample doesn't reach has the statistics of all tokens.
-        grams = [each.gram for each in seen]
-        if config.rounding == "gptq":
-            # Linears that read one tensor share its matrix.
-            distinct = {id(gram): gram for gram in grams}
-            left = {key: conditional_variance(gram, config.damping) for key, gram in distinct.items()}
-            grams = [left[id(gram)] for gram in grams]
-            magnitudes = [variance.sqrt() for variance in grams]
-        per_column = gram_loss(weights, grams, chosen, shares)
+        per_column = gram_loss(weights, [each.gram for each in seen], chosen, shares)
     ranks = block.ranks
 
     def losses(scales: Tensor) -> Tensor:
@@ -472,7 +463,7 @@ def _search_mapping(
         return ranks.collect(per_column(torch.stack(own)) if own else scales.new_zeros(0), len(scales))
 
     return search_scales(
-        mapping.reduce(_mean_over_tokens(magnitudes, seen)),
+        mapping.reduce(_mean_abs(seen)),
         mapping.reduce(weight_magnitude(weights, chosen[0])),
         losses,
         n_grid=config.n_grid,
@@ -481,13 +472,11 @@ def _search_mapping(
     )
 
 
-def _mean_over_tokens(magnitudes: Sequence[Tensor], seen: Sequence[InputStatistics]) -> Tensor:
-    """(K,) the mean of linears' magnitudes (K,) over all tokens that some of them see."""
-    distinct = list(
-        {id(each.gram): (one, each.tokens) for one, each in zip(magnitudes, seen, strict=True)}.values()
-    )
-    total = sum(tokens for _, tokens in distinct)
-    return torch.stack([one * (tokens / total) for one, tokens in distinct]).sum(dim=0)
+def _mean_abs(seen: Sequence[InputStatistics]) -> Tensor:
+    """(K,) the mean of |x| over all tokens that some linears see."""
+    distinct = list({id(each.gram): each for each in seen}.values())
+    total = sum(each.tokens for each in distinct)
+    return torch.stack([each.mean_abs * (each.tokens / total) for each in distinct]).sum(dim=0)
 
 
 def _inputs_of(linears: Sequence[nn.Linear], module: nn.Module, calls: Sequence[BlockCall]) -> list[Tensor]:

@@ -189,14 +189,6 @@ def gptq_quantize(
     )
 
 
-def conditional_variance(gram: Tensor, damping: float) -> Tensor:
-    """(K,) what each input varies by, given those after it, for their Gram matrix (K, K).
-
-    It is what remains of the square of a weight's error once the weights still to come have absorbed the rest.
-    """
-    return inverse_factor(gram, damping).diagonal() ** -2
-
-
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """The upper triangular U with U^T U = (gram + damping * mean(diagonal) * I)^-1.
 

@@ -63,13 +63,9 @@ def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
 def squared_outputs(weight: Tensor, gram: Tensor) -> Tensor:
     """(..., N) the mean over tokens of the square of each output, for weight (..., N, K) and gram (K, K).
 
-    Of a diagonal matrix the diagonal (K,) will do.
-
     The matrix is symmetric: in panels, what lies below them counts twice and what lies above needs no product, which
     saves up to half of the work.
     """
-    if gram.dim() == 1:
-        return weight.square() @ gram
     columns = gram.shape[0]
     panel = _PANEL.get(gram.device.type, columns)
     total = weight.new_zeros(weight.shape[:-1])
@@ -114,8 +110,8 @@ def gram_loss(
 
     Args:
         weights: of the linears whose inputs are scaled together, (N, K) float32 each.
-        gram: (K, K) float32, the mean over tokens of x x^T, or (K,), the diagonal of one that has no more; or one
-            for each linear, where some see other tokens than others (experts).
+        gram: (K, K) float32, the mean over tokens of x x^T; or one for each linear, where some see other
+            tokens than others (experts).
         spec: the quantizer, or each linear's own.
         shares: how much each linear counts, the share of tokens that it sees; None counts all alike.
     """

@@ -251,6 +251,35 @@ def capture_number(stream: int) -> int:
     return number.value
 
 
+class StreamMemory:
+    """Memory that kernels leave as they found it, for those of one stream, which run one after another, to share.
+
+    A CUDA graph that is being captured gets its own, filled when the graph starts, since it may run beside others.
+
+    Args:
+        fill: what every int32 is at first.
+        least: elements to make at least.
+    """
+
+    def __init__(self, fill: int, least: int) -> None:
+        self.fill, self.least = fill, least
+        self._made: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def __call__(self, device: torch.device, elements: int) -> torch.Tensor:
+        """At least (elements,) int32 for the current stream of a device that has an index."""
+        assert device.index is not None
+        stream = current_stream(device.index)
+        key = (device.index, stream, capture_number(stream))
+        found = self._made.get(key)
+        if found is None or found.numel() < elements:
+            if key[2]:  # earlier captures on this stream are over
+                for old in [k for k in self._made if k[:2] == key[:2] and k[2] not in (0, key[2])]:
+                    del self._made[old]
+            size = (max(elements, self.least),)
+            found = self._made[key] = torch.full(size, self.fill, dtype=torch.int32, device=device)
+        return found
+
+
 def tensor_map(tensor: torch.Tensor, box: tuple[int, int], swizzle: int = 128) -> bytes:
     """A CUtensorMap (128 bytes, aligned to 64 in the kernel's struct) of a two-dimensional tensor.
 

@@ -75,7 +75,8 @@ def test_it_is_optimal_brain_quantization_in_order(group_size, symmetric, clip):
     expected = optimal_brain_quantization(weight, gram, spec, clip)
     # Rounding decides within float32's error of a tie now and then, always of the zero point of a range that is cut
     # at both ends; a wrong update moves most of the codes.
-    assert torch.isclose(found, expected, atol=1e-4).float().mean() > (0.85 if clip else 0.97)
+    ties = clip and not symmetric
+    assert torch.isclose(found, expected, atol=1e-4).float().mean() > (0.85 if ties else 0.97)
     assert output_error(weight, found, gram) == pytest.approx(output_error(weight, expected, gram), rel=0.05)
 
 

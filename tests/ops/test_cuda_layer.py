@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from emulation.kernels import compile_or_skip, emulate, resources
+from tensormill import cuda
 from tensormill.cuda import DEVICE_HEADER, Module
 from tensormill.errors import BackendError
 from tensormill.ops import tiles
@@ -124,3 +125,25 @@ def test_emulation_reports(body, message, tmp_path):
 
 def test_device_header_is_installed():
     assert DEVICE_HEADER.is_file()
+
+
+def test_memory_of_a_stream_is_shared_and_a_capture_has_its_own(monkeypatch):
+    place, device = [7, 0], torch.device("cpu", 0)  # handle of the stream, number of the capture
+    monkeypatch.setattr(cuda, "current_stream", lambda index: place[0])
+    monkeypatch.setattr(cuda, "capture_number", lambda stream: place[1])
+    memory = cuda.StreamMemory(-1, least=4)
+    first = memory(device, 3)
+    assert first.tolist() == [-1] * 4 and first.dtype == torch.int32
+    assert memory(device, 4) is first
+    larger = memory(device, 5)
+    assert len(larger) == 5 and memory(device, 2) is larger
+    place[1] = 1
+    captured = memory(device, 2)
+    assert captured is not larger and memory(device, 2) is captured
+    place[1] = 2
+    assert memory(device, 2) is not captured
+    place[1] = 0
+    assert memory(device, 2) is larger
+    assert len(memory._made) == 2, "an earlier capture's memory is kept"
+    place[0] = 8
+    assert memory(device, 2) is not larger

@@ -96,9 +96,14 @@ def test_wrong_signs_would_show(generator):
     assert not torch.equal(flexq_paper.signed_plane_product(x, weight, 5, 6), x @ weight.T)
 
 
-def test_conversions_are_counted():
-    count, wrong = bipolar_int.conversions()
-    assert wrong == 0 and count == sum(4**bits + 2**bits for bits in range(1, 9))
+def test_converted_codes_are_compared(generator, monkeypatch):
+    count, wrong = bipolar_int.conversions(Run(), generator)
+    assert wrong == 0 and count == 5 * sum(2**bits for bits in range(1, 9))
+    from tensormill.ops import bit_plane_linear as operator
+
+    right = operator.bit_plane_linear
+    monkeypatch.setattr(operator, "bit_plane_linear", lambda x, weight: right(x, weight) + 1)
+    assert bipolar_int.conversions(Run(), generator) == (count, count)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -167,7 +172,7 @@ def test_exactness_claims_hold_and_say_what_they_counted():
     measurement = find_paper("lut_tensor_core").claims["C1"].function(Run())
     assert measurement.holds
     rows = recorded("lut_tensor_core", "C1", measurement)
-    assert rows["a table's entries, whole over halved"]["value"] == 2
+    assert rows["results of tables of 8 that differ from those of 16"]["value"] == 0
 
 
 # Models

@@ -32,7 +32,7 @@ from tensormill.compress.calibration import (
     Progress,
     stream_blocks,
 )
-from tensormill.compress.clipping import gram_blocks, keep_helpful_rows, search_clip
+from tensormill.compress.clipping import search_ranges
 from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.fold import fold
 from tensormill.compress.formats.quantization import (
@@ -342,15 +342,11 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
     for name, linear in targets.items():
         start = time.perf_counter()
         weight, gram, spec = linear.weight.data, statistics[name].gram, specs[name]
-        clip = None
-        clips = config.clip and (config.clip_scores or name not in block.structure.scores)
-        if clips and config.rounding == "nearest":
-            rows = weight[block.ranks.own(len(weight))]
-            clip = block.ranks.collect(_clip(rows, gram, spec, config), len(weight))
+        quantized, clip = _round(block, name, weight, gram, spec, config)
+        if clip is not None:
             largest = split_groups(weight, spec).abs().amax(dim=-1)
             details[name]["clipped_groups"] = (clip < largest).float().mean().item()
         details[name] |= statistics[name].to_dict()
-        quantized = _quantize(weight, gram, spec, clip, clips, config)
         error = output_error(weight, quantized.dequantize(torch.float32), gram)
         replace_linear(module, name, quantized, dtypes[f"{name}.weight"])
         seconds[name] += time.perf_counter() - start
@@ -370,33 +366,19 @@ def _compress_block(block: CalibrationBlock, config: AWQConfig) -> list[LayerRep
     return layers
 
 
-def _clip(weight: Tensor, gram: Tensor, spec: QuantSpec, config: AWQConfig) -> Tensor:
-    """(N, G) ranges of a scaled weight (N, K) that is rounded to nearest."""
-    clip = search_clip(
-        weight,
-        gram_blocks(gram, spec),
-        spec,
-        clip_grid=config.clip_grid,
-        clip_max_shrink=config.clip_max_shrink,
-    )
-    return keep_helpful_rows(weight, clip, gram, spec)
-
-
-def _quantize(
-    weight: Tensor, gram: Tensor, spec: QuantSpec, clip: Tensor | None, clips: bool, config: AWQConfig
-) -> QuantizedWeight:
-    """Codes of a scaled weight (N, K), chosen as the settings say: in the ranges `clip`, or in those GPTQ finds."""
-    if config.rounding == "nearest":
-        return quantize_weight(weight, spec, clip)
-    return gptq_quantize(
-        weight,
-        gram,
-        spec,
-        damping=config.damping,
-        clip=clips,
-        clip_grid=config.clip_grid,
-        clip_max_shrink=config.clip_max_shrink,
-    )
+def _round(
+    block: CalibrationBlock, name: str, weight: Tensor, gram: Tensor, spec: QuantSpec, config: AWQConfig
+) -> tuple[QuantizedWeight, Tensor | None]:
+    """A scaled weight (N, K) rounded as the settings say, and its ranges (N, G) if they were searched beforehand."""
+    clips = config.clip and (config.clip_scores or name not in block.structure.scores)
+    search: Any = {"clip_grid": config.clip_grid, "clip_max_shrink": config.clip_max_shrink}
+    if config.rounding == "gptq":
+        return gptq_quantize(weight, gram, spec, damping=config.damping, clip=clips, **search), None
+    if not clips:
+        return quantize_weight(weight, spec), None
+    own = search_ranges(weight[block.ranks.own(len(weight))], gram, spec, **search)
+    clip = block.ranks.collect(own, len(weight))
+    return quantize_weight(weight, spec, clip), clip
 
 
 def rounded(
@@ -423,9 +405,7 @@ def rounded(
     result = {}
     for name, weight in weights.items():
         scaled = weight if columns is None else weight * columns
-        clips = config.clip and (config.clip_scores or name not in block.structure.scores)
-        clip = _clip(scaled, gram, spec, config) if clips and config.rounding == "nearest" else None
-        approximation = _quantize(scaled, gram, spec, clip, clips, config).dequantize(torch.float32)
+        approximation = _round(block, name, scaled, gram, spec, config)[0].dequantize(torch.float32)
         result[name] = approximation if columns is None else approximation / columns
     return result
 

@@ -115,6 +115,16 @@ def search_grid(
     return scales, zeros
 
 
+def search_ranges(
+    weight: Tensor, gram: Tensor, spec: QuantSpec, *, clip_grid: int = 40, clip_max_shrink: float = 0.7
+) -> Tensor:
+    """(N, G) magnitudes as `search_clip` finds them for a weight (N, K) and a Gram matrix (K, K), in the rows they help."""
+    clip = search_clip(
+        weight, gram_blocks(gram, spec), spec, clip_grid=clip_grid, clip_max_shrink=clip_max_shrink
+    )
+    return keep_helpful_rows(weight, clip, gram, spec)
+
+
 def keep_helpful_rows(weight: Tensor, clip: Tensor, gram: Tensor, spec: QuantSpec) -> Tensor:
     """Undo the clipping of rows whose whole output error it doesn't lower.
 

@@ -29,7 +29,7 @@ from tensormill.compress.calibration import (
     Progress,
     stream_blocks,
 )
-from tensormill.compress.clipping import gram_blocks, keep_helpful_rows, search_clip
+from tensormill.compress.clipping import search_ranges
 from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.formats.quantization import (
     QuantizedWeight,
@@ -244,5 +244,4 @@ def round_weight(
         return gptq_quantize(weight, gram, spec, clip=clip)
     if not clip:
         return quantize_weight(weight, spec)
-    ranges = search_clip(weight, gram_blocks(gram, spec), spec)
-    return quantize_weight(weight, spec, keep_helpful_rows(weight, ranges, gram, spec))
+    return quantize_weight(weight, spec, search_ranges(weight, gram, spec))

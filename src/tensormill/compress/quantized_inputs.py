@@ -122,24 +122,12 @@ def with_quantized_input(
     ):
         raise InvalidArgument(f"given an order that is no permutation of {columns} channels")
     kind = BlockQuantizedLinear if order is None else OrderedBlockQuantizedLinear
-    new = kind(
-        columns,
-        layer.out_features,
-        bits=layer.bits,
-        group_size=layer.group_size,
-        symmetric=layer.weight_zero_point is None,
-        bias=False,
-        x_group_size=block_size,
-        device="meta",
-    )
-    new.weight_packed, new.weight_scale = layer.weight_packed, layer.weight_scale
-    new.weight_zero_point = layer.weight_zero_point
-    new.bias = layer.bias
+    new = kind.from_wna16(layer, x_group_size=block_size)
     new.block_bits = block_bits.to(device, torch.uint8)
     if isinstance(new, OrderedBlockQuantizedLinear):
         assert order is not None
         new.input_order = order.to(device, torch.int32)
-    return new.train(layer.training)
+    return new
 
 
 def set_linear(model: torch.nn.Module, name: str, layer: torch.nn.Module) -> None:

@@ -2,8 +2,8 @@
 
 The model is built from its configuration with parameters on the meta device, which take no memory; what it computes
 itself (rotary frequencies, say) is real. Experts are taken apart, and the checkpoint's tensors get the names that the
-model has for them, so that one parameter is one tensor in the files, or a run of bytes of one. These are read with ordinary reads: mapped files
-would count as memory in use, all of them in the end.
+model has for them, so that one parameter is one tensor in the files, or a run of bytes of one. These are read with
+ordinary reads: mapped files would count as memory in use, all of them in the end.
 """
 
 from __future__ import annotations

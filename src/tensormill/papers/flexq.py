@@ -22,7 +22,7 @@ from tensormill.papers._low_bit import (
     smooth_quant,
     time_product,
 )
-from tensormill.papers.awq.subjects import SOURCES, builtin_subjects, smollm2
+from tensormill.papers.awq.subjects import SOURCES, builtin_and_smollm2, builtin_subjects
 from tensormill.papers.catalogue import Figure, Measurement, Paper, Row, Run
 
 if TYPE_CHECKING:
@@ -119,14 +119,8 @@ def quality(run: Run) -> Measurement:
     from tensormill.compress import flexq, rtn
 
     full = run.scale == "full"
-    notes, failures = [], []
-    subjects = list(builtin_subjects(run, ("plain", "outliers"), 65536 if full else 4096))
-    if full:
-        found = smollm2(run)
-        if isinstance(found, str):
-            notes.append(found)
-        else:
-            subjects.append(found)
+    subjects, notes = builtin_and_smollm2(run, ("plain", "outliers"), 65536 if full else 4096)
+    failures: list[str] = []
     rows: list[Row] = []
     for i, subject in enumerate(subjects):
         run.progress(f"{subject.name}: rounding", i / len(subjects))
@@ -143,7 +137,7 @@ def quality(run: Run) -> Measurement:
         for name, options in settings.items():
             config = flexq.FlexQConfig(group_size=group, **options)
             models[name], _ = compressed(
-                subject.model, flexq.apply, config, calibration if "sensitive" in options else None
+                subject.model, flexq.apply, config, calibration if config.sensitive == "auto" else None
             )
         plain = rtn.RTNConfig(bits=8, group_size=-1, symmetric=True)
         models["W8A8"], _ = compressed(subject.model, rtn.apply, plain, None)

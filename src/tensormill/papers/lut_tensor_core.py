@@ -235,7 +235,10 @@ def _gray_table(four: Sequence[int], count: Operations) -> list[int]:
 )
 def exactness(run: Run) -> Measurement:
     """Reinterpretation of the weights' bits as -1 and +1, symmetric tables, and what they cost, counted operation by
-    operation for 2 tokens, 64 outputs and 64 activations (the paper's array has 2 x 64 x 4)."""
+    operation for 2 tokens, 64 outputs and 64 activations (the paper's array has 2 x 64 x 4).
+
+    The algorithm is written out here: the operator's kernel keeps whole tables, which fill a register either way.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(run.seed)
@@ -269,11 +272,6 @@ def exactness(run: Run) -> Measurement:
         Row("entries that are not the negative of their complement", asymmetric, "entries"),
         Row("relative error with float64 activations", worst, "of the result"),
     ]
-    sizes = [signed_sums(torch.zeros(1, 4096, dtype=torch.int8), entries).numel() for entries in (16, 8)]
-    rows += [
-        Row("a table's entries, whole over halved", sizes[0] / sizes[1], "x"),
-        Row("bytes of int8 tables of 8 over those of float16 activations", sizes[1] / (2 * 4096), "x"),
-    ]
     fewer = True
     x_rows = torch.randint(-127, 128, (2, 64), generator=generator)
     for bits in (1, 2, 4):
@@ -293,7 +291,7 @@ def exactness(run: Run) -> Measurement:
                 )
             )
         fewer = fewer and counts["tables"].additions < counts["bits"].additions
-    holds = differing == unequal == asymmetric == 0 and worst < 1e-13 and fewer and sizes[0] == 2 * sizes[1]
+    holds = differing == unequal == asymmetric == 0 and worst < 1e-13 and fewer
     return Measurement(rows, holds=holds, reason=f"{sums} results; float64 to {worst:.0e}")
 
 
@@ -368,6 +366,7 @@ def table_linear(layer: LinearWNA16, together: int | None) -> nn.Module:
         "tensormill.papers._low_bit",
         "tensormill.papers.lut_tensor_core",
         "tensormill.compress.gptq",
+        "tensormill.compress.clipping",
         "tensormill.compress.flexq",
         "tensormill.compress.quantized_inputs",
         "tensormill.ops.linear_wna8",

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensormill.cuda import Module, capture_number, current_stream, multiprocessors
+from tensormill.cuda import Module, StreamMemory, multiprocessors
 from tensormill.ops.decode_attention.storage import bits_of
 
 MOST_ROWS = 16
 WARPS = 4
 _LOG2_E = 1.4426950408889634
+counters = StreamMemory(0, least=1024)
 _NAMES = {torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 
@@ -290,24 +291,3 @@ def workspace(slots: int, rows: int, value_dim: int, device: torch.device) -> tu
     """Room for partial results: (partial, statistics), flat."""
     room = torch.empty(slots * rows * (value_dim + 2), dtype=torch.float32, device=device)
     return room[: slots * rows * value_dim], room[slots * rows * value_dim :]
-
-
-_counters: dict[tuple[int | None, int, int], Tensor] = {}
-
-
-def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros, which the kernel leaves as it found them.
-
-    Kernels of one stream run one after another and share them. A CUDA graph that is being captured gets its own, filled
-    when the graph starts, since it may run beside others.
-    """
-    assert device.index is not None
-    stream = current_stream(device.index)
-    key = (device.index, stream, capture_number(stream))
-    found = _counters.get(key)
-    if found is None or found.numel() < count:
-        if key[2]:  # earlier captures on this stream are over
-            for old in [k for k in _counters if k[:2] == key[:2] and k[2] not in (0, key[2])]:
-                del _counters[old]
-        found = _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return found

@@ -15,9 +15,8 @@ from tensormill.cuda import (
     HOPPER_HEADER,
     Kernel,
     Module,
+    StreamMemory,
     architecture,
-    capture_number,
-    current_stream,
     multiprocessors,
 )
 from tensormill.ops.linear_wna16 import wgmma
@@ -43,6 +42,8 @@ _BLOCKS_FOR_A_LONG_RING = 192
 _LEAST_ALIGNED = 0.96
 _MOST_SHARERS = 8  # blocks of a cluster that every GPU with clusters can have
 _BARRIER_BYTES = 272
+# Partial sums; all bits set is `EMPTY`.
+workspace = StreamMemory(-1, least=1 << 20)
 _ONE_GROUP = 1 << 30  # a group size beyond any row
 # Shared memory of a block that kernels may use, by architecture.
 _SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_120a": 99 << 10}
@@ -311,25 +312,3 @@ def _whole(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-_workspaces: dict[tuple[Any, ...], Tensor] = {}
-
-
-def workspace(device: torch.device, elements: int) -> Tensor:
-    """Memory for partial sums, all bits set (`EMPTY`), which kernels leave as they found it.
-
-    Kernels of one stream run one after another and share it. A CUDA graph that is being captured gets its own, filled
-    when the graph starts, since it may run beside others.
-    """
-    stream = current_stream(device.index)
-    key = (device.index, stream, capture_number(stream))
-    found = _workspaces.get(key)
-    if found is None or found.numel() < elements:
-        if key[2]:  # earlier captures on this stream are over
-            for old in [k for k in _workspaces if k[:2] == key[:2] and k[2] not in (0, key[2])]:
-                del _workspaces[old]
-        elements = max(elements, 1 << 20)
-        found = torch.full((elements,), -1, dtype=torch.int32, device=device)
-        _workspaces[key] = found
-    return found

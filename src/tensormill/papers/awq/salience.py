@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensormill.papers.awq.paper import PAPER
-from tensormill.papers.awq.subjects import SOURCES, Subject, builtin_subjects, smollm2
+from tensormill.papers.awq.subjects import SOURCES, Subject, builtin_and_smollm2
 from tensormill.papers.catalogue import Measurement, Row, Run
 
 if TYPE_CHECKING:
@@ -53,14 +53,7 @@ def salience(run: Run) -> Measurement:
     without scaling, which the paper predicts as (D'/D)/s, and that of all other weights.
     """
     full = run.scale == "full"
-    subjects = list(builtin_subjects(run, ("plain", "outliers"), None if full else 4096))
-    notes = []
-    if full:
-        found = smollm2(run)
-        if isinstance(found, str):
-            notes.append(found)
-        else:
-            subjects.append(found)
+    subjects, notes = builtin_and_smollm2(run, ("plain", "outliers"), None if full else 4096)
     rows: list[Row] = []
     failures: list[str] = []
     for i, subject in enumerate(subjects):

@@ -115,6 +115,20 @@ def smollm2(run: Run, max_tokens: int = 16384) -> Subject | str:
     return Subject("SmolLM2-135M", model, tokenizer, texts["valid"], texts["test"], 64, max_tokens)
 
 
+def builtin_and_smollm2(
+    run: Run, variants: Sequence[str], max_tokens: int | None
+) -> tuple[list[Subject], list[str]]:
+    """The built-in model's variants, at full scale SmolLM2-135M too; and what is missing, for the claim's reason."""
+    subjects, missing = list(builtin_subjects(run, variants, max_tokens)), []
+    if run.scale == "full":
+        found = smollm2(run)
+        if isinstance(found, str):
+            missing.append(found)
+        else:
+            subjects.append(found)
+    return subjects, missing
+
+
 def english_text() -> tuple[str, str]:
     """A name and English prose: public-domain books where they are, else the standard library's docstrings."""
     from tensormill.data import real_data_dir

@@ -189,7 +189,16 @@ def test_ragged_groups():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"damping": 0.0}, {"inputs": "both"}, {"true_sequential": True, "inputs": "original"}]
+    "settings",
+    [
+        {"damping": 0.0},
+        {"inputs": "both"},
+        {"true_sequential": True, "inputs": "original"},
+        {"clip": "maybe"},
+        {"clip_grid": 0},
+        {"clip_max_shrink": 1.5},
+        {"symmetric": 1},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(InvalidArgument, match="expected"):

@@ -59,6 +59,10 @@ class WeightConfig:
             raise InvalidArgument(
                 f"given bits_by_layer={widths!r}, expected layer names or patterns with widths, as in {{'*.o_proj': 8}}"
             )
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.type == "bool" and not isinstance(value, bool):  # as written: annotations are strings
+                raise InvalidArgument(f"given {one.name}={value!r}, expected true or false")
         for bits in self.widths():
             self.spec_at(bits)
         for name in ("skip", "only"):

@@ -123,6 +123,7 @@ def with_quantized_input(
         raise InvalidArgument(f"given an order that is no permutation of {columns} channels")
     kind = BlockQuantizedLinear if order is None else OrderedBlockQuantizedLinear
     new = kind.from_wna16(layer, x_group_size=block_size)
+    assert isinstance(new, BlockQuantizedLinear)
     new.block_bits = block_bits.to(device, torch.uint8)
     if isinstance(new, OrderedBlockQuantizedLinear):
         assert order is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from tensormill.ops.linear_wna8.planes import to_packed
 from tensormill.ops.linear_wna16 import autocast
 from tensormill.ops.linear_wna16.module import LinearWNA16
 from tensormill.ops.quantize_activations import check_quantization
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class LinearWNA8(LinearWNA16):
@@ -71,7 +68,7 @@ class LinearWNA8(LinearWNA16):
     @classmethod
     def from_wna16(
         cls, layer: LinearWNA16, *, x_dtype: torch.dtype = torch.int8, x_group_size: int = -1
-    ) -> Self:
+    ) -> LinearWNA8:
         """The layer with the same weight and bias (shared, not copied, unless it is tiled) and 8-bit activations.
 
         Raises:

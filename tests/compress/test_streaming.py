@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -191,18 +192,8 @@ def test_a_run_on_a_mixture_that_ends_anywhere_goes_on(method, at, run, checkpoi
     source = checkpoint_of(architecture_model("mixtral", vocab_size=300, num_hidden_layers=3))
     settings = {**SMALL, "symmetric": True} if method == "awq" else {"group_size": 16, "symmetric": True}
     whole = run("whole", source, method, **settings)
-    replace, calls = os.replace, []
-
-    def fail(source, target) -> None:
-        calls.append(Path(target).name)
-        if len(calls) == at:
-            raise Killed
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(journal.os, "replace", fail)
-        with pytest.raises(Killed):
-            run("again", source, method, **settings)
+    with killed_at(at, monkeypatch):
+        run("again", source, method, **settings)
     report = run("again", source, method, **settings)
     assert_same(tmp_path / "whole", tmp_path / "again")
     assert {layer.name: layer.nmse for layer in report.layers} == {
@@ -221,23 +212,30 @@ class Killed(BaseException):
     pass
 
 
+@contextmanager
+def killed_at(at, monkeypatch):
+    """The run inside is killed when it is about to put the file number `at` in its place."""
+    replace, calls = os.replace, []
+
+    def fail(source, target) -> None:
+        calls.append(target)
+        if len(calls) == at:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.os, "replace", fail)
+        with pytest.raises(Killed):
+            yield
+
+
 @pytest.mark.parametrize(
     ("method", "at"), [("awq", 1), ("awq", 3), ("awq", 5), ("gptq", 3), ("gptq", 4), ("rtn", 4), ("rtn", 5)]
 )
 def test_a_run_that_ends_anywhere_goes_on(method, at, run, model, tmp_path, monkeypatch):
     expected = {layer.name for layer in run("whole", model, method).layers}
-    replace, calls = os.replace, []
-
-    def fail(source, target) -> None:
-        calls.append(Path(target).name)
-        if len(calls) == at:
-            raise Killed
-        replace(source, target)
-
-    monkeypatch.setattr(journal.os, "replace", fail)
-    with pytest.raises(Killed):
+    with killed_at(at, monkeypatch):
         run("again", model, method)
-    monkeypatch.setattr(journal.os, "replace", replace)
     assert not (tmp_path / "again").exists()
     report = run("again", model, method)
     assert_same(tmp_path / "whole", tmp_path / "again")

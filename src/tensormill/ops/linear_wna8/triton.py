@@ -472,7 +472,7 @@ def _gemm_kernel(
                 if WHOLE_BLOCKS:
                     activation = tl.load(x + k)
                 else:
-                    activation = tl.load(x + k, mask=(k + column < K)[None, :], other=0)
+                    activation = tl.load(x + k, mask=(k + column < K)[None, :], other=0.0)
                 sums = _product(tiles, run * PARTS_IN_RUN + i, activation, sums, BITS, KIND, INTERPRETED)
             if RUN > 0:
                 x_sum = 0

@@ -128,7 +128,7 @@ class _Configuration(ctypes.Structure):
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
 _NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
-_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # of CUlaunchAttributeID
+_COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6  # of CUlaunchAttributeID
 
 
 @functools.cache
@@ -170,6 +170,7 @@ class Kernel:
         *,
         overlap: bool = False,
         cluster: int = 1,
+        together: bool = False,
     ) -> None:
         """Launch on torch's current stream; returns at once, and can be captured in a graph.
 
@@ -181,12 +182,13 @@ class Kernel:
             overlap: the kernel may start before the one before it has ended (programmatic dependent launch,
                 sm_90): it calls `wait_for_previous_kernel` before it touches what that one reads or writes.
             cluster: blocks of a cluster along the grid's first dimension, up to 16.
+            together: all blocks run at once or not at all (a cooperative launch): they may wait for each other.
 
         Raises:
             BackendError: the driver refuses.
         """
         stream = current_stream(self.device)
-        key = (grid, block, shared, stream, overlap, cluster)
+        key = (grid, block, shared, stream, overlap, cluster, together)
         configuration = self._configurations.get(key)
         if configuration is None:
             configuration = self._configurations[key] = self._configure(*key)
@@ -205,13 +207,14 @@ class Kernel:
         stream: int,
         overlap: bool,
         cluster: int,
+        together: bool,
     ) -> Any:
         if shared > self._most_shared:
             attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
             with torch.cuda.device(self.device):
                 _check(_driver().cuFuncSetAttribute(self._function, attribute, shared), self.name)
             self._most_shared = shared
-        attributes = (_Attribute * 2)()
+        attributes = (_Attribute * 3)()
         count = 0
         if overlap:
             attributes[count].id = _PROGRAMMATIC_STREAM_SERIALIZATION
@@ -226,6 +229,10 @@ class Kernel:
         if cluster > 1:
             attributes[count].id = _CLUSTER_DIMENSION
             attributes[count].value[:3] = [cluster, 1, 1]
+            count += 1
+        if together:
+            attributes[count].id = _COOPERATIVE
+            attributes[count].value[0] = 1
             count += 1
         x, y, z = grid if isinstance(grid, tuple) else (grid, 1, 1)
         return ctypes.byref(

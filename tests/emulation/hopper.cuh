@@ -159,6 +159,8 @@ DEVICE void wgmma_wait() {
 
 template <int COUNT>
 DEVICE void wgmma_settle(float (&)[COUNT]) {}
+template <int COUNT>
+DEVICE void wgmma_settle(int (&)[COUNT]) {}
 
 namespace emulation {
 inline uint32_t descriptor_field(uint64_t b, int bit) { return (b >> bit & 0x3fff) << 4; }

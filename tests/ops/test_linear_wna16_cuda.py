@@ -24,7 +24,7 @@ def emulated_linear(
     blocks,
     shared=200 << 10,
     launches=1,
-    tiling=cuda.Tiling(),  # noqa: B008
+    row_blocks=None,
 ):
     """y of the emulated kernel on `blocks` multiprocessors with `shared` bytes of shared memory."""
     rows, columns = weight.shape[0], x.shape[1]
@@ -42,7 +42,7 @@ def emulated_linear(
         zero is not None,
         blocks,
         shared,
-        tiling,
+        row_blocks,
     )
     kernel = emulate(cuda.stream_module(plan.defines), "linear_stream")
     workspace = torch.full((plan.workspace,), -1, dtype=torch.int32)
@@ -50,7 +50,7 @@ def emulated_linear(
     for _ in range(launches):
         y = torch.full((x.shape[0], rows), float("nan"), dtype=x.dtype)
         arguments = plan.arguments(x, *tiled, bias, y, workspace)
-        kernel.launch(plan.grid, plan.block, plan.shared, arguments, cluster=plan.cluster)
+        kernel.launch(plan.grid, plan.block, plan.shared, arguments)
         assert (workspace == -1).all(), "the workspace is not as it was found"
         results.append(y)
     assert all(torch.equal(y.nan_to_num(), results[0].nan_to_num()) for y in results)
@@ -115,46 +115,18 @@ def test_every_split_gives_the_sum_of_the_same_parts():
     assert_right(emulated_linear(*arguments, 4, 128, blocks=3, shared=60 << 10), arguments, 4, 128)
 
 
-@pytest.mark.parametrize(
-    ("tiling", "tokens", "bits", "group_size"),
-    [
-        (cuda.Tiling(2, 1, 4), 3, 3, 384),
-        (cuda.Tiling(2, 1, 8), 9, 4, 64),
-        (cuda.Tiling(3, 2, 12), 9, 4, 64),
-        (cuda.Tiling(2, 2, 8, shares=3), 9, 3, 384),
-        (cuda.Tiling(1, 2, 4, resident=2, shares=4), 3, 4, 32),
-        (cuda.Tiling(1, 4, 8, aligned=True), 3, 3, 384),
-    ],
-)
-def test_every_tiling(tiling, tokens, bits, group_size):
-    """Units beyond the last row and column, groups that end within units, warps that keep nothing."""
+@pytest.mark.parametrize("row_blocks", [2, 4])
+@pytest.mark.parametrize(("tokens", "bits", "group_size"), [(3, 3, 384), (9, 4, 64), (20, 4, 32)])
+def test_units_of_any_size(row_blocks, tokens, bits, group_size):
+    """Units beyond the last row and column, groups that end within units."""
     arguments = random_arguments(tokens, 200, 900, bits, group_size, torch.float16, True, True)
-    y = emulated_linear(*arguments, bits, group_size, blocks=3, tiling=tiling, launches=2)
+    y = emulated_linear(*arguments, bits, group_size, blocks=3, row_blocks=row_blocks, launches=2)
     assert_right(y, arguments, bits, group_size)
 
 
-@pytest.mark.parametrize(
-    ("tiling", "tokens", "blocks", "sharers"),
-    [
-        (cuda.Tiling(1, 4, 8, aligned=True, cluster=True), 1, 8, 2),
-        (cuda.Tiling(1, 2, 4, aligned=True, cluster=True), 9, 16, 4),
-    ],
-)
-def test_sums_through_a_cluster(tiling, tokens, blocks, sharers):
-    for rows, columns in ((256, 1024), (200, 1000)):
-        arguments = random_arguments(tokens, rows, columns, 4, 128, torch.float16, True, True)
-        shape = (tokens, rows, columns, 4, 128, torch.float16, torch.float16, None, True, blocks, 200 << 10)
-        assert cuda.plan(*shape, tiling).cluster == sharers
-        y = emulated_linear(*arguments, 4, 128, blocks=blocks, tiling=tiling, launches=2)
-        assert_right(y, arguments, 4, 128)
-
-
-def test_runs_end_with_rows_where_that_costs_little():
-    """Whole rows, halves of rows, and otherwise an equal share for every multiprocessor."""
-    wide = cuda.Tiling(1, 4, 8, aligned=True)
-    kinds = (4, 128, torch.float16, torch.float16, None, True, 132, 227 << 10, wide)
-    for rows, columns, grid in ((8192, 8192, 128), (4096, 14336, 128), (14336, 4096, 132)):
-        assert cuda.plan(1, rows, columns, *kinds).grid == grid
+def test_few_blocks_share_rows():
+    for rows, row_blocks in ((57344, 4), (14336, 4), (8192, 2), (4096, 2), (100, 2)):
+        assert dict(some_plan(1, rows=rows).defines)["ROW_BLOCKS"] == row_blocks
 
 
 def test_long_runs_have_a_longer_ring():
@@ -183,8 +155,10 @@ def test_x_is_copied_only_where_it_must_be():
         assert torch.equal(copied, odd) and copied.stride(0) % 8 == 0 and copied.stride(1) == 1
 
 
-def some_plan(tokens, bits=4, dtype=torch.float16, rows=8192, tiling=cuda.Tiling()):  # noqa: B008
-    return cuda.plan(tokens, rows, 8192, bits, 128, dtype, torch.float16, None, True, 132, 227 << 10, tiling)
+def some_plan(tokens, bits=4, dtype=torch.float16, rows=8192, row_blocks=None):
+    return cuda.plan(
+        tokens, rows, 8192, bits, 128, dtype, torch.float16, None, True, 132, 227 << 10, row_blocks
+    )
 
 
 def test_a_tile_that_is_left_out_would_be_noticed():
@@ -199,19 +173,13 @@ def test_a_tile_that_is_left_out_would_be_noticed():
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_compiles_without_spills(architecture, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORMILL_CACHE", str(tmp_path))
-    wide = [
-        (1, 4, torch.float16, cuda.Tiling(1, 4, 8, aligned=True, cluster=True)),
-        (16, 4, torch.bfloat16, cuda.Tiling(2, 2, 8)),
-    ]
-    usual = [
-        (16, 3, torch.bfloat16, cuda.Tiling()),
-        (8, 4, torch.float16, cuda.Tiling()),
-        (32, 8, torch.float16, cuda.Tiling()),
-    ]
-    for tokens, bits, dtype, tiling in {"sm_80": usual[:2], "sm_90a": wide + usual}.get(architecture, usual):
-        module = cuda.stream_module(some_plan(tokens, bits, dtype, tiling=tiling).defines)
-        code = compile_or_skip(module, architecture)
-        assert resources(code)["linear_stream"].stack == 0, (tokens, bits, tiling)
+    for row_blocks in (2, 4):
+        for tokens, bits, dtype in ((16, 3, torch.bfloat16), (8, 4, torch.float16), (32, 8, torch.float16)):
+            if architecture == "sm_80" and tokens == 32:
+                continue  # never taken there
+            module = cuda.stream_module(some_plan(tokens, bits, dtype, row_blocks=row_blocks).defines)
+            code = compile_or_skip(module, architecture)
+            assert resources(code)["linear_stream"].stack == 0, (tokens, bits, row_blocks)
     instructions = disassembly(code)
     assert "HMMA.16816.F32" in instructions
     assert ("UBLKCP" in instructions) == (architecture != "sm_80")

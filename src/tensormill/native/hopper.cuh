@@ -115,11 +115,17 @@ DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// After a wait, where other products are unfinished: keeps the compiler from using these sums before it.
+// After a wait, at the end of the loop of these products or where others are unfinished: keeps the compiler from copying
+// these sums before it.
 template <int COUNT>
 DEVICE void wgmma_settle(float (&d)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int COUNT>
+DEVICE void wgmma_settle(int (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // Operand of rows of 128 bytes, K contiguous, with the 128-byte swizzle of a tensor map, at a multiple of 1024

@@ -472,14 +472,17 @@ def _attend_kernel(
                     ASSEMBLY,
                 )
             if VALUE_BITS == 16:
+                gain = 0.0
                 highest = tl.max(x, 1)
             else:
-                highest = tl.max(x + tl.log2(tl.maximum(tl.abs(v_scale), LEAST_SCALE))[None, :], 1)
+                gain = tl.log2(tl.maximum(tl.abs(v_scale), LEAST_SCALE))[None, :]
+                highest = tl.max(x + gain, 1)
             grown = tl.maximum(maximum, highest)
             base = tl.where(grown == -float("inf"), 0.0, grown)
             alpha = tl.exp2(maximum - base)
             maximum = grown
-            p = tl.exp2(x - base[:, None])
+            # No more than 0, although x may be rounded otherwise here than above, by a multiplication and an addition at once.
+            p = tl.exp2(tl.minimum(x + gain - base[:, None], 0.0) - gain)
             sums = sums * alpha[:, None] + p
             if VALUE_BITS != 16:
                 if VALUE_OFFSET and VALUE_GROUPS == 1:

@@ -15,11 +15,11 @@ from tensormill.cuda import (
     HOPPER_HEADER,
     Kernel,
     Module,
-    StreamMemory,
     architecture,
     multiprocessors,
 )
 from tensormill.ops.linear_wna16 import wgmma
+from tensormill.ops.linear_wna16.wgmma import workspace
 from tensormill.ops.tiles import COLUMNS, tiled_groups
 
 _FOLDER = Path(__file__).parent
@@ -30,20 +30,17 @@ _KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 # Tokens that `stream.cu` takes at a time, and how many before Hopper, where registers can't be shifted between warps.
 MOST_STREAMED_TOKENS = 32
 _MOST_STREAMED_TOKENS_BEFORE_HOPPER = 16
-# On Hopper `wgmma.cu` takes over; with many rows, whose tiles fill an H200 by themselves, it is faster from here on
-# (measured with 4 bits).
+# On Hopper `wgmma.cu` takes over; with many rows, whose tiles fill the GPU by themselves, it is faster from here on
+# (measured with 4 bits on an H100).
 _MANY_ROWS, _MOST_STREAMED_TOKENS_OF_MANY_ROWS = 8192, 16
 _MOST_STAGES = 16
 # Blocks of 64 rows x 128 columns of a block's run from which on its ring of stages takes all shared memory, not half of
 # it. With few, all that the next kernel loads ahead delays the last sums of this one: 12.4 instead of 15.2 us at 60, but
 # 66 instead of 60 us at 436 (4 bits, one token, H200).
 _BLOCKS_FOR_A_LONG_RING = 192
-# Multiprocessors that may idle so that fewer blocks share rows.
-_LEAST_ALIGNED = 0.96
-_MOST_SHARERS = 8  # blocks of a cluster that every GPU with clusters can have
-_BARRIER_BYTES = 272
-# Partial sums; all bits set is `EMPTY`.
-workspace = StreamMemory(-1, least=1 << 20)
+# Units have 256 rows, or where each row of them would be shared by more blocks than that, 128.
+_MOST_SHARERS = 3
+_CONSUMERS, _BARRIER_BYTES = 8, 256
 _ONE_GROUP = 1 << 30  # a group size beyond any row
 # Shared memory of a block that kernels may use, by architecture.
 _SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_120a": 99 << 10}
@@ -63,7 +60,6 @@ class Plan:
     Attributes:
         defines: its macros.
         grid, block, shared: blocks, threads of a block, bytes of shared memory.
-        cluster: blocks of a cluster.
         workspace: elements of the workspace.
         sizes: the integers of its arguments.
     """
@@ -72,7 +68,6 @@ class Plan:
     grid: int
     block: int
     shared: int
-    cluster: int
     workspace: int
     sizes: tuple[int, ...]
 
@@ -104,30 +99,6 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How `stream.cu` cuts its work.
-
-    Attributes:
-        row_blocks: 64 rows of a unit each: 1, 2 or 4.
-        column_blocks: 128 columns of a unit each: 1, 2 or 4. Wide units of few rows are shared by fewer blocks, at the
-            price of more of x's bytes.
-        consumers: warps that multiply; 2 or 4 times as many make `8 row_blocks column_blocks`.
-        resident: blocks on a multiprocessor.
-        shares: parts of a multiprocessor's shared memory of which a block has one; 0 for one by the size.
-        aligned: runs end with rows of units or are whole parts of them, where that idles few multiprocessors.
-        cluster: then blocks that share a row of units are a cluster; on sm_90 only.
-    """
-
-    row_blocks: int = 4
-    column_blocks: int = 1
-    consumers: int = 8
-    resident: int = 1
-    shares: int = 0
-    aligned: bool = False
-    cluster: bool = False
-
-
 def plan(
     tokens: int,
     rows: int,
@@ -140,42 +111,34 @@ def plan(
     zeros: bool,
     multiprocessors: int,
     shared: int,
-    tiling: Tiling = Tiling(),
+    row_blocks: int | None = None,
 ) -> Plan:
     """The plan for a product of `tokens` with a weight (rows, columns) on a GPU of so many multiprocessors, with
-    `shared` bytes of shared memory each."""
+    `shared` bytes of shared memory each; `row_blocks` of 64 rows make a unit, 2 or 4, None chooses."""
     one_group = group_size == -1 or group_size >= columns
     span = min(COLUMNS if one_group else group_size, COLUMNS)
     padded_tokens = next(n for n in (8, 16, 32) if tokens <= n)
     scale_bytes = 4 if scale_dtype == torch.float32 else 2
-    blocks = tiling.row_blocks * tiling.column_blocks
-    stage = blocks * (1024 * bits + 64 * COLUMNS // span * (scale_bytes + zeros))
-    stage += padded_tokens * (2 * COLUMNS * tiling.column_blocks + 16)
-    across = -(-columns // (COLUMNS * tiling.column_blocks))
-    units = -(-rows // (64 * tiling.row_blocks)) * across
-    grid = min(multiprocessors * tiling.resident, units)
-    if tiling.aligned:
-        grid = _aligned_grid(grid, units, across)
+    across = -(-columns // COLUMNS)
+    if row_blocks is None:
+        row_blocks = 4 if multiprocessors <= _MOST_SHARERS * -(-rows // 256) else 2
+    stage = row_blocks * (1024 * bits + 64 * COLUMNS // span * (scale_bytes + zeros))
+    stage += padded_tokens * (2 * COLUMNS + 16)
+    units = -(-rows // (64 * row_blocks)) * across
+    grid = min(multiprocessors, units)
     each = units // grid
-    sharers = across // each if tiling.cluster and each * grid == units and across % each == 0 else 1
-    sharers = sharers if sharers <= _MOST_SHARERS else 1
-    shares = tiling.shares or (1 if each * blocks >= _BLOCKS_FOR_A_LONG_RING else 2)
-    # Sums of 16 rows x 8 tokens that a consumer keeps.
-    kept = max(1, 4 * tiling.row_blocks * padded_tokens // 8 // tiling.consumers)
-    # What consumers and a cluster's blocks give to each other comes before the stages; 1024 bytes of every block are
-    # the system's.
-    before = _BARRIER_BYTES + (2 + (sharers - 1) * kept) * tiling.consumers * 512
-    fitting = ((shared + 1024) // shares - 1024 - before) // stage
+    shares = 1 if each * row_blocks >= _BLOCKS_FOR_A_LONG_RING else 2
+    kept = row_blocks * padded_tokens // 16  # sums of 16 rows x 8 tokens, of a consumer
+    before = _BARRIER_BYTES + 2 * _CONSUMERS * 512
+    fitting = (
+        (shared + 1024) // shares - 1024 - before
+    ) // stage  # 1024 bytes of every block are the system's
     stages = max(1, min(_MOST_STAGES, fitting, -(-units // grid)))
     defines = (
         ("WEIGHT_BITS", bits),
         ("ACTIVATION", _ACTIVATIONS[dtype]),
         ("TOKENS", padded_tokens),
-        ("ROW_BLOCKS", tiling.row_blocks),
-        ("COLUMN_BLOCKS", tiling.column_blocks),
-        ("CONSUMERS", tiling.consumers),
-        ("RESIDENT", tiling.resident),
-        ("SHARERS", sharers),
+        ("ROW_BLOCKS", row_blocks),
         ("SPAN", span),
         ("ZEROS", int(zeros)),
         ("SCALE", _KINDS[scale_dtype]),
@@ -185,10 +148,9 @@ def plan(
     return Plan(
         defines,
         grid,
-        32 * (tiling.consumers + tiling.row_blocks),
+        32 * (_CONSUMERS + row_blocks),
         before + stages * stage,
-        sharers,
-        grid * kept * tiling.consumers * 128,
+        grid * kept * _CONSUMERS * 128,
         (
             tokens,
             rows,
@@ -197,18 +159,10 @@ def plan(
             group_size,
             stages,
             across,
-            units // grid,
+            each,
             units % grid,
         ),
     )
-
-
-def _aligned_grid(most: int, units: int, across: int) -> int:
-    """`most` blocks, or a few less whose equal runs end where rows of units do, or are whole parts of them."""
-    for grid in range(most, int(most * _LEAST_ALIGNED) - 1, -1):
-        if units % grid == 0 and (across % (units // grid) == 0 or units // grid % across == 0):
-            return grid
-    return most
 
 
 @functools.cache
@@ -239,7 +193,7 @@ def linear(
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
     hopper = architecture(x.device.index) == "sm_90a"
     most = _most_streamed_tokens(x.device.index)
-    if hopper and bits == 4 and rows >= _MANY_ROWS:
+    if hopper and bits == 4 and rows > _MANY_ROWS:
         most = _MOST_STREAMED_TOKENS_OF_MANY_ROWS
     if hopper and flat.shape[0] > most and rows > 0:
         bias = None if bias is None else bias.to(x.dtype)
@@ -304,7 +258,7 @@ def _stream(
     bias = None if bias is None else bias.contiguous()
     partial = workspace(x.device, made.workspace)
     given = made.arguments(x, weight, scale, zero_point, bias, y, partial)
-    kernel.launch(made.grid, made.block, made.shared, given, overlap=overlap, cluster=made.cluster)
+    kernel.launch(made.grid, made.block, made.shared, given, overlap=overlap)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,31 +1,25 @@
 // y = x W^T + bias for few tokens, W of 1 to 8 bits in the tiled layout (ops/tiles.py): bound by the bytes of W.
 //
-// One block per multiprocessor, or a few. W is cut in units of 64 ROW_BLOCKS rows x 128 COLUMN_BLOCKS columns, ordered by
-// rows, then columns, and every block takes an equal run of them. Producer warps, one for every 64 rows, stream units
-// (codes, scales, zero points, and the columns of x that belong to them) into a ring of stages in shared memory, as far
-// ahead as there is room.
+// One block per multiprocessor. W is cut in units of 64 ROW_BLOCKS rows x 128 columns, ordered by rows, then columns, and
+// every block takes an equal run of them. Producer warps, one for every 64 rows, stream units (codes, scales, zero points,
+// and the columns of x that belong to them) into a ring of stages in shared memory, as far ahead as there is room.
 //
-// Consumer warps work in groups of 2 COLUMN_BLOCKS. Each of a group multiplies the same SUMMED_TILES x 16 rows of a unit by
-// 64 of its columns: weights are the first operand of the tensor cores' products, in registers, as exact integers q - z;
-// tokens are the second, eight at a time. Sums over the columns that share a scale are exact up to float32's rounding, and
-// the scale is applied to them, not to the weights. After the last column the group's warps halve what they keep, in turns,
-// until each has the whole sums of its part.
+// Consumer warps work in pairs. Both of a pair multiply the same SUMMED_TILES x 16 rows of a unit, each by 64 of its columns:
+// weights are the first operand of the tensor cores' products, in registers, as exact integers q - z; tokens are the
+// second, eight at a time. Sums over the columns that share a scale are exact up to float32's rounding, and the scale is
+// applied to them, not to the weights. After the last column each of the pair gets the whole sums of half of the rows.
 //
 // Where a block's run begins or ends within a row of units, the sums are shared among blocks, and the last of them (in the
-// order of columns) adds those of the others in order, so that results don't depend on timing. Wide units of few rows are
-// shared by fewer blocks, but take more of x's bytes. Sums travel in one of two ways:
-// - through the workspace (SHARERS 1). A sum that is not there yet reads as EMPTY, a NaN that arithmetic doesn't produce;
-//   whoever has read it writes EMPTY again, so that the workspace is ready for the next launch. Blocks take their rows
-//   from the last to the first: what others wait for is computed first, and a block only waits for blocks before it.
-// - through the shared memory of a cluster of SHARERS blocks, which share one row of units each (sm_90).
+// order of columns) adds those of the others in order, so that results don't depend on timing. They travel through the
+// workspace. A sum that is not there yet reads as EMPTY, a NaN that arithmetic doesn't produce; whoever has read it writes
+// EMPTY again, so that the workspace is ready for the next launch. Blocks take their rows from the last to the first: what
+// others wait for is computed first, and a block only waits for blocks before it. Units of fewer rows are shared by fewer
+// blocks, but take more of x's bytes.
 //
-// Macros: WEIGHT_BITS; ACTIVATION (Half or BFloat16); TOKENS (8, 16, 32: padded); ROW_BLOCKS; COLUMN_BLOCKS; CONSUMERS
-// (warps); RESIDENT (blocks of a multiprocessor); SHARERS; SPAN (32, 64, 128: columns of a unit that share a scale); ZEROS
-// (whether there are zero points); SCALE and BIAS (0 none, 1 float16, 2 bfloat16, 3 float32).
+// Macros: WEIGHT_BITS; ACTIVATION (Half or BFloat16); TOKENS (8, 16, 32: padded); ROW_BLOCKS (2, 4); SPAN (32, 64, 128:
+// columns of a unit that share a scale); ZEROS (whether there are zero points); SCALE and BIAS (0 none, 1 float16,
+// 2 bfloat16, 3 float32).
 #include "dequantize.cuh"
-#if SHARERS > 1
-#include "hopper.cuh"
-#endif
 
 struct Arguments {
     const uint8_t* weight;
@@ -34,7 +28,7 @@ struct Arguments {
     const void* bias;
     const uint8_t* x;
     uint16_t* y;
-    float* workspace;  // KEPT * 128 * CONSUMERS, per block
+    float* workspace;  // KEPT * 128 * CONSUMERS, of a block
     int tokens, rows, columns;
     int x_stride;    // bytes from token to token, a multiple of 16
     int groups;      // per row
@@ -46,16 +40,14 @@ struct Arguments {
 
 constexpr int COLUMNS = 128;  // of a block of columns
 constexpr int ROWS = 64 * ROW_BLOCKS;
+constexpr int CONSUMERS = 8;
 constexpr int THREADS = 32 * (CONSUMERS + ROW_BLOCKS);
-constexpr int WAYS = 2 * COLUMN_BLOCKS;  // warps of a group
-constexpr int SUMMED_TILES = 8 * ROW_BLOCKS * COLUMN_BLOCKS / CONSUMERS;
-static_assert(SUMMED_TILES == 2 || SUMMED_TILES == 4, "a warp's rows are not of one block of 64");
+constexpr int SUMMED_TILES = ROW_BLOCKS;
 // Where sums need more registers than an equal share, the producers leave some of theirs.
-constexpr bool SHIFTED_REGISTERS = ROW_BLOCKS == 4 && RESIDENT == 1 && (TOKENS == 32 || CONSUMERS == 16);
+constexpr bool SHIFTED_REGISTERS = ROW_BLOCKS == 4 && TOKENS == 32;
 constexpr int TOKEN_TILES = TOKENS / 8;
 constexpr int QUADRUPLES = SUMMED_TILES * TOKEN_TILES;  // of sums, of a thread: 16 rows x 8 tokens of its warp
-constexpr int KEPT = QUADRUPLES > WAYS ? QUADRUPLES / WAYS : 1;
-constexpr int KEEPERS = QUADRUPLES < WAYS ? CONSUMERS / WAYS * QUADRUPLES : CONSUMERS;  // warps that keep sums
+constexpr int KEPT = QUADRUPLES / 2;
 constexpr int SPANS = COLUMNS / SPAN;
 constexpr int SCALE_BYTES = SCALE == 3 ? 4 : 2;
 constexpr uint32_t EMPTY = 0xffffffffu;
@@ -63,19 +55,16 @@ constexpr uint32_t EMPTY = 0xffffffffu;
 // A stage: codes, then x, then scales, then zero points.
 constexpr int TILE_BYTES = 128 * WEIGHT_BITS;
 constexpr int BLOCK_BYTES = 8 * TILE_BYTES;                    // 64 rows x 128 columns
-constexpr int X_STRIDE = 2 * COLUMNS * COLUMN_BLOCKS + 16;     // rows of x start in different banks
+constexpr int X_STRIDE = 2 * COLUMNS + 16;                     // rows of x start in different banks
 constexpr int BLOCK_SCALES = 64 * SPANS;                       // of 64 rows x 128 columns
-constexpr int BLOCKS = ROW_BLOCKS * COLUMN_BLOCKS;             // in the order of rows, then columns
-constexpr int X_OFFSET = BLOCKS * BLOCK_BYTES;
+constexpr int X_OFFSET = ROW_BLOCKS * BLOCK_BYTES;
 constexpr int SCALE_OFFSET = X_OFFSET + TOKENS * X_STRIDE;
-constexpr int ZERO_OFFSET = SCALE_OFFSET + BLOCKS * BLOCK_SCALES * SCALE_BYTES;
-constexpr int STAGE_BYTES = ZERO_OFFSET + (ZEROS ? BLOCKS * BLOCK_SCALES : 0);
-// Before the stages: the barriers of up to 16 and that of RECEIVED, what consumers give to each other (two places of 16
-// bytes a thread), and what the other blocks of a cluster give.
-constexpr int BARRIER_BYTES = 272;
-constexpr int EXCHANGE_BYTES = 2 * CONSUMERS * 512;
-constexpr int RECEIVED_BYTES = KEPT * CONSUMERS * 512;  // from one block
-constexpr int STAGES_OFFSET = BARRIER_BYTES + EXCHANGE_BYTES + (SHARERS - 1) * RECEIVED_BYTES;
+constexpr int ZERO_OFFSET = SCALE_OFFSET + ROW_BLOCKS * BLOCK_SCALES * SCALE_BYTES;
+constexpr int STAGE_BYTES = ZERO_OFFSET + (ZEROS ? ROW_BLOCKS * BLOCK_SCALES : 0);
+// Before the stages: the barriers of up to 16, and what consumers give to each other, two places of 16
+// bytes a thread.
+constexpr int BARRIER_BYTES = 256;
+constexpr int STAGES_OFFSET = BARRIER_BYTES + 2 * CONSUMERS * 512;
 
 // A block's units.
 struct Run {
@@ -115,7 +104,6 @@ struct Place {
 
 DEVICE uint32_t full_barrier(int stage) { return shared_memory() + 16 * stage; }
 DEVICE uint32_t empty_barrier(int stage) { return shared_memory() + 16 * stage + 8; }
-DEVICE uint32_t received_barrier() { return shared_memory() + 256; }
 DEVICE uint32_t stage_address(int stage) {
     return shared_memory() + STAGES_OFFSET + stage * STAGE_BYTES;
 }
@@ -133,10 +121,10 @@ struct WeightWalk {
     const Run& run;
     const int block, lane;
     int end, left;             // where the current row's part ends, and how many of its units are left
-    int blocks;                // of 128 columns, from the next unit to the end of the row; 0 where there are no rows
+    bool present;              // whether there are rows
     const uint8_t* codes;      // of the next unit
     const uint8_t* groups[2];  // what this lane copies of scales and zero points
-    int same;                  // blocks until the next group
+    int same;                  // units until the next group
 #if TENSORMILL_ARCH >= 900
     const uint64_t policy = policy_evict_first();
 #endif
@@ -149,16 +137,16 @@ struct WeightWalk {
         begin_row();
     }
 
-    DEVICE int blocks_per_group() const { return arguments.group_size > SPAN ? arguments.group_size / COLUMNS : 1; }
+    DEVICE int units_per_group() const { return arguments.group_size > SPAN ? arguments.group_size / COLUMNS : 1; }
 
     DEVICE void begin_row() {
         const Part part(run, end);
         const int64_t index = part.row * ROW_BLOCKS + block;
         left = part.last - part.first, end = part.begin(run);
-        const int across = (arguments.columns + COLUMNS - 1) / COLUMNS, first = part.first * COLUMN_BLOCKS;
-        blocks = index * 64 < arguments.rows ? across - first : 0;
-        codes = arguments.weight + (index * across + first) * BLOCK_BYTES;
-        const int per_group = blocks_per_group(), group = per_group > 1 ? first / per_group : first;
+        const int first = part.first;
+        present = index * 64 < arguments.rows;
+        codes = arguments.weight + (index * arguments.across + first) * BLOCK_BYTES;
+        const int per_group = units_per_group(), group = per_group > 1 ? first / per_group : first;
         same = per_group > 1 ? per_group - first % per_group : 1;
         const int64_t scales = index * arguments.groups + group * SPANS;
         groups[0] = arguments.scale + scales * (64 * SCALE_BYTES);
@@ -167,33 +155,27 @@ struct WeightWalk {
 
     DEVICE void load(int stage) {
         const uint32_t to = stage_address(stage);
-        const int bytes = (blocks < COLUMN_BLOCKS ? blocks : COLUMN_BLOCKS) * BLOCK_BYTES;
+        const int bytes = present ? BLOCK_BYTES : 0;
 #if TENSORMILL_ARCH >= 900
         if (lane == 0) {
             mbarrier_arrive_expect(full_barrier(stage), bytes);
-            if (bytes > 0)
-                copy_bulk(to + block * COLUMN_BLOCKS * BLOCK_BYTES, codes, bytes, full_barrier(stage), policy);
+            if (present) copy_bulk(to + block * BLOCK_BYTES, codes, bytes, full_barrier(stage), policy);
         }
 #else
-        for (int i = 16 * lane; i < bytes; i += 512) copy_async16(to + block * COLUMN_BLOCKS * BLOCK_BYTES + i, codes + i);
+        for (int i = 16 * lane; i < bytes; i += 512) copy_async16(to + block * BLOCK_BYTES + i, codes + i);
 #endif
 #pragma unroll
-        for (int column = 0; column < COLUMN_BLOCKS; column++) {
-            const int set = block * COLUMN_BLOCKS + column;
-#pragma unroll
-            for (int copy = 0; copy < COPIES; copy++) {
-                const int i = 16 * lane + 512 * copy;
-                const bool zero = i >= SCALES;
-                const uint32_t place = zero ? ZERO_OFFSET + set * BLOCK_SCALES + i - SCALES : SCALE_OFFSET + set * SCALES + i;
-                if (i < BYTES && column < blocks) copy_async16(to + place, zero ? groups[1] + i - SCALES : groups[0] + i);
-            }
-            if (--same == 0) {
-                same = blocks_per_group();
-                groups[0] += SCALES, groups[1] += BLOCK_SCALES;
-            }
+        for (int copy = 0; copy < COPIES; copy++) {
+            const int i = 16 * lane + 512 * copy;
+            const bool zero = i >= SCALES;
+            const uint32_t place = zero ? ZERO_OFFSET + block * BLOCK_SCALES + i - SCALES : SCALE_OFFSET + block * SCALES + i;
+            if (i < BYTES && present) copy_async16(to + place, zero ? groups[1] + i - SCALES : groups[0] + i);
         }
-        codes += COLUMN_BLOCKS * BLOCK_BYTES;
-        if (blocks > 0) blocks -= COLUMN_BLOCKS;
+        if (--same == 0) {
+            same = units_per_group();
+            groups[0] += SCALES, groups[1] += BLOCK_SCALES;
+        }
+        codes += BLOCK_BYTES;
         if (--left == 0 && end > run.begin) begin_row();
     }
 };
@@ -215,7 +197,7 @@ struct XWalk {
     DEVICE void begin_row() {
         const Part part(run, end);
         left = part.last - part.first, end = part.begin(run);
-        const int column = part.first * (COLUMN_BLOCKS * COLUMNS) + 8 * chunk;
+        const int column = part.first * COLUMNS + 8 * chunk;
         bytes = 2 * (arguments.columns - column);
         from = arguments.x + int64_t(token) * arguments.x_stride + 2 * column;
     }
@@ -223,18 +205,14 @@ struct XWalk {
     // Tokens beyond the last are not written: their products go nowhere.
     DEVICE void load(int stage) {
         const uint32_t to = stage_address(stage) + X_OFFSET + token * X_STRIDE + 16 * chunk;
+        const int count = bytes < 0 ? 0 : bytes < 16 ? bytes : 16;
 #pragma unroll
-        for (int column = 0; column < COLUMN_BLOCKS; column++) {
-            const int count = bytes < 0 ? 0 : bytes < 16 ? bytes : 16;
-#pragma unroll
-            for (int i = 0; i < TOKENS; i += 2 * ROW_BLOCKS)
-                if (token + i < arguments.tokens)
-                    copy_async16(to + i * X_STRIDE + column * 2 * COLUMNS,
-                                 from + int64_t(i) * arguments.x_stride + column * 2 * COLUMNS, count);
-            bytes -= 2 * COLUMNS;
-        }
+        for (int i = 0; i < TOKENS; i += 2 * ROW_BLOCKS)
+            if (token + i < arguments.tokens)
+                copy_async16(to + i * X_STRIDE, from + int64_t(i) * arguments.x_stride, count);
+        bytes -= 2 * COLUMNS;
         copy_async_arrive(full_barrier(stage));
-        from += COLUMN_BLOCKS * 2 * COLUMNS;
+        from += 2 * COLUMNS;
         if (--left == 0 && end > run.begin) begin_row();
     }
 };
@@ -268,18 +246,17 @@ DEVICE float number(uint32_t bits) {
 struct Consumer {
     const Arguments& arguments;
     const int warp, lane;
-    const int group = warp / WAYS, way = warp % WAYS;  // `way`: which 64 of a unit's columns
-    // Of the group's rows, in units of 16: the first in a unit, its block of 64 rows, and its place there.
-    const int first_tile = group * SUMMED_TILES, block = first_tile / 4, tile_in_block = first_tile % 4;
+    const int pair = warp / 2, way = warp % 2;  // `way`: which 64 of a unit's columns
+    // Of the pair's rows, in units of 16: the first in a unit, its block of 64 rows, and its place there.
+    const int first_tile = pair * SUMMED_TILES, block = first_tile / 4, tile_in_block = first_tile % 4;
     float sum[QUADRUPLES][4];  // of tile i and tokens 8 n: number i * TOKEN_TILES + n; after `exchange`, the first KEPT
     uint32_t codes_at, x_at, group_index;  // of this warp or lane: bytes in a stage, and number among scales
-    int kept;                  // the first that the warp keeps, as a number before `exchange`; -1 for none
     int turn = 0;              // place for an exchange
 
     DEVICE void begin() {
-        const int set = block * COLUMN_BLOCKS + way / 2, span = SPAN == 128 ? 0 : way % 2 * (64 / SPAN);
-        group_index = (set * SPANS + span) * 64 + lane / 4 * 8 + 2 * tile_in_block;
-        codes_at = block * (COLUMN_BLOCKS * BLOCK_BYTES) + (4 * way + tile_in_block) * TILE_BYTES;
+        const int span = SPAN == 128 ? 0 : way * (64 / SPAN);
+        group_index = (block * SPANS + span) * 64 + lane / 4 * 8 + 2 * tile_in_block;
+        codes_at = block * BLOCK_BYTES + (4 * way + tile_in_block) * TILE_BYTES;
         x_at = X_OFFSET + lane % 8 * X_STRIDE + 128 * way + lane / 8 * 16;
         if constexpr (TOKENS < 32) keep(codes_at), keep(x_at), keep(group_index);
     }
@@ -291,7 +268,7 @@ struct Consumer {
             for (int j = 0; j < 4; j++) sum[i][j] = 0;
     }
 
-    // Scales of rows 16 i + lane / 4 and 8 rows on, of the group's rows.
+    // Scales of rows 16 i + lane / 4 and 8 rows on, of the pair's rows.
     DEVICE void load_scales(uint32_t address, int i, float (&scale)[2]) const {
         if constexpr (SCALE == 3) {
             const Words2 pair = load_shared2(address + 8 * i);
@@ -359,34 +336,21 @@ struct Consumer {
         }
     }
 
-    // With the warp whose way differs in one bit: of COUNT sums each keeps one half and gets the other's; of a single
-    // sum the lower one keeps the whole.
-    template <int COUNT, int BIT>
-    DEVICE void halve() {
-        constexpr int HALF = COUNT > 1 ? COUNT / 2 : 0, SENT = COUNT > 1 ? HALF : 1;
-        const bool high = (way & BIT) != 0;
-#pragma unroll
-        for (int i = 0; i < SENT; i++) {
-            float(&low)[4] = sum[i];
-            const float(&up)[4] = sum[HALF + i];
-            const uint32_t place = shared_memory() + BARRIER_BYTES + (turn * CONSUMERS * 32 + lane) * 16;
-            store_shared4(place + 512 * warp, {float_to_bits(high ? low[0] : up[0]), float_to_bits(high ? low[1] : up[1]),
-                                               float_to_bits(high ? low[2] : up[2]), float_to_bits(high ? low[3] : up[3])});
-            barrier_sync(1 + group, 32 * WAYS);
-            const Words4 other = load_shared4(place + 512 * (warp ^ BIT));
-            low[0] = (high ? up[0] : low[0]) + bits_to_float(other.x);
-            low[1] = (high ? up[1] : low[1]) + bits_to_float(other.y);
-            low[2] = (high ? up[2] : low[2]) + bits_to_float(other.z);
-            low[3] = (high ? up[3] : low[3]) + bits_to_float(other.w);
-            turn ^= 1;  // what was read stays until all have met again
-        }
-        if (high) kept = COUNT > 1 && kept >= 0 ? kept + HALF : -1;
-        if constexpr (2 * BIT < WAYS) halve<COUNT / 2 + (COUNT == 1), 2 * BIT>();
-    }
-
+    // Of the pair, each keeps one half of the sums and gets the other's.
     DEVICE void exchange() {
-        kept = 0;
-        halve<QUADRUPLES, 1>();
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            float(&low)[4] = sum[i];
+            const float(&up)[4] = sum[KEPT + i];
+            const uint32_t place = shared_memory() + BARRIER_BYTES + (turn * CONSUMERS * 32 + lane) * 16;
+            store_shared4(place + 512 * warp, {float_to_bits(way ? low[0] : up[0]), float_to_bits(way ? low[1] : up[1]),
+                                               float_to_bits(way ? low[2] : up[2]), float_to_bits(way ? low[3] : up[3])});
+            barrier_sync(1 + pair, 64);
+#pragma unroll
+            for (int j = 0; j < 4; j++) low[j] = way ? up[j] : low[j];
+            add_to(low, load_shared4(place + 512 * (warp ^ 1)));
+            turn ^= 1;  // what was read stays until both have met again
+        }
     }
 
     // Where this thread's sum number i lies among what a block gives, in units of 16 bytes.
@@ -399,19 +363,9 @@ struct Consumer {
 
     DEVICE void give_away() const {
 #pragma unroll
-        for (int i = 0; i < KEPT; i++) {
-            const Words4 words = {float_to_bits(sum[i][0]), float_to_bits(sum[i][1]), float_to_bits(sum[i][2]),
-                                  float_to_bits(sum[i][3])};
-#if SHARERS > 1
-            cluster_store(map_shared(received(cluster_rank(), i), SHARERS - 1), words);
-#else
-            store_relaxed4(slot(block_index(), i), words);
-#endif
-        }
-#if SHARERS > 1
-        cluster_fence();
-        cluster_mbarrier_arrive(map_shared(received_barrier(), SHARERS - 1));
-#endif
+        for (int i = 0; i < KEPT; i++)
+            store_relaxed4(slot(block_index(), i), {float_to_bits(sum[i][0]), float_to_bits(sum[i][1]),
+                                                    float_to_bits(sum[i][2]), float_to_bits(sum[i][3])});
     }
 
     DEVICE void add_to(float (&to)[4], const Words4& words) const {
@@ -419,20 +373,6 @@ struct Consumer {
         to[2] += bits_to_float(words.z), to[3] += bits_to_float(words.w);
     }
 
-#if SHARERS > 1
-    DEVICE uint32_t received(int from, int i) const {
-        return shared_memory() + BARRIER_BYTES + EXCHANGE_BYTES + from * RECEIVED_BYTES + place(i) * 16;
-    }
-
-    // Adds the sums of the cluster's other blocks.
-    DEVICE void add(int, int) {
-        cluster_mbarrier_wait(received_barrier(), 0);
-#pragma unroll
-        for (int from = 0; from < SHARERS - 1; from++)
-#pragma unroll
-            for (int i = 0; i < KEPT; i++) add_to(sum[i], load_shared4(received(from, i)));
-    }
-#else
     // Adds the sums of blocks `first` to `last` - 1.
     DEVICE void add(int first, int last) {
         // Loads of several blocks are under way together, as far as registers allow.
@@ -460,19 +400,18 @@ struct Consumer {
                 }
         }
     }
-#endif
 
     DEVICE void store(int row) const {
 #pragma unroll
         for (int i = 0; i < KEPT; i++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int n = row * ROWS + (first_tile + (kept + i) / TOKEN_TILES) * 16 + 8 * h + lane / 4;
+                const int n = row * ROWS + (first_tile + (way * KEPT + i) / TOKEN_TILES) * 16 + 8 * h + lane / 4;
                 if (n >= arguments.rows) continue;
                 float bias = 0;
                 if constexpr (BIAS == 3) bias = static_cast<const float*>(arguments.bias)[n];
                 if constexpr (BIAS == 1 || BIAS == 2) bias = number<BIAS>(static_cast<const uint16_t*>(arguments.bias)[n]);
-                const int token = (kept + i) % TOKEN_TILES * 8 + lane % 4 * 2;
+                const int token = (way * KEPT + i) % TOKEN_TILES * 8 + lane % 4 * 2;
                 const uint32_t pair = pack2<ACTIVATION>(sum[i][2 * h] + bias, sum[i][2 * h + 1] + bias);
                 uint16_t* to = arguments.y + int64_t(token) * arguments.rows + n;
                 if (token < arguments.tokens) to[0] = uint16_t(pair);
@@ -490,19 +429,16 @@ struct Consumer {
             end = part.begin(run);
             // Past the last row or column there is nothing in shared memory but what was there.
             const bool present = (part.row * ROW_BLOCKS + block) * 64 < arguments.rows;
-            int left = arguments.columns - part.first * (COLUMN_BLOCKS * COLUMNS) - 64 * way;
             clear();
             for (int column = part.first; column < part.last; column++) {
                 mbarrier_wait(full_barrier(place.stage), place.parity);
-                if (present && (COLUMN_BLOCKS == 1 || left > 0)) multiply(stage_address(place.stage));
+                if (present) multiply(stage_address(place.stage));
                 synchronize_warp();
                 if (lane == 0) mbarrier_arrive(empty_barrier(place.stage));
                 place.advance(arguments.stages);
-                left -= COLUMN_BLOCKS * COLUMNS;
             }
-            if (SHARERS == 1 && !present) continue;
+            if (!present) continue;
             exchange();
-            if (KEEPERS < CONSUMERS && kept < 0) continue;
             if (part.last < run.across) {
                 give_away();
                 continue;
@@ -513,25 +449,20 @@ struct Consumer {
     }
 };
 
-KERNEL(linear_stream, THREADS, RESIDENT, Arguments) {
+KERNEL(linear_stream, THREADS, 1, Arguments) {
     if (thread_index() < arguments.stages) {
         mbarrier_init(full_barrier(thread_index()), ROW_BLOCKS * PRODUCER_ARRIVALS);
         mbarrier_init(empty_barrier(thread_index()), CONSUMERS);
-        if (SHARERS > 1 && thread_index() == 0) mbarrier_init(received_barrier(), (SHARERS - 1) * 32 * KEEPERS);
         mbarrier_init_fence();
     }
-#if SHARERS > 1
-    cluster_sync();
-#else
     synchronize();
-#endif
     const Run run(arguments, block_index());
     const int warp = warp_index();
     if (warp >= CONSUMERS) {
-        if constexpr (SHIFTED_REGISTERS) lower_registers<CONSUMERS == 16 ? 64 : 88>();
+        if constexpr (SHIFTED_REGISTERS) lower_registers<88>();
         produce(arguments, run, warp - CONSUMERS);
     } else {
-        if constexpr (SHIFTED_REGISTERS) raise_registers<CONSUMERS == 16 ? 104 : 208>();
+        if constexpr (SHIFTED_REGISTERS) raise_registers<208>();
         Consumer{arguments, warp, lane_index()}.consume(run);
     }
 }

@@ -7,8 +7,9 @@
 // stage once the products of the next have begun. Where a block has several tiles, the first warpgroup is kept some stages
 // ahead, so that it stores its sums while the other one still multiplies, and the other way round.
 //
-// SPLIT blocks, a cluster that has one tile only, share it along K: each adds up and stores some of its tokens; the others
-// send theirs through shared memory, and they are added in the order of the splits.
+// Where tiles are few, SPLIT blocks share one along K, all of which run at once. Each adds up and stores some of its tokens;
+// the others lay their sums for it into the workspace, where a sum that is not there yet reads as EMPTY, and are added in
+// the order of the splits. Who has read a sum writes EMPTY again, so that the workspace is ready for the next launch.
 //
 // Scales of groups multiply the weights, except for 8-bit x, where they multiply the sums of a group, which are then added
 // in float32; scales of whole rows multiply the sums at the end.
@@ -67,15 +68,14 @@ constexpr int ZERO_BYTES = ZERO && !BYTES ? 64 : 0;
 constexpr int SCALE_OFFSET = X_BYTES + BLOCKS * WEIGHT_BYTES;
 constexpr int ZERO_OFFSET = SCALE_OFFSET + GROUPS * BLOCKS * SCALE_BYTES;
 constexpr int STAGE_BYTES = (ZERO_OFFSET + GROUPS * BLOCKS * ZERO_BYTES + 1023) / 1024 * 1024;
-// After the ring: y, tokens x 64 rows of a part each; sums from the other splits; barriers.
+// After the ring: y, tokens x 64 rows of a part each; barriers.
+constexpr int Y_OFFSET = STAGES * STAGE_BYTES;
 constexpr int SLICE = TOKENS / SPLIT;  // tokens that a block stores
 constexpr int SLICE_SUMS = SUMS / SPLIT;
-constexpr int Y_OFFSET = STAGES * STAGE_BYTES;
 constexpr int Y_BYTES = SLICE * 128;
-constexpr int SENT_OFFSET = Y_OFFSET + BLOCKS * Y_BYTES;
-constexpr int SENT_BYTES = PARTS * SLICE_SUMS * THREADS * 4;  // by one split
-constexpr int BARRIER_OFFSET = SENT_OFFSET + (SPLIT - 1) * SENT_BYTES;
-static_assert(BARRIER_OFFSET + 16 * STAGES + 8 == SHARED_BYTES, "the host's formula differs");
+constexpr int BARRIER_OFFSET = Y_OFFSET + BLOCKS * Y_BYTES;
+static_assert(BARRIER_OFFSET + 16 * STAGES == SHARED_BYTES, "the host's formula differs");
+constexpr uint32_t EMPTY = 0xffffffffu;
 
 struct Arguments {
     TensorMap x;                 // boxes of 128 bytes x TOKENS
@@ -86,6 +86,7 @@ struct Arguments {
     const uint16_t* bias;        // [rows]; or null
     const float* token_scale;    // [tokens], for 8-bit x
     const int* token_sum;        // [tokens], of x, for 8-bit x and zero points
+    uint32_t* workspace;         // [tiles][receiving split][split but that][ROWS * SLICE]
     int tokens, rows;
     int row_blocks, columns;  // of the weights: blocks of 64 rows
     int groups, group_size;
@@ -144,20 +145,21 @@ DEVICE float row_scale(const void* scale, int index) {
                        : to_float<Y>(static_cast<const uint16_t*>(scale)[index]);
 }
 
+// As they lie in the workspace: arithmetic makes neither a NaN of all ones nor so low a sum of products of bytes.
 DEVICE uint32_t to_bits(float value) { return float_to_bits(value); }
-DEVICE uint32_t to_bits(int value) { return value; }
+DEVICE uint32_t to_bits(int value) { return value ^ 0x7fffffff; }
 DEVICE void from_bits(uint32_t bits, float& value) { value = bits_to_float(bits); }
-DEVICE void from_bits(uint32_t bits, int& value) { value = bits; }
+DEVICE void from_bits(uint32_t bits, int& value) { value = bits ^ 0x7fffffff; }
 
 // Copies the stages of 64 of a block's rows, number `local`; the first copies x too.
-DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worker& w, int local, int cluster, int clusters) {
+DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worker& w, int local, int first, int blocks) {
     if (local == 0) {  // weights don't depend on earlier kernels, x and the memory of y do
         wait_for_previous_kernel();
         allow_next_kernel();
     }
     Stage stage;
     const int column_tiles = (p.columns + 127) / 128 * 2;
-    for (int index = cluster; index < schedule.count(); index += clusters) {
+    for (int index = first; index < schedule.count(); index += blocks) {
         const Place at = schedule.place(index);
         const int block = at.row_tile * BLOCKS + local;
         const bool present = block < p.row_blocks;
@@ -192,9 +194,24 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
     }
 }
 
+// What weights of 64 rows in 16 bits are expanded with: zero points, and scales of rows low and high.
+struct Affine {
+    ZeroPoint<BITS, X> zero[2];
+    uint32_t scale[2];
+};
+
+DEVICE void load_affine(const Worker& w, uint32_t from, int set, Affine& to) {
+    if constexpr (ZERO) {
+        const uint32_t zero = load_shared_half(from + ZERO_OFFSET + set * ZERO_BYTES + w.pair * 2);
+        to.zero[0] = ZeroPoint<BITS, X>(zero, 0), to.zero[1] = ZeroPoint<BITS, X>(zero, 1);
+    }
+    const uint32_t scale = load_shared(from + SCALE_OFFSET + set * SCALE_BYTES + w.pair * 4);
+    to.scale[0] = permute_bytes(scale, 0, 0x1010), to.scale[1] = permute_bytes(scale, 0, 0x3232);
+}
+
 // Half a stage of the weights of 64 rows, number `local` of the block, as first operands of two products.
-DEVICE void expand(const Worker& w, uint32_t from, int local, int half, const ZeroPoint<BITS, X> (&row_zero)[2],
-                   uint32_t (&words)[BITS], uint32_t (&a)[2][4]) {
+DEVICE void expand(const Worker& w, uint32_t from, int local, int half, Affine& affine, uint32_t (&words)[BITS],
+                   uint32_t (&a)[2][4]) {
     if (BYTES || half == 0)
         load_tile<BITS>(from + X_BYTES + local * WEIGHT_BYTES + ((BYTES ? 4 * half : 0) + w.quarter) * TILE_BYTES, w.lane,
                         words);
@@ -206,21 +223,13 @@ DEVICE void expand(const Worker& w, uint32_t from, int local, int half, const Ze
             for (int r = 0; r < 4 && FP8; r++) a[s][r] = to_e4m3<BITS>(a[s][r]);
         }
     } else {
-        const int set = local * GROUPS + (GROUPS == 2 ? half : 0);
-        ZeroPoint<BITS, X> low = row_zero[0], high = row_zero[1];
-        if constexpr (ZERO && GROUPS > 0) {
-            const uint32_t zero = load_shared_half(from + ZERO_OFFSET + set * ZERO_BYTES + w.pair * 2);
-            low = ZeroPoint<BITS, X>(zero, 0), high = ZeroPoint<BITS, X>(zero, 1);
-        }
+        if constexpr (GROUPS > 0)
+            if (half < GROUPS) load_affine(w, from, local * GROUPS + half, affine);
 #pragma unroll
-        for (int s = 0; s < 2; s++) dequantize<BITS, X>(words, 2 * half + s, low, high, a[s]);
-        if constexpr (GROUPS > 0) {
-            const uint32_t scale = load_shared(from + SCALE_OFFSET + set * SCALE_BYTES + w.pair * 4);
+        for (int s = 0; s < 2; s++) {
+            dequantize<BITS, X>(words, 2 * half + s, affine.zero[0], affine.zero[1], a[s]);
 #pragma unroll
-            for (int s = 0; s < 2; s++)
-#pragma unroll
-                for (int r = 0; r < 4; r++)
-                    a[s][r] = mul2<X>(a[s][r], permute_bytes(scale, 0, r & 1 ? 0x3232 : 0x1010));
+            for (int r = 0; r < 4 && GROUPS > 0; r++) a[s][r] = mul2<X>(a[s][r], affine.scale[r & 1]);
         }
     }
 }
@@ -248,14 +257,13 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
                      float (&totals)[GROUP_SUMS ? SUMS : 1]) {
     uint32_t a[2][PARTS][2][4];
     uint32_t words[PARTS][BITS];
-    ZeroPoint<BITS, X> row_zero[PARTS][2];
+    Affine affine[PARTS];
     if constexpr (ZERO && !BYTES && GROUPS == 0) {
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
             if (block + part < p.row_blocks) {
                 const uint32_t zero = p.zero[(block + part) * 32 + w.pair];
-                row_zero[part][0] = ZeroPoint<BITS, X>(zero, 0);
-                row_zero[part][1] = ZeroPoint<BITS, X>(zero, 1);
+                affine[part].zero[0] = ZeroPoint<BITS, X>(zero, 0), affine[part].zero[1] = ZeroPoint<BITS, X>(zero, 1);
             }
     }
     if constexpr (GROUP_SUMS) {
@@ -263,8 +271,10 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
         for (float& total : totals) total = 0.0f;
     }
     int column = GROUP_SUMS && GROUPS > 0 ? w.begin * 128 % p.group_size : 0;  // in the group
-    bool more = false;  // products add to sums
-    for (int step = w.begin; step < w.end; step++) {
+    uint32_t more = 0;  // products add to sums
+    int step = w.begin;
+    do {  // at least once: where paths meet, the compiler would copy sums, before they are there
+        keep(more);  // or the first step would be peeled
         const uint32_t from = w.base + w.stage.index * STAGE_BYTES;
         const uint64_t tokens = wgmma_descriptor(from);
         mbarrier_wait(w.full + 8 * w.stage.index, w.stage.parity);
@@ -272,88 +282,111 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
         for (int half = 0; half < 2; half++) {
 #pragma unroll
             for (int part = 0; part < PARTS; part++)
-                expand(w, from, w.consumer * PARTS + part, half, row_zero[part], words[part], a[half][part]);
+                expand(w, from, w.consumer * PARTS + part, half, affine[part], words[part], a[half][part]);
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < 2; s++)
 #pragma unroll
                 for (int part = 0; part < PARTS; part++)
-                    wgmma<KIND, TOKENS>(sums[part], a[half][part][s], tokens + 2 * (2 * half + s), more || half > 0 || s > 0);
+                    wgmma<KIND, TOKENS>(sums[part], a[half][part][s], tokens + 2 * (2 * half + s), more != 0 || half > 0 || s > 0);
             wgmma_commit();
             wgmma_wait<1>();
             // The products of the stage before are done.
             if (half == 0 && step > w.begin && !GROUP_SUMS) release(w, w.stage.previous());
         }
-        more = true;
+        more = 1;
         if constexpr (GROUP_SUMS) {
             wgmma_wait<0>();
+            wgmma_settle(sums[0]);
             column += 128;
             // The units sum products of e4m3 in about 14 bits: every stage is added in float32.
             if (FP8 || column >= p.group_size || step == w.end - 1) {
-                column = 0, more = false;
+                column = 0, more = 0;
                 add_group(w, from, sums[0], totals);
             }
             release(w, w.stage.index);
         }
         if (SKEW > 0 && step - w.begin == lead - 1) barrier_arrive(3, THREADS);
         w.stage.next();
-    }
+    } while (++step < w.end);
     if constexpr (!GROUP_SUMS) {
         wgmma_wait<0>();
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) wgmma_settle(sums[part]);
         release(w, w.stage.previous());
     }
 }
 
-// Sends each block of a split its slice and waits for those of the others: splits before the receiver lay theirs at
-// their own index, those after it one lower.
+// This thread's place in the workspace for what one split lays there for another.
+DEVICE uint32_t* place(const Arguments& p, int tile, int from, int to) {
+    return p.workspace + ((int64_t)(tile * SPLIT + to) * (SPLIT - 1) + from - (from > to)) * (ROWS * SLICE) +
+           thread_index() * 4;
+}
+
 template <class S>
-DEVICE void exchange(const Worker& w, uint32_t received, const S (&sums)[PARTS][SUMS]) {
+DEVICE void give(const Arguments& p, const Worker& w, int tile, const S (&sums)[PARTS][SUMS]) {
 #pragma unroll
     for (int to = 0; to < SPLIT; to++)
         if (to != w.split) {
-            const uint32_t sent = map_shared(w.base + SENT_OFFSET, to) +
-                                  (w.split - (w.split > to)) * SENT_BYTES + thread_index() * 16;
+            uint32_t* const given = place(p, tile, w.split, to);
 #pragma unroll
             for (int part = 0; part < PARTS; part++)
 #pragma unroll
                 for (int i = 0; i < SLICE_SUMS; i += 4) {
                     const S* s = &sums[part][to * SLICE_SUMS + i];
-                    cluster_store(sent + (part * SLICE_SUMS + i) / 4 * (16 * THREADS),
-                                  {to_bits(s[0]), to_bits(s[1]), to_bits(s[2]), to_bits(s[3])});
+                    store_relaxed4(given + (part * SLICE_SUMS + i) * THREADS,
+                                   {to_bits(s[0]), to_bits(s[1]), to_bits(s[2]), to_bits(s[3])});
                 }
         }
-    cluster_fence();
-#pragma unroll
-    for (int to = 0; to < SPLIT; to++)
-        if (to != w.split) cluster_mbarrier_arrive(map_shared(received, to));
-    cluster_mbarrier_wait(received, 0);
 }
 
-// Four sums with those of the other splits, in order.
-template <class S>
-DEVICE void add_splits(const Worker& w, int position, int split, S (&s)[4]) {
-    S total[4] = {0, 0, 0, 0};
+// This split's slice, number OWN, with what the others lay for it, in the order of the splits.
+template <int OWN, class S>
+DEVICE void take(const Arguments& p, int tile, S (&sums)[PARTS][SUMS]) {
+    // Times 4 sums, of every split: loads under way together, as far as registers allow.
+    constexpr int PLACES = PARTS * SLICE_SUMS / 4, AT_ONCE = PLACES < 8 / SPLIT ? PLACES : 8 / SPLIT;
 #pragma unroll
-    for (int other = 0; other < SPLIT; other++) {
-        S more[4] = {s[0], s[1], s[2], s[3]};
-        if (other != split) {
-            const Words4 words = load_shared4(w.base + SENT_OFFSET + (other - (other > split)) * SENT_BYTES +
-                                              position / 4 * (16 * THREADS) + thread_index() * 16);
-            from_bits(words.x, more[0]), from_bits(words.y, more[1]);
-            from_bits(words.z, more[2]), from_bits(words.w, more[3]);
+    for (int begin = 0; begin < PLACES; begin += AT_ONCE) {
+        Words4 found[AT_ONCE][SPLIT];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int from = 0; from < SPLIT; from++)
+                if (from != OWN) found[i][from] = load_relaxed4(place(p, tile, from, OWN) + 4 * (begin + i) * THREADS);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int at = 4 * (begin + i);
+            S(&own)[SUMS] = sums[at / SLICE_SUMS];
+            const int first = OWN * SLICE_SUMS + at % SLICE_SUMS;
+            S total[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int from = 0; from < SPLIT; from++) {
+                S more[4] = {own[first], own[first + 1], own[first + 2], own[first + 3]};
+                if (from != OWN) {
+                    uint32_t* const taken = place(p, tile, from, OWN) + at * THREADS;
+                    Words4 words = found[i][from];
+                    while (words.x == EMPTY || words.y == EMPTY || words.z == EMPTY || words.w == EMPTY) {
+                        spin();
+                        words = load_relaxed4(taken);
+                    }
+                    store_relaxed4(taken, {EMPTY, EMPTY, EMPTY, EMPTY});
+                    from_bits(words.x, more[0]), from_bits(words.y, more[1]);
+                    from_bits(words.z, more[2]), from_bits(words.w, more[3]);
+                }
+#pragma unroll
+                for (int j = 0; j < 4; j++) total[j] += more[j];
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) own[first + j] = total[j];
         }
-#pragma unroll
-        for (int j = 0; j < 4; j++) total[j] += more[j];
     }
-#pragma unroll
-    for (int j = 0; j < 4; j++) s[j] = total[j];
 }
 
-// The sums of a warpgroup's rows, from `block` on, become y.
-template <class S>
+// The sums of a warpgroup's rows, from `block` on, of slice OWN, become y.
+template <int OWN, class S>
 DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile, const S (&sums)[PARTS][SUMS]) {
     const uint32_t output = w.base + Y_OFFSET + w.consumer * PARTS * Y_BYTES;
-    const int token = token_tile * TOKENS + w.split * SLICE;
+    const int token = token_tile * TOKENS + OWN * SLICE;
     if (thread_index() % 128 == 0) store_tensor_wait();
     barrier_sync(1 + w.consumer, 128);
 #pragma unroll
@@ -371,41 +404,36 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
             }
         }
 #pragma unroll
-        for (int split = 0; split < SPLIT; split++) {
-            if (split != w.split) continue;
+        for (int i = 0; i < SLICE_SUMS; i += 8) {  // 16 tokens
+            uint32_t packed[4];
 #pragma unroll
-            for (int i = 0; i < SLICE_SUMS; i += 8) {  // 16 tokens
-                uint32_t packed[4];
+            for (int c = 0; c < 2; c++) {
+                const int first = i + 4 * c;
+                S s[4];
 #pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    const int first = i + 4 * c;
-                    S s[4];
+                for (int j = 0; j < 4; j++) s[j] = sums[part][OWN * SLICE_SUMS + first + j];
+                float factor[2] = {1.0f, 1.0f};
+                if constexpr (BYTES) {
 #pragma unroll
-                    for (int j = 0; j < 4; j++) s[j] = sums[part][split * SLICE_SUMS + first + j];
-                    if constexpr (SPLIT > 1) add_splits(w, part * SLICE_SUMS + first, split, s);
-                    float factor[2] = {1.0f, 1.0f};
-                    if constexpr (BYTES) {
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            const int t = token + 2 * first + 2 * (w.lane % 4) + j;
-                            factor[j] = t < p.tokens ? p.token_scale[t] : 0.0f;
-                            if constexpr (ZERO) {
-                                const int sum = t < p.tokens ? p.token_sum[t] : 0;
-                                s[j] -= zero[0] * sum, s[2 + j] -= zero[1] * sum;
-                            }
+                    for (int j = 0; j < 2; j++) {
+                        const int t = token + 2 * first + 2 * (w.lane % 4) + j;
+                        factor[j] = t < p.tokens ? p.token_scale[t] : 0.0f;
+                        if constexpr (ZERO) {
+                            const int sum = t < p.tokens ? p.token_sum[t] : 0;
+                            s[j] -= zero[0] * sum, s[2 + j] -= zero[1] * sum;
                         }
                     }
-                    float value[4];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) value[j] = float(s[j]) * (scale[j / 2] * factor[j % 2]) + shift[j / 2];
-                    packed[2 * c] = pack2<Y>(value[0], value[1]);
-                    packed[2 * c + 1] = pack2<Y>(value[2], value[3]);
                 }
-                // This lane's row, a token, of the matrices (rows, tokens) (0, 0), (8, 0), (0, 8), (8, 8).
-                const int t = 2 * i + 8 * (w.lane / 16) + w.lane % 8, chunk = 2 * w.quarter + w.lane / 8 % 2;
-                store_matrices4_transposed(output + part * Y_BYTES + t * 128 + ((chunk ^ (t & 7)) << 4), packed[0],
-                                           packed[1], packed[2], packed[3]);
+                float value[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) value[j] = float(s[j]) * (scale[j / 2] * factor[j % 2]) + shift[j / 2];
+                packed[2 * c] = pack2<Y>(value[0], value[1]);
+                packed[2 * c + 1] = pack2<Y>(value[2], value[3]);
             }
+            // This lane's row, a token, of the matrices (rows, tokens) (0, 0), (8, 0), (0, 8), (8, 8).
+            const int t = 2 * i + 8 * (w.lane / 16) + w.lane % 8, chunk = 2 * w.quarter + w.lane / 8 % 2;
+            store_matrices4_transposed(output + part * Y_BYTES + t * 128 + ((chunk ^ (t & 7)) << 4), packed[0], packed[1],
+                                       packed[2], packed[3]);
         }
     }
     fence_async_shared();
@@ -418,8 +446,19 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
     }
 }
 
+// Its slice of the sums of all splits becomes y.
+template <int OWN, class S>
+DEVICE void finish(const Arguments& p, const Worker& w, int tile, int block, int token_tile, S (&sums)[PARTS][SUMS]) {
+    if (SPLIT == 1 || w.split == OWN) {
+        if constexpr (SPLIT > 1) take<OWN>(p, tile, sums);
+        store<OWN>(p, w, block, token_tile, sums);
+    } else if constexpr (OWN < SPLIT - 1) {
+        finish<OWN + 1>(p, w, tile, block, token_tile, sums);
+    }
+}
+
 template <bool FIRST, class A, class B>
-DEVICE const auto& choose(const A& a, const B& b) {
+DEVICE auto& choose(A& a, B& b) {
     if constexpr (FIRST)
         return a;
     else
@@ -429,53 +468,47 @@ DEVICE const auto& choose(const A& a, const B& b) {
 KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
     const Arguments& p = arguments;
     const int warp = warp_index();
-    const int cluster = block_index() / SPLIT, clusters = grid_size() / SPLIT;
+    // A split's block has one tile only.
+    const int first = block_index() / SPLIT, blocks = SPLIT > 1 ? 1 << 30 : grid_size();
     const int steps = (p.columns + 64 * TILES - 1) / (64 * TILES);
     Worker w;
-    w.split = SPLIT > 1 ? cluster_rank() : 0;
     w.base = shared_memory(), w.full = w.base + BARRIER_OFFSET, w.empty = w.full + 8 * STAGES;
     w.consumer = warp / 4, w.quarter = warp % 4, w.lane = lane_index();
-    w.begin = steps * w.split / SPLIT, w.end = steps * (w.split + 1) / SPLIT;
+    w.split = block_index() % SPLIT, w.begin = steps * w.split / SPLIT, w.end = steps * (w.split + 1) / SPLIT;
     w.pair = w.lane / 4 * 4 + w.quarter;
-    const uint32_t received = w.empty + 8 * STAGES;
 
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(w.full + 8 * i, BLOCKS);
             mbarrier_init(w.empty + 8 * i, 4 * CONSUMERS);
         }
-        mbarrier_init(received, SPLIT > 1 ? (SPLIT - 1) * THREADS : 1);
         mbarrier_init_fence();
         prefetch_tensor_map(&p.x);
         prefetch_tensor_map(&p.y);
     }
-    if constexpr (SPLIT > 1)
-        cluster_sync();
-    else
-        synchronize();
+    synchronize();
 
     const Schedule schedule(p);
     if (warp >= 4 * CONSUMERS) {
         lower_registers<56>();
         const int local = warp - 4 * CONSUMERS;
-        if (local < BLOCKS && w.lane == 0) copy_tiles(p, schedule, w, local, cluster, clusters);
+        if (local < BLOCKS && w.lane == 0) copy_tiles(p, schedule, w, local, first, blocks);
     } else {
         raise_registers<224>();
-        Sum sums[PARTS][SUMS];
-        float totals[PARTS][GROUP_SUMS ? SUMS : 1];
-        const bool skewed = SKEW > 0 && cluster + clusters < schedule.count();
+        const bool skewed = SKEW > 0 && SPLIT == 1 && first + blocks < schedule.count();
         int lead = skewed && w.consumer == 0 ? min(SKEW, w.end - w.begin) : 0;
         if (skewed && w.consumer == 1) barrier_sync(3, THREADS);
-        for (int index = cluster; index < schedule.count(); index += clusters) {
+        for (int index = first; index < schedule.count(); index += blocks) {
             const Place at = schedule.place(index);
             const int block = at.row_tile * BLOCKS + w.consumer * PARTS;
+            Sum sums[PARTS][SUMS];
+            float totals[PARTS][GROUP_SUMS ? SUMS : 1];
             multiply(p, w, block, lead, sums, totals[0]);
-            const auto& results = choose<GROUP_SUMS>(totals, sums);
-            if constexpr (SPLIT > 1) exchange(w, received, results);
-            store(p, w, block, at.token_tile, results);
+            auto& results = choose<GROUP_SUMS>(totals, sums);
+            if constexpr (SPLIT > 1) give(p, w, index, results);
+            finish<0>(p, w, index, block, at.token_tile, results);
             lead = 0;
         }
         if (thread_index() % 128 == 0) store_tensor_wait();
     }
-    if constexpr (SPLIT > 1) cluster_sync();  // none leaves while another may still write into it
 }

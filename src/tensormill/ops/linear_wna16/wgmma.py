@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tensormill.cuda import HOPPER_HEADER, Kernel, Module, multiprocessors, tensor_map
+from tensormill.cuda import HOPPER_HEADER, Kernel, Module, StreamMemory, multiprocessors, tensor_map
 from tensormill.ops.tiles import tiled_groups
 
 _FOLDER = Path(__file__).parent
@@ -23,17 +23,20 @@ _HEADERS = (
 _X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 _Y_TYPES = {torch.float16: 0, torch.bfloat16: 1}
 _THREADS = 384
-_MOST_SHARED = 232448  # bytes of shared memory that a block of sm_90 can have
+_MOST_SHARED = 227 << 10  # bytes of shared memory that a block of sm_90 can have
+# Partial sums; all bits set is `EMPTY`.
+workspace = StreamMemory(-1, least=1 << 20)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes, and with whom.
+    """What a block computes, and with how many others.
 
     Attributes:
         rows: of the weight, 128 or 256.
         tokens: 32, 64, 128 or 256, with at most 256 * 128 elements in a tile.
-        split: blocks that share a tile along K, 1, 2 or 4, with at least 16 tokens for each.
+        split: blocks that share a tile along K, 1, 2, 4 or 8, with at least 16 tokens for each; those of all tiles must
+            run at once.
     """
 
     rows: int
@@ -77,8 +80,8 @@ class Format:
 
 
 # `Arguments` of wgmma.cu, after the two tensor maps: addresses; sizes, and the bytes that the struct's alignment adds.
-_ADDRESSES = struct.Struct("6Q")
-_SIZES = struct.Struct("7i52x")
+_ADDRESSES = struct.Struct("7Q")
+_SIZES = struct.Struct("7i44x")
 
 
 def shared_bytes(form: Format, tile: Tile) -> tuple[int, int]:
@@ -87,10 +90,9 @@ def shared_bytes(form: Format, tile: Tile) -> tuple[int, int]:
     sets = blocks * ((256 if form.float_scale else 128) + 64 * (form.zero_points and not form.bytes))
     stage = tile.tokens * 128 + blocks * 512 * form.bits * (2 if form.bytes else 1) + form.scale_sets * sets
     stage = -(-stage // 1024) * 1024
-    slice_tokens = tile.tokens // tile.split
-    rest = blocks * slice_tokens * 128 + (tile.split - 1) * (blocks // 2) * (slice_tokens // 2) * 1024 + 8
-    stages = min((_MOST_SHARED - rest) // (stage + 16), 8)
-    return stages, stages * (stage + 16) + rest
+    y = blocks * tile.tokens // tile.split * 128
+    stages = min((_MOST_SHARED - y) // (stage + 16), 8)
+    return stages, stages * (stage + 16) + y
 
 
 @functools.cache
@@ -178,6 +180,7 @@ def product(
         0 if bias is None else bias.data_ptr(),
         0 if x_scale is None else x_scale.data_ptr(),
         0 if summed is None else summed.data_ptr(),
+        workspace(x.device, made.workspace).data_ptr() if made.workspace else 0,
     )
     maps = _map(x, made.x_box) + _map(result, made.y_box)
     made.kernel.launch(
@@ -185,8 +188,8 @@ def product(
         _THREADS,
         made.shared,
         maps + addresses + made.sizes,
-        cluster=made.cluster,
         overlap=overlap,
+        together=made.together,
     )
     return result.contiguous()
 
@@ -197,7 +200,8 @@ class _Plan:
 
     kernel: Kernel
     grid: int
-    cluster: int
+    together: bool  # blocks wait for each other
+    workspace: int  # elements
     shared: int
     x_box: tuple[int, int]
     y_box: tuple[int, int]
@@ -221,6 +225,8 @@ def _plan(
     form = Format(bits, x, y, scale_sets(x, columns, group_size), zero_points, float_scale)
     if tile is None:
         tile = choose(form, tokens, rows, columns, multiprocessors(device))
+    count, places = tile.count(tokens, rows), multiprocessors(device)
+    assert tile.split == 1 or count * tile.split <= places, f"{tile} waits for blocks that can't run"
     sizes = _SIZES.pack(
         tokens,
         rows,
@@ -232,8 +238,9 @@ def _plan(
     )
     return _Plan(
         kernel=module(form, tile).kernel("linear_wgmma", device),
-        grid=_blocks(tile, tokens, rows, multiprocessors(device)),
-        cluster=tile.split,
+        grid=count * tile.split if tile.split > 1 else min(places, count),
+        together=tile.split > 1,
+        workspace=count * (tile.split - 1) * tile.rows * tile.tokens,
         shared=shared_bytes(form, tile)[1],
         x_box=(tile.tokens, 128 // x.itemsize),
         y_box=(tile.tokens // tile.split, 64),
@@ -255,35 +262,18 @@ def _map(tensor: Tensor, box: tuple[int, int]) -> bytes:
     return found
 
 
-# Rows, tokens, split: those that were fastest somewhere on an H200, 16-bit activations.
 _TILES = tuple(
-    Tile(*sizes)
-    for sizes in (
-        (256, 128, 1),
-        (128, 256, 1),
-        (256, 128, 2),
-        (128, 128, 1),
-        (128, 128, 2),
-        (256, 64, 1),
-        (256, 64, 2),
-        (256, 64, 4),
-        (128, 64, 1),
-        (128, 64, 2),
-        (256, 32, 1),
-        (256, 32, 2),
-        (128, 32, 1),
-        (128, 32, 2),
-    )
+    Tile(rows, tokens, split)
+    for rows, tokens in ((128, 32), (128, 64), (128, 128), (128, 256), (256, 32), (256, 64), (256, 128))
+    for split in (1, 2, 4, 8)
+    if tokens // split >= 16
 )
-# More for 8-bit activations, whose stages are half as many.
-_NARROW_TILES = (*_TILES, Tile(128, 128, 4), Tile(128, 64, 4))
-# Fitted to measurements there: cycles that a stage (of a small or a large tile), a tile and a split take beside products;
-# from how many tokens on power sets the clock, and by how much products are faster then if fewer weights are expanded.
-_SMALL_STAGE_CYCLES, _STAGE_CYCLES = 400, 600
-_TILE_CYCLES = 2600
-_SPLIT_CYCLES = 8000
-_MANY_TOKENS, _FEWER_WEIGHTS = 1024, 0.97
-_PROMOTED = 1.9  # how much longer products of int8 take with their sums scaled group by group
+# Fitted to measurements on an H100: cycles that a stage of 128 rows takes beside products, of 16 and 8 bits, and by how
+# much longer one of 256 rows does; those of a tile; those of a split, and of 4096 sums that it exchanges. What they choose
+# takes 1 % longer than the fastest tile, on average, and 20 % at most.
+_STAGE_CYCLES, _BYTE_STAGE_CYCLES, _TALL_STAGE = 470, 300, 1.43
+_TILE_CYCLES = 1200
+_SPLIT_CYCLES, _EXCHANGE_CYCLES = 5700, 1200
 
 
 @functools.lru_cache(maxsize=4096)
@@ -291,9 +281,11 @@ def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: 
     """The tile that should be fastest: a model of a block's cycles, times the tiles that each must do."""
     stages = -(-columns // _stage_columns(form))  # every split needs one
     tiles = [
-        t
-        for t in (_NARROW_TILES if form.bytes else _TILES)
-        if t.split <= min(stages, multiprocessors) and fits(form, t)
+        tile
+        for tile in _TILES
+        if (tile.split == 1 or tile.count(tokens, rows) * tile.split <= multiprocessors)
+        and tile.split <= stages
+        and fits(form, tile)
     ]
     return min(tiles, key=lambda tile: _cycles(tile, form, tokens, rows, columns, multiprocessors))
 
@@ -307,28 +299,15 @@ def fits(form: Format, tile: Tile) -> bool:
 def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
     """Clock cycles of the product."""
     products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
-    if tile.tokens == 256 and tokens >= _MANY_TOKENS and not form.bytes:
-        products *= _FEWER_WEIGHTS
-    if form.promoted:
-        products *= _PROMOTED
-    small = tile.rows == 128 and tile.tokens < 256
+    beside = _BYTE_STAGE_CYCLES if form.bytes else _STAGE_CYCLES
     stages = -(-columns // _stage_columns(form)) / tile.split
-    turns = -(-tile.count(tokens, rows) // _fitting(tile, multiprocessors))
-    beside = _TILE_CYCLES + (tile.split > 1) * _SPLIT_CYCLES
-    return turns * (stages * math.hypot(products, _SMALL_STAGE_CYCLES if small else _STAGE_CYCLES) + beside)
-
-
-def _fitting(tile: Tile, multiprocessors: int) -> int:
-    """Tiles that run at once; clusters must fit the GPU's parts, of up to 18 multiprocessors, some of fewer."""
-    if tile.split <= 2:
-        return multiprocessors // tile.split
-    return max(1, multiprocessors * 10 // 11 // tile.split)
-
-
-def _blocks(tile: Tile, tokens: int, rows: int, multiprocessors: int) -> int:
-    """Blocks to launch: with splits for all tiles, else as many as fit, which take one tile after another."""
-    count = tile.count(tokens, rows)
-    return count * tile.split if tile.split > 1 else min(multiprocessors, count)
+    turns = -(-tile.count(tokens, rows) * tile.split // multiprocessors)
+    cycles = turns * (
+        stages * math.hypot(products, beside * (_TALL_STAGE if tile.rows == 256 else 1)) + _TILE_CYCLES
+    )
+    if tile.split > 1:
+        cycles += _SPLIT_CYCLES + _EXCHANGE_CYCLES * tile.rows * tile.tokens / 4096
+    return cycles
 
 
 def _stage_columns(form: Format) -> int:

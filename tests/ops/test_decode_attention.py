@@ -423,8 +423,9 @@ def emulated(
         packed = latent.MergeArguments.of(
             partial, statistics, length, sinks, output, lse, cuda.span(query, window), blocks
         )
-        merge = emulate(latent.merge_module(queries, value_dim, query.dtype, sinks), "merge")
-        merge.launch(batch * rows, value_dim // 4, 0, packed)
+        groups = latent.merge_groups(batch, blocks)
+        merge = emulate(latent.merge_module(queries, value_dim, query.dtype, sinks, groups), "merge")
+        merge.launch(batch * rows, *latent.merge_block(value_dim, groups), packed)
     else:
         assert cuda.supports(*arguments)
         config = cuda.Config(sixteens, 3, stages)
@@ -486,7 +487,7 @@ def test_cuda_kernels_compile_without_spills(storage):
         module = latent.module(**latent.defines(query, key, table, value_dim, window, softcap))
         code = compile_or_skip(module, "sm_90a")
         assert resources(code)["latent"].stack <= 8  # a word for the two register counts, no spill
-        assert disassembly(code).count("HGMMA") == 36 + 3 * 4
+        assert disassembly(code).count("HGMMA") == 36 + 16 + 3 * 4
         return
     config = cuda.configuration(4, cuda.bits_of(key), stored[1].dtype == torch.uint8)
     module = cuda.module(**cuda.defines(query, key, *stored, table, None, window, softcap, config))

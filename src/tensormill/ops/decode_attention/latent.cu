@@ -1,5 +1,5 @@
 // Decode attention where all heads share one latent per token, whose first channels are its value (MLA), on sm_90a: the
-// first of two kernels (the other is merge.cu). The work is split as there.
+// first of two kernels (the other, merge.cu, is for sequences that several blocks have a part of).
 //
 // With 64 rows (heads, new tokens) to a block, products and bytes take about as long, and the tensor cores must never
 // wait. A tile is 64 tokens, and two of them are in shared memory beside Q. Two warpgroups take tiles in turn: each
@@ -11,9 +11,9 @@
 //
 // Two chains bound a tile's time. From P(t-1) to P(t): a product with V, half of S, the softmax; what precedes P(t-1) runs
 // during the other's softmax. From a part's release to its next use: about 1200 cycles of copying, for which every part is
-// released as soon as its last product is done. A warp brings the next tile into the second-level cache meanwhile: from
-// memory it would take too long. Two blocks with the same tiles and other rows are a cluster: each loads half of every
-// tile, for both.
+// released as soon as its last product is done. The warps that copy bring the next tile into the second-level cache
+// meanwhile: from memory it would take too long. Two blocks with the same tiles and other rows are a cluster: each loads
+// half of every tile, for both.
 //
 // The base of the exponentials is one for both warpgroups, passed on from tile to tile with P. It follows the maximum only
 // when that has grown by 8, a factor of 256.
@@ -48,6 +48,8 @@ struct Arguments {
     const uint16_t* query;
     const int32_t *lengths, *block_table;
     float *partial, *statistics;
+    uint16_t* output;  // of sequences that are one block's work; null where there are sinks, which merge.cu adds
+    float* lse;
     int64_t query_stride_b, query_stride_h, query_stride_t;  // in elements
     int32_t page_rows;  // rows from page to page, or from sequence to sequence
     int32_t table_stride, batch, span, window;
@@ -61,6 +63,7 @@ DEVICE uint32_t empty(int buffer, int part) { return full(2, 0) + 8 * (3 * buffe
 // A block's share of one sequence: `count` tiles from the token `start` on; tile j is in buffer j % 2.
 struct Segment {
     int sequence, length, start, count;
+    bool whole;  // all of it
 };
 
 DEVICE Segment next_segment(const Arguments& a, int& position, int finish) {
@@ -72,6 +75,7 @@ DEVICE Segment next_segment(const Arguments& a, int& position, int finish) {
     const int tile = position - begin;
     s.start = (first + tile) * TILE;
     s.count = smaller(count - tile, finish - position);
+    s.whole = s.count == count;
     position += s.count;
     return s;
 }
@@ -343,20 +347,31 @@ DEVICE void attend(const Arguments& a, int row_block, int program, int position,
             if (t == 0) store_shared(totals + part * 256 + 32 * r, float_to_bits(sums[r]));
         }
         barrier_sync(1, CONSUMERS);  // also before the next sequence's Q
-        const int64_t slot = (int64_t)(program + s.sequence) * ROWS;
+        const bool final = s.whole && a.output != nullptr;
+        const int64_t slot = (int64_t)(final ? s.sequence : program + s.sequence) * ROWS;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int at = row_block * 64 + own + g + 8 * r;
             if (at >= ROWS) continue;
+            const float sum = sums[r] + bits_to_float(load_shared(totals + other * 256 + 32 * r));
             if (part == 0 && t == 0) {
-                a.statistics[2 * (slot + at)] = base[r];
-                a.statistics[2 * (slot + at) + 1] = sums[r] + bits_to_float(load_shared(totals + 256 + 32 * r));
+                if (final)
+                    a.lse[slot + at] = (base[r] + fast_log2(sum)) * 0.6931471805599453f;
+                else
+                    a.statistics[2 * (slot + at)] = base[r], a.statistics[2 * (slot + at) + 1] = sum;
             }
-            float* to = a.partial + (slot + at) * VALUE_DIM + part * PART + 2 * t;
+            const int64_t to = (slot + at) * VALUE_DIM + part * PART + 2 * t;
+            if (final) {
+                const float scale = sum > 0 ? 1 / sum : 0.0f;
 #pragma unroll
-            for (int j = 0; j < SUMS; j += 4) {
-                *reinterpret_cast<Words2*>(to + j / 4 * 8) =
-                    Words2{float_to_bits(o[j + 2 * r]), float_to_bits(o[j + 2 * r + 1])};
+                for (int j = 2 * r; j < SUMS; j += 4)
+                    *reinterpret_cast<uint32_t*>(a.output + to + j / 4 * 8) =
+                        pack2<QUERY_TYPE>(o[j] * scale, o[j + 1] * scale);
+            } else {
+#pragma unroll
+                for (int j = 2 * r; j < SUMS; j += 4)
+                    *reinterpret_cast<Words2*>(a.partial + to + j / 4 * 8) =
+                        Words2{float_to_bits(o[j]), float_to_bits(o[j + 1])};
             }
         }
     }

@@ -24,7 +24,10 @@ _TensorMap = ctypes.c_uint64 * 16
 class Arguments(ctypes.Structure):
     _fields_ = (
         ("keys", _TensorMap),
-        *((name, ctypes.c_void_p) for name in ("query", "lengths", "block_table", "partial", "statistics")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "lengths", "block_table", "partial", "statistics", "output", "lse")
+        ),
         *((f"query_stride_{name}", ctypes.c_int64) for name in "bht"),
         *((name, ctypes.c_int32) for name in ("page_rows", "table_stride", "batch", "span", "window")),
         *((name, ctypes.c_float) for name in ("factor", "cap")),
@@ -106,9 +109,12 @@ def arguments(
     softcap: float,
     partial: Tensor,
     statistics: Tensor,
+    output: Tensor | None,
+    lse: Tensor,
 ) -> Arguments:
-    """The kernel's struct; `keys` is the tensor map of `rows_of(key)`. The tensors must outlive it."""
-    pointers = (query, lengths, block_table, partial, statistics)
+    """The kernel's struct; `keys` is the tensor map of `rows_of(key)`, output None where the merging kernel has to write
+    all of it. The tensors must outlive it."""
+    pointers = (query, lengths, block_table, partial, statistics, output, lse)
     return Arguments(
         _TensorMap.from_buffer_copy(keys),
         *(None if x is None else x.data_ptr() for x in pointers),
@@ -162,7 +168,8 @@ def decode_attention(
     partial, statistics = workspace(programs + batch, rows, value_dim, query.device)
     kernel = module(**defines(query, key, block_table, value_dim, window, softcap)).kernel("latent", device)
     keys = tensor_map(rows_of(key), _BOX)
-    packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, partial, statistics)
+    results = (partial, statistics, output if sinks is None else None, lse)
+    packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, *results)
     grid, shared = programs * row_blocks, shared_bytes(head_dim)
     kernel.launch(grid, THREADS, shared, packed, overlap=True, cluster=cluster(rows))
     parts = MergeArguments.of(partial, statistics, lengths, sinks, output, lse, span(query, window), programs)

@@ -1,6 +1,6 @@
-// The second kernel of decode attention over a latent cache: adds up the partial results of latent.cu. A block has one
-// (sequence, head, new token), a thread four channels of every GROUPS-th part of it; parts, and then groups, are added in
-// order.
+// The second kernel of decode attention over a latent cache: adds up the partial results of latent.cu, of sequences that
+// more than one of its blocks had a part of. A block has one (sequence, head, new token), a thread four channels of every
+// GROUPS-th part of it; parts, and then groups, are added in order.
 #include "work.cuh"
 
 // Macros: QUERIES new tokens; VALUE_DIM channels, 256 or 512; TILE_TOKENS of a tile; OUTPUT_TYPE Half or BFloat16; GROUPS;
@@ -41,7 +41,10 @@ KERNEL(merge, THREADS * GROUPS, GROUPS > 1 ? 1 : 12, Arguments) {
     const int each = share(total, a.batch, a.programs);
     const int first = begin / each, parts = count > 0 ? (begin + count - 1) / each - first + 1 : 0;
 
+
     wait_for_previous_kernel();
+    allow_next_kernel();
+    if (!SINKS && parts == 1) return;  // latent.cu wrote the result
     const int64_t slot = (int64_t)(first + sequence) * rows + row;
     Sum sum = {LEAST, 0, {0, 0, 0, 0}};
     for (int p = group; p < parts; p += CHUNK * GROUPS) {

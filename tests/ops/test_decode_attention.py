@@ -416,15 +416,17 @@ def emulated(
         module = latent.module(**latent.defines(query, key, table, value_dim, window, softcap))
         keys = emulated_tensor_map(latent.rows_of(key), (32, 64))
         packed = latent.arguments(
-            keys, query, key, length, table, scale, window, softcap, partial, statistics
+            *(keys, query, key, length, table, scale, window, softcap, partial, statistics),
+            *(output if sinks is None else None, lse),
         )
         grid, shared = blocks * -(-rows // latent.ROWS), latent.shared_bytes(query.shape[-1])
         emulate(module, "latent").launch(grid, latent.THREADS, shared, packed, cluster=latent.cluster(rows))
         packed = latent.MergeArguments.of(
             partial, statistics, length, sinks, output, lse, cuda.span(query, window), blocks
         )
-        merge = emulate(latent.merge_module(queries, value_dim, query.dtype, sinks), "merge")
-        merge.launch(batch * rows, value_dim // 4, 0, packed)
+        groups = latent.merge_groups(batch, blocks)
+        merge = emulate(latent.merge_module(queries, value_dim, query.dtype, sinks, groups), "merge")
+        merge.launch(batch * rows, *latent.merge_block(value_dim, groups), packed)
     else:
         assert cuda.supports(*arguments)
         config = cuda.Config(sixteens, 3, stages)
@@ -466,6 +468,14 @@ LATENT = {"heads": 20, "kv_heads": 1, "head_dim": 320, "value_dim": 256, "shared
         {"storage": "bfp12-16", "page_size": 16, "blocks": 40, "sinks": True},
         {"storage": "float", "page_size": 16, "head_dim": 128, "heads": 20, "blocks": 2, "stages": 2},
         {**LATENT, "queries": 4, "window": 70, "page_size": 32, "softcap": 3.0},  # 80 rows are two blocks
+        {
+            **LATENT,
+            "batch": 1,
+            "context": 700,
+            "blocks": 16,
+            "sinks": True,
+        },  # eleven parts, merged by eight groups
+        {**LATENT, "batch": 4, "context": 256, "ragged": False, "dtype": "float16"},  # whole sequences
     ],
     ids=lambda changed: changed.get("storage", "latent"),
 )
@@ -486,7 +496,9 @@ def test_cuda_kernels_compile_without_spills(storage):
         module = latent.module(**latent.defines(query, key, table, value_dim, window, softcap))
         code = compile_or_skip(module, "sm_90a")
         assert resources(code)["latent"].stack <= 8  # a word for the two register counts, no spill
-        assert disassembly(code).count("HGMMA") == 36 + 3 * 4
+        found = disassembly(code)
+        assert found.count("HGMMA") == 36 + 16 + 3 * 4
+        assert found.count("WARPGROUP.DEPBAR") == 5  # the source's own: products wait for nothing else
         return
     config = cuda.configuration(4, cuda.bits_of(key), stored[1].dtype == torch.uint8)
     module = cuda.module(**cuda.defines(query, key, *stored, table, None, window, softcap, config))

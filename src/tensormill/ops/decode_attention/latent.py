@@ -24,7 +24,10 @@ _TensorMap = ctypes.c_uint64 * 16
 class Arguments(ctypes.Structure):
     _fields_ = (
         ("keys", _TensorMap),
-        *((name, ctypes.c_void_p) for name in ("query", "lengths", "block_table", "partial", "statistics")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "lengths", "block_table", "partial", "statistics", "output", "lse")
+        ),
         *((f"query_stride_{name}", ctypes.c_int64) for name in "bht"),
         *((name, ctypes.c_int32) for name in ("page_rows", "table_stride", "batch", "span", "window")),
         *((name, ctypes.c_float) for name in ("factor", "cap")),
@@ -50,6 +53,8 @@ def supports(
     """One latent for all heads, of at most 576 channels, the first 512 or 256 of them values, in 16 bits; on sm_90."""
     if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] != 9:
         return False  # wgmma exists there only
+    if not scale > 0:
+        return False  # the largest product is taken for the largest logit
     if value is not None or key_scale is not None or query.dtype not in _NAMES or 0 in key.shape:
         return False
     if sinks is not None and sinks.dtype not in (*_NAMES, torch.float32):
@@ -104,9 +109,12 @@ def arguments(
     softcap: float,
     partial: Tensor,
     statistics: Tensor,
+    output: Tensor | None,
+    lse: Tensor,
 ) -> Arguments:
-    """The kernel's struct; `keys` is the tensor map of `rows_of(key)`. The tensors must outlive it."""
-    pointers = (query, lengths, block_table, partial, statistics)
+    """The kernel's struct; `keys` is the tensor map of `rows_of(key)`, output None where the merging kernel has to write
+    all of it. The tensors must outlive it."""
+    pointers = (query, lengths, block_table, partial, statistics, output, lse)
     return Arguments(
         _TensorMap.from_buffer_copy(keys),
         *(None if x is None else x.data_ptr() for x in pointers),
@@ -123,7 +131,7 @@ def arguments(
 
 def shared_bytes(head_dim: int) -> int:
     """Shared memory of a block: two tiles, P, Q, bases and sums, barriers."""
-    return 3 * TILE * head_dim * 2 + TILE * 128 + 3 * ROWS * 4 + (2 * head_dim // 64 + 4) * 8
+    return 3 * TILE * head_dim * 2 + TILE * 128 + 3 * ROWS * 4 + (2 * head_dim // 64 + 6) * 8
 
 
 def cluster(rows: int) -> int:
@@ -160,12 +168,14 @@ def decode_attention(
     partial, statistics = workspace(programs + batch, rows, value_dim, query.device)
     kernel = module(**defines(query, key, block_table, value_dim, window, softcap)).kernel("latent", device)
     keys = tensor_map(rows_of(key), _BOX)
-    packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, partial, statistics)
+    results = (partial, statistics, output if sinks is None else None, lse)
+    packed = arguments(keys, query, key, lengths, block_table, scale, window, softcap, *results)
     grid, shared = programs * row_blocks, shared_bytes(head_dim)
     kernel.launch(grid, THREADS, shared, packed, overlap=True, cluster=cluster(rows))
     parts = MergeArguments.of(partial, statistics, lengths, sinks, output, lse, span(query, window), programs)
-    kernel = merge_module(queries, value_dim, output.dtype, sinks).kernel("merge", device)
-    kernel.launch(batch * rows, value_dim // 4, 0, parts, overlap=True)
+    groups = merge_groups(batch, programs)
+    kernel = merge_module(queries, value_dim, output.dtype, sinks, groups).kernel("merge", device)
+    kernel.launch(batch * rows, *merge_block(value_dim, groups), parts, overlap=True)
     return output, lse
 
 
@@ -193,10 +203,22 @@ class MergeArguments(ctypes.Structure):
         return cls(*pointers, output.shape[0], output.shape[1], span, programs)
 
 
-def merge_module(queries: int, value_dim: int, output: torch.dtype, sinks: Tensor | None) -> Module:
+def merge_groups(batch: int, programs: int) -> int:
+    """Threads of a block for the same channels: many where a sequence has many parts and there are few sequences."""
+    return 8 if programs >= 16 * batch else 1
+
+
+def merge_block(value_dim: int, groups: int) -> tuple[int, int]:
+    """Threads and shared memory of a block of the merging kernel."""
+    return value_dim // 4 * groups, groups * (value_dim * 4 + 8) if groups > 1 else 0
+
+
+def merge_module(
+    queries: int, value_dim: int, output: torch.dtype, sinks: Tensor | None, groups: int
+) -> Module:
     """The kernel that merges partial results."""
-    sizes = {"QUERIES": queries, "VALUE_DIM": value_dim, "TILE_TOKENS": TILE, "OUTPUT_TYPE": _NAMES[output]}
-    return _merge_module(**sizes, **sink_macros(sinks))
+    sizes = {"QUERIES": queries, "VALUE_DIM": value_dim, "TILE_TOKENS": TILE, "GROUPS": groups}
+    return _merge_module(**sizes, OUTPUT_TYPE=_NAMES[output], **sink_macros(sinks))
 
 
 @functools.cache

@@ -1,9 +1,11 @@
-// The second kernel of decode attention over a latent cache: adds up the partial results of latent.cu. A block has one
-// (sequence, head, new token), a thread four channels of it; parts are added in order.
+// The second kernel of decode attention over a latent cache: adds up the partial results of latent.cu, of sequences that
+// more than one of its blocks had a part of. A block has one (sequence, head, new token), a thread four channels of every
+// GROUPS-th part of it; parts, and then groups, are added in order.
 #include "work.cuh"
 
-// Macros: QUERIES new tokens; VALUE_DIM channels, 256 or 512; TILE_TOKENS of a tile; OUTPUT_TYPE Half or BFloat16; SINKS 0
-// none, 1 float32, 2 SINK_TYPE.
+// Macros: QUERIES new tokens; VALUE_DIM channels, 256 or 512; TILE_TOKENS of a tile; OUTPUT_TYPE Half or BFloat16; GROUPS;
+// SINKS 0 none, 1 float32, 2 SINK_TYPE.
+constexpr int THREADS = VALUE_DIM / 4, CHUNK = 4;  // of a group; parts that are loaded at once
 constexpr float LEAST = -3.0e38f;
 
 struct Arguments {
@@ -15,47 +17,77 @@ struct Arguments {
     int32_t batch, heads, span, programs;
 };
 
-KERNEL(merge, VALUE_DIM / 4, 8, Arguments) {
+// A weighted sum, with weights relative to 2^most.
+struct Sum {
+    float most, weight, output[4];
+};
+
+// Adds another, rescaled to the larger maximum.
+DEVICE void add(Sum& sum, float most, float weight, Words4 output) {
+    const float next = fmaxf(sum.most, most), old = fast_exp2(sum.most - next), scale = fast_exp2(most - next);
+    sum.most = next;
+    sum.weight = old * sum.weight + scale * weight;
+    const uint32_t words[4] = {output.x, output.y, output.z, output.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum.output[i] = old * sum.output[i] + scale * bits_to_float(words[i]);
+}
+
+KERNEL(merge, THREADS * GROUPS, GROUPS > 1 ? 1 : 12, Arguments) {
     const Arguments& a = arguments;
-    const int lane = lane_index(), rows = a.heads * QUERIES;
+    const int rows = a.heads * QUERIES, group = thread_index() / THREADS, own = thread_index() % THREADS;
     const int sequence = block_index() / rows, row = block_index() % rows;
     int begin, count;
     const int total = locate<TILE_TOKENS>(a.lengths, a.batch, 1, a.span, sequence, begin, count);
-    const int each = total > 0 ? (total + a.programs - 1) / a.programs : 1;
+    const int each = share(total, a.batch, a.programs);
     const int first = begin / each, parts = count > 0 ? (begin + count - 1) / each - first + 1 : 0;
 
+
     wait_for_previous_kernel();
+    allow_next_kernel();
+    if (!SINKS && parts == 1) return;  // latent.cu wrote the result
     const int64_t slot = (int64_t)(first + sequence) * rows + row;
-    float most = LEAST;
-    for (int p = lane; p < parts; p += 32) most = fmaxf(most, a.statistics[2 * (slot + (int64_t)p * rows)]);
+    Sum sum = {LEAST, 0, {0, 0, 0, 0}};
+    for (int p = group; p < parts; p += CHUNK * GROUPS) {
+        Words2 statistics[CHUNK];
+        Words4 output[CHUNK];
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) most = fmaxf(most, shuffle_xor(most, d));
-    float sum = 0;
+        for (int i = 0; i < CHUNK; i++) {
+            const int64_t at = slot + (int64_t)smaller(p + i * GROUPS, parts - 1) * rows;
+            statistics[i] = *reinterpret_cast<const Words2*>(a.statistics + 2 * at);
+            output[i] = *reinterpret_cast<const Words4*>(a.partial + at * VALUE_DIM + 4 * own);
+        }
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++)
+            if (p + i * GROUPS < parts)
+                add(sum, bits_to_float(statistics[i].x), bits_to_float(statistics[i].y), output[i]);
+    }
+    if (GROUPS > 1) {
+        const uint32_t outputs = shared_memory() + own * 16, statistics = shared_memory() + GROUPS * THREADS * 16;
+        const Words4 output = {float_to_bits(sum.output[0]), float_to_bits(sum.output[1]),
+                               float_to_bits(sum.output[2]), float_to_bits(sum.output[3])};
+        store_shared4(outputs + group * THREADS * 16, output);
+        if (own == 0) {
+            store_shared(statistics + group * 8, float_to_bits(sum.most));
+            store_shared(statistics + group * 8 + 4, float_to_bits(sum.weight));
+        }
+        synchronize();
+        if (group > 0) return;
+        for (int i = 1; i < GROUPS; i++) {
+            const Words2 other = load_shared2(statistics + i * 8);
+            add(sum, bits_to_float(other.x), bits_to_float(other.y), load_shared4(outputs + i * THREADS * 16));
+        }
+    }
     if (SINKS) {
         float sink;
         if (SINKS == 1)
             sink = static_cast<const float*>(a.sinks)[row / QUERIES];
         else
             sink = to_float<SINK_TYPE>(static_cast<const uint16_t*>(a.sinks)[row / QUERIES]);
-        sink *= 1.4426950408889634f;
-        most = fmaxf(most, sink);
-        sum = fast_exp2(sink - most);
+        add(sum, sink * 1.4426950408889634f, 1, Words4{0, 0, 0, 0});
     }
-    float output[4] = {0, 0, 0, 0};
-    const float* from = a.partial + 4 * thread_index();
-#pragma unroll 8
-    for (int p = 0; p < parts; p++) {
-        const int64_t at = slot + (int64_t)p * rows;
-        const Words2 statistics = *reinterpret_cast<const Words2*>(a.statistics + 2 * at);
-        const Words4 words = *reinterpret_cast<const Words4*>(from + at * VALUE_DIM);
-        const float weight = fast_exp2(bits_to_float(statistics.x) - most);
-        sum += weight * bits_to_float(statistics.y);
-        output[0] += weight * bits_to_float(words.x), output[1] += weight * bits_to_float(words.y);
-        output[2] += weight * bits_to_float(words.z), output[3] += weight * bits_to_float(words.w);
-    }
-    const float scale = sum > 0 ? 1 / sum : 0.0f;
-    uint16_t* to = a.output + (int64_t)block_index() * VALUE_DIM + 4 * thread_index();
-    *reinterpret_cast<Words2*>(to) = Words2{pack2<OUTPUT_TYPE>(output[0] * scale, output[1] * scale),
-                                            pack2<OUTPUT_TYPE>(output[2] * scale, output[3] * scale)};
-    if (thread_index() == 0) a.lse[block_index()] = (most + fast_log2(sum)) * 0.6931471805599453f;
+    const float scale = sum.weight > 0 ? 1 / sum.weight : 0.0f;
+    uint16_t* to = a.output + (int64_t)block_index() * VALUE_DIM + 4 * own;
+    *reinterpret_cast<Words2*>(to) = Words2{pack2<OUTPUT_TYPE>(sum.output[0] * scale, sum.output[1] * scale),
+                                            pack2<OUTPUT_TYPE>(sum.output[2] * scale, sum.output[3] * scale)};
+    if (own == 0) a.lse[block_index()] = (sum.most + fast_log2(sum.weight)) * 0.6931471805599453f;
 }

@@ -5,6 +5,15 @@
 
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
+// Tiles of each program. Sequences of one length are left whole where that costs little: to go on to another, and to
+// merge parts, takes as long as a few tiles.
+DEVICE int share(int total, int batch, int programs) {
+    const int each = (total + programs - 1) / programs, mean = (total + batch - 1) / batch;
+    if (total == 0) return 1;
+    const int whole = (each + mean - 1) / mean * mean;
+    return whole - each <= smaller(4, each / 16) ? whole : each;
+}
+
 // Tiles of a sequence, and the first: not tile 0 if only the last `span` tokens are seen.
 template <int TILE>
 DEVICE int tiles_of(int length, int span, int& first) {

@@ -38,13 +38,13 @@ def emulated(monkeypatch):
     monkeypatch.setattr(wgmma, "multiprocessors", lambda device: machine.multiprocessors)
     monkeypatch.setattr(wgmma, "workspace", lambda device, elements: machine.workspace[:elements])
     monkeypatch.setattr(wgmma, "_MAPS", {})
-    monkeypatch.setattr(wgmma, "_plan", wgmma._plan.__wrapped__)
+    monkeypatch.setattr(wgmma, "_plans", wgmma._plans.__wrapped__)
     machine = SimpleNamespace(multiprocessors=4, workspace=torch.full((1 << 20,), -1, dtype=torch.int32))
     yield machine
     assert (machine.workspace == -1).all(), "the next launch finds sums of this one"
 
 
-def errors(tokens, rows, columns, group_size, form: Format, tile: Tile, device="cpu", seed=0):
+def errors(tokens, rows, columns, group_size, form: Format, tile: Tile | None, device="cpu", seed=0):
     """(relative RMS error, largest error relative to the largest result) of random inputs."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -239,6 +239,25 @@ def test_tiles_fit_the_product():
             assert tile.split <= -(-columns // 64)
             assert tile.rows * tile.tokens <= 1 << 15
             assert tile.split == 1 or tile.count(tokens, 256) * tile.split <= 132
+
+
+def test_a_last_turn_that_would_idle_is_split():
+    """1024 tokens on 14336 rows are 448 large tiles: three turns of 132, and 52 tiles, which share the GPU."""
+    (first, tile), (rest, small) = wgmma.parts(Format(4, HALF, HALF, 1, True), 1024, 14336, 4096, 132)
+    assert first + rest == 14336 and tile.count(1024, first) <= 3 * 132
+    assert small.count(1024, rest) * small.split > 66
+    for rows, columns in ((8192, 8192), (4096, 14336)):
+        assert len(wgmma.parts(Format(4, HALF, HALF, 1, True), 1024, rows, columns, 132)) == 1
+
+
+@pytest.mark.parametrize("x", [HALF, INT8])
+def test_two_parts_are_one_product(x, emulated, monkeypatch):
+    form = Format(4, x, HALF, 1 if x == HALF else 0, x == HALF)
+    chosen = ((256, Tile(128, 64)), (192, Tile(128, 64, 2)))
+    monkeypatch.setattr(wgmma, "parts", lambda *sizes: chosen)
+    emulated.multiprocessors = 8
+    rms, most = errors(70, 448, 328, 128 if x == HALF else -1, form, None)
+    assert rms < TOLERANCE[HALF] and most < 3 * TOLERANCE[HALF]
 
 
 def test_few_tokens_fill_the_chip_with_int8():

@@ -161,7 +161,7 @@ def product(
         scale = scale.to(torch.float32 if narrow else dtype)
     (tokens, columns), rows = x.shape, weight.shape[0]
     zeros, float_scale = zero_point is not None, scale.dtype == torch.float32
-    made = _plan(
+    plans = _plans(
         x.device.index, tokens, rows, columns, bits, group_size, x.dtype, dtype, zeros, float_scale, tile
     )
     multiple = 16 // x.element_size()  # copies want rows at multiples of 16 bytes
@@ -173,24 +173,25 @@ def product(
     y = torch.empty((tokens, width), dtype=dtype, device=x.device)
     result = y if width == rows else y[:, :rows]
     summed = x.sum(1, dtype=torch.int32) if zero_point is not None and x_scale is not None else None
-    addresses = _ADDRESSES.pack(
-        weight.data_ptr(),
-        scale.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if x_scale is None else x_scale.data_ptr(),
-        0 if summed is None else summed.data_ptr(),
-        workspace(x.device, made.workspace).data_ptr() if made.workspace else 0,
-    )
-    maps = _map(x, made.x_box) + _map(result, made.y_box)
-    made.kernel.launch(
-        made.grid,
-        _THREADS,
-        made.shared,
-        maps + addresses + made.sizes,
-        overlap=overlap,
-        together=made.together,
-    )
+    for made in plans:
+        first, last = made.rows
+        addresses = _ADDRESSES.pack(
+            weight[first:].data_ptr(),
+            scale[first:].data_ptr(),
+            0 if zero_point is None else zero_point[first:].data_ptr(),
+            0 if bias is None else bias[first:].data_ptr(),
+            0 if x_scale is None else x_scale.data_ptr(),
+            0 if summed is None else summed.data_ptr(),
+            workspace(x.device, made.workspace).data_ptr() if made.workspace else 0,
+        )
+        made.kernel.launch(
+            made.grid,
+            _THREADS,
+            made.shared,
+            _map(x, made.x_box) + _map(result[:, first:last], made.y_box) + addresses + made.sizes,
+            overlap=overlap,
+            together=made.together,
+        )
     return result.contiguous()
 
 
@@ -198,6 +199,7 @@ def product(
 class _Plan:
     """A launch, less what changes from call to call."""
 
+    rows: tuple[int, int]  # the first of the weight, one past the last
     kernel: Kernel
     grid: int
     together: bool  # blocks wait for each other
@@ -209,7 +211,7 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def _plans(
     device: int,
     tokens: int,
     rows: int,
@@ -221,31 +223,38 @@ def _plan(
     zero_points: bool,
     float_scale: bool,
     tile: Tile | None,
-) -> _Plan:
+) -> tuple[_Plan, ...]:
     form = Format(bits, x, y, scale_sets(x, columns, group_size), zero_points, float_scale)
-    if tile is None:
-        tile = choose(form, tokens, rows, columns, multiprocessors(device))
-    count, places = tile.count(tokens, rows), multiprocessors(device)
-    assert tile.split == 1 or count * tile.split <= places, f"{tile} waits for blocks that can't run"
-    sizes = _SIZES.pack(
-        tokens,
-        rows,
-        -(-rows // 64),
-        columns,
-        tiled_groups(columns, group_size),
-        group_size,
-        max(1, 1024 // tile.tokens),
-    )
-    return _Plan(
-        kernel=module(form, tile).kernel("linear_wgmma", device),
-        grid=count * tile.split if tile.split > 1 else min(places, count),
-        together=tile.split > 1,
-        workspace=count * (tile.split - 1) * tile.rows * tile.tokens,
-        shared=shared_bytes(form, tile)[1],
-        x_box=(tile.tokens, 128 // x.itemsize),
-        y_box=(tile.tokens // tile.split, 64),
-        sizes=sizes,
-    )
+    there = multiprocessors(device)
+    chosen = ((rows, tile),) if tile is not None else parts(form, tokens, rows, columns, there)
+    plans, first = [], 0
+    for rows, tile in chosen:
+        count = tile.count(tokens, rows)
+        assert tile.split == 1 or count * tile.split <= there, f"{tile} waits for blocks that can't run"
+        sizes = _SIZES.pack(
+            tokens,
+            rows,
+            -(-rows // 64),
+            columns,
+            tiled_groups(columns, group_size),
+            group_size,
+            max(1, 1024 // tile.tokens),
+        )
+        plans.append(
+            _Plan(
+                rows=(first, first + rows),
+                kernel=module(form, tile).kernel("linear_wgmma", device),
+                grid=count * tile.split if tile.split > 1 else min(there, count),
+                together=tile.split > 1,
+                workspace=count * (tile.split - 1) * tile.rows * tile.tokens,
+                shared=shared_bytes(form, tile)[1],
+                x_box=(tile.tokens, 128 // x.itemsize),
+                y_box=(tile.tokens // tile.split, 64),
+                sizes=sizes,
+            )
+        )
+        first += rows
+    return tuple(plans)
 
 
 _MAPS: dict[tuple[object, ...], bytes] = {}
@@ -274,6 +283,29 @@ _TILES = tuple(
 _STAGE_CYCLES, _BYTE_STAGE_CYCLES, _TALL_STAGE = 470, 300, 1.43
 _TILE_CYCLES = 1200
 _SPLIT_CYCLES, _EXCHANGE_CYCLES = 5700, 1200
+_LAUNCH_CYCLES, _WORTHWHILE = 4000, 0.95  # of a second kernel, and what share of the time of one it may take
+
+
+@functools.lru_cache(maxsize=4096)
+def parts(
+    form: Format, tokens: int, rows: int, columns: int, multiprocessors: int
+) -> tuple[tuple[int, Tile], ...]:
+    """Numbers of rows and their tiles: one for all, or where its last turn would leave most of the GPU idle, two."""
+    whole = choose(form, tokens, rows, columns, multiprocessors)
+    best: tuple[tuple[int, Tile], ...] = ((rows, whole),)
+    least = _WORTHWHILE * _cycles(whole, form, tokens, rows, columns, multiprocessors)
+    for tile in _TILES:
+        across, count = -(-tokens // tile.tokens), tile.count(tokens, rows)
+        # As many rows as all but the last turn can do; a part's rows begin with a block of 64.
+        first = (count - 1) // multiprocessors * multiprocessors // across * tile.rows
+        if tile.split > 1 or not 0 < first < rows or rows % 64 or not fits(form, tile):
+            continue
+        rest = choose(form, tokens, rows - first, columns, multiprocessors)
+        cycles = _LAUNCH_CYCLES + _cycles(tile, form, tokens, first, columns, multiprocessors)
+        cycles += _cycles(rest, form, tokens, rows - first, columns, multiprocessors)
+        if cycles < least:
+            best, least = ((first, tile), (rows - first, rest)), cycles
+    return best
 
 
 @functools.lru_cache(maxsize=4096)

@@ -316,13 +316,12 @@ operator = Operator(
     shape_defaults=DEFAULTS,
 )
 operator.implementation(
-    "triton",
+    "latent",
     devices=("cuda",),
-    entry="tensormill.ops.decode_attention.triton:decode_attention",
-    supports=_triton_supports,
-    missing=triton_missing,
+    entry="tensormill.ops.decode_attention.latent:decode_attention",
+    supports=_latent_supports,
+    missing=cuda_missing,
 )
-# These have not run on a GPU as they are: chosen by name only.
 operator.implementation(
     "cuda",
     devices=("cuda",),
@@ -331,11 +330,11 @@ operator.implementation(
     missing=cuda_missing,
 )
 operator.implementation(
-    "latent",
+    "triton",
     devices=("cuda",),
-    entry="tensormill.ops.decode_attention.latent:decode_attention",
-    supports=_latent_supports,
-    missing=cuda_missing,
+    entry="tensormill.ops.decode_attention.triton:decode_attention",
+    supports=_triton_supports,
+    missing=triton_missing,
 )
 peers.register(operator)
 

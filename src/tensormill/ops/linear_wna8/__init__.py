@@ -29,7 +29,6 @@ SCHEMA = (
     " str layout) -> Tensor"
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MANY_TOKENS = 256  # from which on "cuda" is faster than a 16-bit layer on an H200
 
 Shape = Mapping[str, Any]
 
@@ -187,11 +186,9 @@ def _triton_supports(
 ) -> bool:
     floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
     groups = (group_size == -1 or group_size % 32 == 0) and (x_group_size == -1 or x_group_size % 32 == 0)
-    # The kernels also take fp8 and odd widths, but have not been run on a GPU with them as they are now.
-    seen = x_dtype == torch.int8 and (bits in (2, 4, 6, 8) or interpreting())
     return (
         (layout == "packed" or "planes" in layout)
-        and seen
+        and not (x_dtype != torch.int8 and interpreting())
         and 0 < x.shape[-1] <= 65536
         and groups
         and all(t.dtype in DTYPES for t in floats)
@@ -218,10 +215,10 @@ def _cuda_supports(
     columns = x.shape[-1]
     floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
     one_group = group_size == -1 or group_size >= columns
-    many = x.numel() >= _MANY_TOKENS * columns
+    exact = x_dtype == torch.int8 or (x_dtype == torch.float8_e4m3fn and bits <= 5 and zero_point is None)
     return (
-        (layout == "tiled" or (layout == "packed" and many))
-        and x_dtype == torch.int8
+        layout in ("tiled", "packed")
+        and exact
         and x_group_size == -1
         and 0 < columns <= 65536
         and (one_group or (group_size % 128 == 0 and zero_point is None))

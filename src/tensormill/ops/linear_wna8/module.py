@@ -132,18 +132,14 @@ class LinearWNA8(LinearWNA16):
         self._prepared_for = None
         return self
 
-    def prepare(self, tokens: int = 1) -> None:
+    def prepare(self) -> None:
         """Bring the weight into the order of the implementation that this device uses, in place.
 
-        The first call of the layer does it by itself, for few tokens, and so does the first one after the weight was
-        loaded or moved to another device.
-
-        Args:
-            tokens: of the calls that should be fastest. From 256 on, Hopper uses a kernel with an order of its own,
-                which is slower than the usual one with a few tokens.
+        The first call of the layer does it by itself, and so does the first one after the weight was loaded or moved to
+        another device.
         """
         weight, scale, zero_point = self._packed()
-        x = torch.empty(tokens, self.in_features, dtype=scale.dtype, device=weight.device)
+        x = torch.empty(1, self.in_features, dtype=scale.dtype, device=weight.device)
         canonical = self._arguments(x, None, weight, scale, zero_point, x.dtype, "packed")
         implementation = operator.select(*canonical)
         if implementation.prepare is not None:

@@ -24,6 +24,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_LAYER_INPUTS = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY}
 _ALTERNATING = {"head_dim": 16, "num_hidden_layers": 3, "sliding_window": 8}
 _LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _FALCON = {"ffn_hidden_size": 96, "attention_dropout": 0.0, "hidden_dropout": 0.0}
@@ -34,6 +35,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "gemma2": ("Gemma2Config", _ALTERNATING | _LAYER_TYPES),
     "gemma3": ("Gemma3TextConfig", _ALTERNATING | _LAYER_TYPES),
+    # Its last block takes keys and values from an earlier one.
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        _ALTERNATING
+        | _LAYER_TYPES
+        | _LAYER_INPUTS
+        | {"num_kv_shared_layers": 1, "laurel_rank": 16, "activation_sparsity_pattern": [0.0] * 3},
+    ),
     "gpt_neox": ("GPTNeoXConfig", {"use_parallel_residual": True}),
     "gpt_neox_sequential": ("GPTNeoXConfig", {"use_parallel_residual": False}),
     "phi3": ("Phi3Config", {}),

@@ -243,6 +243,26 @@ def test_a_run_that_ends_anywhere_goes_on(method, at, run, model, tmp_path, monk
     assert not (tmp_path / "again.unfinished").exists()
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_blocks_that_share_keys_go_on(method, run, model, tmp_path, monkeypatch):
+    """In Gemma 3n a block reads what an earlier one left, and layers before the blocks are compressed too."""
+    source = tmp_path / "model"
+    sizes = {"vocab_size": SIZES["vocabulary"], "vocab_size_per_layer_input": SIZES["vocabulary"]}
+    architecture_model("gemma3n", **sizes).save_pretrained(source)
+    shutil.copy(model / "tokenizer.json", source)
+    shutil.copy(model / "tokenizer_config.json", source)
+    settings = {"tail": "smaller", "n_grid": 2} if method == "awq" else {"tail": "smaller"}
+    run("memory", source, method, stream=False, **settings)
+    run("disk", source, method, **settings)
+    assert_same(tmp_path / "memory", tmp_path / "disk")
+    with killed_at(5, monkeypatch):
+        run("again", source, method, **settings)
+    names = {file.name for file in (tmp_path / "again.unfinished").iterdir()}
+    assert "model.layers.1.safetensors" in names and not any("inputs" in name for name in names)
+    run("again", source, method, **settings)
+    assert_same(tmp_path / "disk", tmp_path / "again")
+
+
 def compressed_blocks(monkeypatch) -> list[str]:
     """Names of the blocks that AWQ compresses from now on."""
     from tensormill.compress import awq

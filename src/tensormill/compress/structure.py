@@ -164,6 +164,18 @@ class BlockCall:
         """With every tensor moved to a device, or every floating-point tensor cast to a dtype."""
         return BlockCall(_cast(self.args, args), _cast(self.kwargs, args), _cast(self.added, args))
 
+    def may_hand_on(self) -> bool:
+        """Whether it holds an object in which blocks may leave more than hidden states for later blocks: keys and
+        values that these share, say.
+        """
+        return _holds_object([self.args, self.kwargs])
+
+
+def _holds_object(value: Any) -> bool:
+    if type(value) in (list, tuple, dict):
+        return any(map(_holds_object, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device, type(None)))
+
 
 def _cast(value: Any, to: tuple[Any, ...]) -> Any:
     if isinstance(value, Tensor):

@@ -89,6 +89,11 @@ def test_blocks_see_what_they_see_in_the_model(architecture, inputs, monkeypatch
         assert torch.allclose(got, wanted, atol=1e-5 * wanted.abs().max())
 
 
+class InSinglePrecision(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.eye(x.shape[-1])
+
+
 def chain(between) -> BlockModel:
     torch.manual_seed(0)
     return BlockModel(*(Block(nn.ReLU(), OnePlusNorm()) for _ in range(3)), between=between).eval()
@@ -118,6 +123,10 @@ def test_another_change_between_blocks_is_refused_where_inputs_matter():
     with pytest.raises(ModelError, match=r"between blocks\.0 and blocks\.1 by more than adding"):
         awq.apply(model, awq.AWQConfig(group_size=16), Calibration(tokens()))
     assert len(rtn.apply(model, rtn.RTNConfig(group_size=16), None).layers) == 6
+    single = chain(lambda x: x)
+    single.blocks[1].activation = InSinglePrecision()
+    with pytest.raises(ModelError, match=r"given blocks\.1, which fails on hidden states in float64"):
+        discover(single)
     broken = chain(lambda x: x.missing)
     with pytest.raises(
         ModelError, match=r"fails outside of its blocks \(AttributeError: .*, expected one that"

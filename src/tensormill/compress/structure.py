@@ -29,6 +29,9 @@ from tensormill.errors import ModelError, TensormillError
 # softmax computes in float32 whatever its input. A wrong edge changes it by more than 1e-2.
 _UNCHANGED = 1e-5
 
+# What a model raises that was taken for another kind of model.
+_FAILURES = (ValueError, TypeError, LookupError, AttributeError)
+
 HOW_TO_PASS_MAPPINGS = (
     "pass mappings=[{'producer': 'input_layernorm', 'consumers': ['self_attn.q_proj', ...]}, ...] "
     "with names as inside a block, '*' standing for an expert's number"
@@ -417,11 +420,10 @@ class _Walk:
             pass
         except TensormillError:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except _FAILURES as error:
             raise ModelError(
-                f"given a {type(self.model).__name__} that fails outside of its blocks "
-                f"({type(error).__name__}: {' '.join(str(error).split())}), expected one that runs on token ids, with "
-                "blocks that give each other hidden states alone"
+                f"given a {type(self.model).__name__} that fails outside of its blocks ({_of_one_line(error)}), expected "
+                "one that runs on token ids, with blocks that give each other hidden states alone"
             ) from error
         finally:
             for module in modules:
@@ -440,6 +442,10 @@ class _Walk:
                 output = forward(hidden.to(self.residence.device), *there.args, **there.kwargs)
             self._kinds[kind] = isinstance(output, tuple)
         return self._kinds[kind]
+
+
+def _of_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _version(tensor: Tensor) -> int:
@@ -554,7 +560,15 @@ class _Probe:
         self.parts = {name: part for name, part in self.module.named_modules() if name}
         self.routers = tuple(routers(self.module))
         self.lists = dict(expert_lists(self.module))
-        self._trace()
+        try:
+            self._trace()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, *_FAILURES) as error:
+            raise ModelError(
+                f"given {self.name}, which fails on hidden states in float64 ({_of_one_line(error)}), expected a block "
+                "that runs in every precision, on hidden states alone"
+            ) from error
         self.output = self.call.run(self.module, self.hidden)
         if not torch.isfinite(self.output).all():
             bad = [

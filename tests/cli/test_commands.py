@@ -223,6 +223,9 @@ def test_papers(tensormill):
             keys = {"id", "statement", "paper_value", "unit", "scale", "holds", "device", "stale"}
             assert keys <= set(claim)
     assert "awq" in tensormill("papers").out
+    assert tensormill("papers", "ntk").out.startswith("Neural Tangent Kernel")
+    assert [row["slug"] for row in json.loads(tensormill("papers", "ntk", "--json").out)] == ["ntk"]
+    assert "did you mean awq" in tensormill("papers", "awqq").err
 
 
 def test_reproduce_a_planned_paper(tensormill):

@@ -195,6 +195,21 @@ def test_blocks_are_calibrated_on_what_the_model_adds_between_them(config_class,
         residence.close()
 
 
+@pytest.mark.filterwarnings("ignore:plain transformers reads the experts:UserWarning")
+@pytest.mark.parametrize("config_class", ["Qwen3VLConfig", "Qwen3VLMoeConfig"])
+def test_a_model_with_additions_between_blocks_is_compressed_and_loaded(config_class, tmp_path):
+    model = deepstack_model(config_class)
+    windows = image_windows(model)
+    report = awq.apply(model, awq.AWQConfig(symmetric=True, **SMALL), windows)
+    assert sum(layer.nmse for layer in report.layers) < sum(layer.loss_rtn for layer in report.layers)
+    assert all(".visual." in name or name.endswith(".mlp.gate") for name in report.left_out)
+    folder = save_compressed(model, None, None, tmp_path / "out")
+    with torch.no_grad():
+        for tokens, inputs in windows.chunks(1):
+            expected = model(tokens, **inputs).logits
+            assert relative_error(load(folder)(tokens, **inputs).logits, expected) < 1e-5
+
+
 PLAIN = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file

@@ -439,9 +439,10 @@ def damaged(model: Path, to: Path, name: str, value: float) -> Path:
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_weights_that_are_not_finite_are_named(name, value, run, model, tmp_path):
     source = damaged(model, tmp_path / "model", name, value)
-    with pytest.raises(CheckpointError, match=f"{name} in .* has NaN or infinity"):
+    with pytest.raises(CheckpointError, match=f"{name} in .* has NaN or infinity") as caught:
         run("out", source)
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.unfinished").exists() == ("out.unfinished" in str(caught.value))
 
 
 def test_what_cannot_be_read_part_by_part_says_why(run, model, checkpoint_of, tmp_path):

@@ -34,7 +34,7 @@ def nothing_left(tmp_path):
 
 
 def test_not_a_model(tensormill, tmp_path, model):
-    refused(tensormill("compress", tmp_path / "nowhere", *RTN), "nowhere")
+    refused(tensormill("compress", tmp_path / "nowhere", *RTN), "nowhere doesn't exist")
     (model / "config.json").unlink()
     refused(tensormill("compress", model, *RTN, "-o", "out"), "config.json")
     refused(tensormill("compress", "builtin:nothing", *RTN), "builtin")

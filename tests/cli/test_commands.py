@@ -1,10 +1,13 @@
 """The commands as a user calls them: results, the JSON contract, help."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 COMPRESS = {
     "model", "method", "output", "bytes_before", "bytes_after", "bits_per_weight", "seconds", "peak_memory_bytes",
@@ -40,6 +43,18 @@ def test_compress_evaluate_generate(tensormill, tiny, words, tmp_path, method):
     done = tensormill("generate", "small", "--prompt", "word1 word2", "--tokens", 4, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["tokens"] <= 4
+
+
+def test_a_warning_is_one_line(tensormill, tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {**tensors, "odd.weight": torch.ones(3)}, model / "model.safetensors", metadata={"format": "pt"}
+    )
+    done = tensormill("compress", model, "--method", "rtn", *SMALL[:2], "--no-evaluate", "-o", "small")
+    assert done.code == 0
+    warned = [line for line in done.err.splitlines() if not line.lstrip()[:1].isdigit()]
+    assert len(warned) == 1 and warned[0].startswith("tensormill: warning: ") and "odd.weight" in warned[0]
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq", "gptq_v2"])
@@ -208,6 +223,9 @@ def test_papers(tensormill):
             keys = {"id", "statement", "paper_value", "unit", "scale", "holds", "device", "stale"}
             assert keys <= set(claim)
     assert "awq" in tensormill("papers").out
+    assert tensormill("papers", "ntk").out.startswith("Neural Tangent Kernel")
+    assert [row["slug"] for row in json.loads(tensormill("papers", "ntk", "--json").out)] == ["ntk"]
+    assert "did you mean awq" in tensormill("papers", "awqq").err
 
 
 def test_reproduce_a_planned_paper(tensormill):

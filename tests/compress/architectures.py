@@ -24,6 +24,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_LAYER_INPUTS = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY}
 _ALTERNATING = {"head_dim": 16, "num_hidden_layers": 3, "sliding_window": 8}
 _LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _FALCON = {"ffn_hidden_size": 96, "attention_dropout": 0.0, "hidden_dropout": 0.0}
@@ -34,6 +35,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "gemma2": ("Gemma2Config", _ALTERNATING | _LAYER_TYPES),
     "gemma3": ("Gemma3TextConfig", _ALTERNATING | _LAYER_TYPES),
+    # Its last block takes keys and values from an earlier one.
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        _ALTERNATING
+        | _LAYER_TYPES
+        | _LAYER_INPUTS
+        | {"num_kv_shared_layers": 1, "laurel_rank": 16, "activation_sparsity_pattern": [0.0] * 3},
+    ),
     "gpt_neox": ("GPTNeoXConfig", {"use_parallel_residual": True}),
     "gpt_neox_sequential": ("GPTNeoXConfig", {"use_parallel_residual": False}),
     "phi3": ("Phi3Config", {}),
@@ -132,30 +141,26 @@ def vision_language_model(
 
 def stacked_on_disk() -> nn.Module:
     """An architecture whose checkpoints hold the experts of a layer in one tensor; it reads images too."""
+    return deepstack_model("Qwen3VLMoeConfig")
+
+
+def deepstack_model(config_class: str = "Qwen3VLConfig") -> nn.Module:
+    """A model that adds features of its images to the hidden states between its blocks, too."""
     import transformers
 
-    config = transformers.Qwen3VLMoeConfig(
-        text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-        },
+    text = {"head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    config = getattr(transformers, config_class)(
+        text_config={**_SIZES, **_EXPERTS, "num_experts": 4, **text} | {"num_hidden_layers": 3},
         vision_config={
             "hidden_size": 32,
             "out_hidden_size": 64,
-            "depth": 2,
+            "depth": 3,
             "num_heads": 2,
             "intermediate_size": 64,
-            "deepstack_visual_indexes": [0],
+            "patch_size": PATCH,
+            "deepstack_visual_indexes": [0, 1],
         },
-        image_token_id=90,
+        image_token_id=IMAGE_TOKEN,
         video_token_id=91,
         vision_start_token_id=92,
         vision_end_token_id=93,

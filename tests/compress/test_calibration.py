@@ -3,8 +3,10 @@ import re
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_model, tokens
+from tiny_models import ARCHITECTURES, Block, BlockModel, OnePlusNorm, tiny_model, tokens
+from torch import Tensor, nn
 
+from tensormill.compress import awq, rtn
 from tensormill.compress.calibration import (
     Calibration,
     GramAccumulator,
@@ -85,6 +87,51 @@ def test_blocks_see_what_they_see_in_the_model(architecture, inputs, monkeypatch
     assert len(seen) == 2
     for got, wanted in zip(seen, expected, strict=False):
         assert torch.allclose(got, wanted, atol=1e-5 * wanted.abs().max())
+
+
+class InSinglePrecision(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.eye(x.shape[-1])
+
+
+def chain(between) -> BlockModel:
+    torch.manual_seed(0)
+    return BlockModel(*(Block(nn.ReLU(), OnePlusNorm()) for _ in range(3)), between=between).eval()
+
+
+OFFSET = torch.linspace(-1, 1, 32)
+
+
+@pytest.mark.parametrize("between", [lambda x: x + OFFSET, lambda x: x.add_(OFFSET)])
+@pytest.mark.parametrize("inputs", ["original", "compressed"])
+def test_what_a_model_adds_between_its_blocks_is_seen(between, inputs):
+    model, batch = chain(between), tokens(3)
+    seen: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _module, args: seen.append(args[0].clone()))
+    model(batch)
+    expected = seen[:3]
+    for wanted, block in zip(
+        expected, stream_blocks(model, discover(model), Calibration(batch), inputs=inputs), strict=True
+    ):
+        assert torch.equal(torch.cat(block.hidden), wanted)
+        block.observe()
+
+
+def test_another_change_between_blocks_is_refused_where_inputs_matter():
+    model = chain(lambda x: x / 2)
+    with pytest.raises(ModelError, match=r"between blocks\.0 and blocks\.1 by more than adding"):
+        awq.apply(model, awq.AWQConfig(group_size=16), Calibration(tokens()))
+    assert len(rtn.apply(model, rtn.RTNConfig(group_size=16), None).layers) == 6
+    single = chain(lambda x: x)
+    single.blocks[1].activation = InSinglePrecision()
+    with pytest.raises(ModelError, match=r"given blocks\.1, which fails on hidden states in float64"):
+        discover(single)
+    broken = chain(lambda x: x.missing)
+    with pytest.raises(
+        ModelError, match=r"fails outside of its blocks \(AttributeError: .*, expected one that"
+    ):
+        discover(broken)
 
 
 def test_a_changed_block_feeds_the_next_only_if_asked():

@@ -260,6 +260,17 @@ def test_a_model_that_is_quantized_already_is_refused(compressed, source):
     assert "already quantized (gptq)" in text and "tensormill.load" not in text
 
 
+def test_integers_for_weights_are_refused(source):
+    edit_tensors(source, lambda tensors: tensors.update({NORM: torch.ones(64, dtype=torch.int8)}))
+    text = refused(lambda: open_model(source))
+    assert f"{NORM} in" in text and "holds integers (I8)" in text
+
+
+def test_an_unknown_activation_is_named(source):
+    edit_json(source / "config.json", hidden_act="nonsense")
+    assert "'nonsense' is not known" in refused(lambda: open_model(source))
+
+
 def test_remote_code_and_unknown_models_are_refused(source):
     edit_json(source / "config.json", model_type="somebodys")
     assert "doesn't know" in refused(lambda: open_model(source))

@@ -70,12 +70,19 @@ def test_routers_are_found():
     assert routers(architecture_model("llama")) == []
 
 
+class GatedUnit(nn.Module):
+    """An activation of both projections, as Inkling 2 has it."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return nn.functional.silu(gate) * up
+
+
 class Stacked(nn.Module):
     """Experts as transformers stores them; `order` is how gate and up share the first tensor."""
 
     def __init__(self, order: str) -> None:
         super().__init__()
-        self.order, self.act_fn = order, nn.SiLU()
+        self.order, self.act_fn = order, GatedUnit() if order == "unit" else nn.SiLU()
         self.gate_up_proj = nn.Parameter(torch.randn(3, 24, 8))
         self.down_proj = nn.Parameter(torch.randn(3, 8, 12))
 
@@ -88,7 +95,7 @@ class Stacked(nn.Module):
                 gate, up = (up, gate) if self.order == "up first" else (gate, up)
                 if self.order == "clamped":
                     gate = gate.clamp(max=0.5)
-                inner = self.act_fn(gate) * up
+                inner = self.act_fn(gate, up) if self.order == "unit" else self.act_fn(gate) * up
                 total[token] += top_k_weights[token, place] * (self.down_proj[expert] @ inner)
         return total
 
@@ -100,7 +107,7 @@ def test_another_function_of_the_same_shapes_is_left_alone(device):
     model = nn.ModuleDict({"experts": Stacked("gate first")}).to(device)
     assert unfuse_experts(model) == ["experts"]
     assert all(weight.device.type == device for weight in model.parameters())
-    for order in ("interleaved", "up first", "clamped"):
+    for order in ("interleaved", "up first", "clamped", "unit"):
         model = nn.ModuleDict({"experts": Stacked(order)}).to(device)
         with pytest.warns(UserWarning, match="the experts in experts .Stacked. are not gated MLPs"):
             assert unfuse_experts(model) == []

@@ -243,6 +243,26 @@ def test_a_run_that_ends_anywhere_goes_on(method, at, run, model, tmp_path, monk
     assert not (tmp_path / "again.unfinished").exists()
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_blocks_that_share_keys_go_on(method, run, model, tmp_path, monkeypatch):
+    """In Gemma 3n a block reads what an earlier one left, and layers before the blocks are compressed too."""
+    source = tmp_path / "model"
+    sizes = {"vocab_size": SIZES["vocabulary"], "vocab_size_per_layer_input": SIZES["vocabulary"]}
+    architecture_model("gemma3n", **sizes).save_pretrained(source)
+    shutil.copy(model / "tokenizer.json", source)
+    shutil.copy(model / "tokenizer_config.json", source)
+    settings = {"tail": "smaller", "n_grid": 2} if method == "awq" else {"tail": "smaller"}
+    run("memory", source, method, stream=False, **settings)
+    run("disk", source, method, **settings)
+    assert_same(tmp_path / "memory", tmp_path / "disk")
+    with killed_at(5, monkeypatch):
+        run("again", source, method, **settings)
+    names = {file.name for file in (tmp_path / "again.unfinished").iterdir()}
+    assert "model.layers.1.safetensors" in names and not any("inputs" in name for name in names)
+    run("again", source, method, **settings)
+    assert_same(tmp_path / "disk", tmp_path / "again")
+
+
 def compressed_blocks(monkeypatch) -> list[str]:
     """Names of the blocks that AWQ compresses from now on."""
     from tensormill.compress import awq
@@ -419,9 +439,10 @@ def damaged(model: Path, to: Path, name: str, value: float) -> Path:
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_weights_that_are_not_finite_are_named(name, value, run, model, tmp_path):
     source = damaged(model, tmp_path / "model", name, value)
-    with pytest.raises(CheckpointError, match=f"{name} in .* has NaN or infinity"):
+    with pytest.raises(CheckpointError, match=f"{name} in .* has NaN or infinity") as caught:
         run("out", source)
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.unfinished").exists() == ("out.unfinished" in str(caught.value))
 
 
 def test_what_cannot_be_read_part_by_part_says_why(run, model, checkpoint_of, tmp_path):

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import IMAGE_SIDE, IMAGE_TOKEN, PATCH, architecture_model, vision_language_model
+from architectures import (
+    IMAGE_SIDE,
+    IMAGE_TOKEN,
+    PATCH,
+    architecture_model,
+    deepstack_model,
+    vision_language_model,
+)
 from packed_models import relative_error
 from safetensors.torch import load_file, save_file
 from test_fold import change, fold_all, outputs
@@ -136,6 +143,71 @@ def test_blocks_see_the_images(source):
         statistics = block.observe()["self_attn.q_proj"]
     assert statistics.tokens == len(x) == sum(pairs.lengths)
     assert torch.allclose(statistics.gram, x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+
+
+def image_windows(model: nn.Module) -> Calibration:
+    """Two windows of an image and words, as Qwen's processor would make them."""
+    merged = (IMAGE_SIDE // PATCH // model.config.vision_config.spatial_merge_size) ** 2
+    draw = torch.Generator().manual_seed(0)
+    inputs, side = [], IMAGE_SIDE // PATCH
+    tokens = torch.tensor([[92, *[IMAGE_TOKEN] * merged, 93, *range(start, start + 9)] for start in (0, 30)])
+    for window in tokens:
+        pixels = torch.randn(PATCHES, 2 * 3 * PATCH**2, generator=draw)
+        kinds = (window == IMAGE_TOKEN).long().unsqueeze(0)
+        grid = torch.tensor([[1, side, side]])
+        inputs.append({"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds})
+    return Calibration(tokens, inputs)
+
+
+@pytest.mark.parametrize("config_class", ["Qwen3VLConfig", "Qwen3VLMoeConfig"])
+def test_blocks_are_calibrated_on_what_the_model_adds_between_them(config_class, tmp_path):
+    model = deepstack_model(config_class)
+    windows, blocks = image_windows(model), find_blocks(model)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in blocks}
+    gave: dict[str, list[torch.Tensor]] = {name: [] for name in blocks}
+    hooks = []
+    for name in blocks:
+        part = model.get_submodule(name)
+        hooks.append(
+            part.register_forward_pre_hook(lambda _m, args, name=name: seen[name].append(args[0].clone()))
+        )
+        hooks.append(part.register_forward_hook(lambda _m, _a, output, name=name: gave[name].append(output)))
+    with torch.no_grad():
+        for tokens, inputs in windows.chunks(1):
+            model(tokens, **inputs)
+    for hook in hooks:
+        hook.remove()
+    assert all(not torch.equal(gave[blocks[0]][i], seen[blocks[1]][i]) for i in range(2))
+
+    def check(model: nn.Module, residence: OnDisk | None, inputs: str) -> None:
+        structure = discover(model, residence=residence)
+        for block in stream_blocks(model, structure, windows, inputs=inputs, residence=residence):
+            assert all(map(torch.equal, block.hidden, seen[block.name]))
+            block.observe()
+
+    for inputs in ("original", "compressed"):
+        check(model, None, inputs)
+    if config_class == "Qwen3VLConfig":
+        model.save_pretrained(tmp_path)
+        empty, info = open_source(tmp_path, None)
+        residence = OnDisk(empty, info, format_named("compressed-tensors"), journal.JournalElsewhere({}))
+        check(empty, residence, "original")
+        residence.close()
+
+
+@pytest.mark.filterwarnings("ignore:plain transformers reads the experts:UserWarning")
+@pytest.mark.parametrize("config_class", ["Qwen3VLConfig", "Qwen3VLMoeConfig"])
+def test_a_model_with_additions_between_blocks_is_compressed_and_loaded(config_class, tmp_path):
+    model = deepstack_model(config_class)
+    windows = image_windows(model)
+    report = awq.apply(model, awq.AWQConfig(symmetric=True, **SMALL), windows)
+    assert sum(layer.nmse for layer in report.layers) < sum(layer.loss_rtn for layer in report.layers)
+    assert all(".visual." in name or name.endswith(".mlp.gate") for name in report.left_out)
+    folder = save_compressed(model, None, None, tmp_path / "out")
+    with torch.no_grad():
+        for tokens, inputs in windows.chunks(1):
+            expected = model(tokens, **inputs).logits
+            assert relative_error(load(folder)(tokens, **inputs).logits, expected) < 1e-5
 
 
 PLAIN = """

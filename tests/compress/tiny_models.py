@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -82,10 +84,13 @@ class OnePlusNorm(nn.Module):
 
 
 class BlockModel(nn.Module):
-    """Embedding, blocks, head; called as a causal language model is."""
+    """Embedding, blocks, head; called as a causal language model is. `between` changes what a block reads."""
 
-    def __init__(self, *blocks: nn.Module, width: int = 32) -> None:
+    def __init__(
+        self, *blocks: nn.Module, width: int = 32, between: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> None:
         super().__init__()
+        self.between = between
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList(blocks)
         self.lm_head = nn.Linear(width, VOCABULARY)
@@ -93,5 +98,5 @@ class BlockModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x)[0]
+            x = block(self.between(x))[0]
         return self.lm_head(x)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -94,7 +95,9 @@ def main() -> None:
 
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = app(standalone_mode=False)
         if code == 130:  # what typer makes of an interrupt
             raise KeyboardInterrupt
     except TensormillError as error:
@@ -111,6 +114,10 @@ def main() -> None:
             raise
         _fail(error, 2, f"{error.format_message()} (see tensormill --help)")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warn(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    print(f"tensormill: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(error: BaseException, code: int, message: str | None = None) -> None:

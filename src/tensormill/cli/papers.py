@@ -1,29 +1,53 @@
 """`tensormill papers` and `tensormill reproduce`."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tensormill.cli.app import Device, Json, app, print_json, resolve_device
 from tensormill.cli.progress import progress_bar
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 @app.command()
 def papers(
+    paper: Annotated[
+        str | None, typer.Argument(help="A paper's slug: show all that was recorded of it.")
+    ] = None,
     status: Annotated[str | None, typer.Option(help="Only papers of this status.")] = None,
     json: Json = False,
 ) -> None:
     """List the 47 papers: what each claims, what has been measured, what holds, what is stale."""
+    from tensormill.papers.catalogue import find_paper
+    from tensormill.papers.records import read_records
     from tensormill.papers.reproduce import papers as all_papers
 
-    rows = [row for row in all_papers() if status is None or row["status"] == status]
+    claims = {} if paper is None else find_paper(paper).claims
+    rows = [
+        row
+        for row in all_papers()
+        if paper in (None, row["slug"]) and (status is None or row["status"] == status)
+    ]
     if json:
         print_json(rows)
         return
     from rich.console import Console
     from rich.table import Table
 
+    if paper is not None:
+        for row in rows:
+            print(f"{row['title']} ({row['status']})")
+        for record in read_records(paper) if rows else ():
+            stale = record.claim not in claims or record.stale(claims[record.claim])
+            run = f"{record.scale}, {record.device}, {record.date[:10]}{', stale' * stale}"
+            _print_claim(Console(), {**vars(record), "id": record.claim}, run)
+        return
     table = Table(box=None, pad_edge=False, expand=True)
     table.add_column("paper", no_wrap=True)
     table.add_column("title", no_wrap=True, overflow="ellipsis", ratio=1)
@@ -41,6 +65,27 @@ def _claim(claim: dict[str, Any]) -> str:
     return f"{claim['id']} {claim['scale']}: {verdict}{' (stale)' if claim['stale'] else ''}"
 
 
+def _print_claim(console: Console, measured: Mapping[str, Any], run: str = "here") -> None:
+    from rich.table import Table
+
+    from tensormill.papers.page import exponents
+
+    verdict = {True: "holds", False: "does not hold", None: "not measured"}[measured["holds"]]
+    console.print(f"\n{measured['id']}: {measured['statement']}", markup=False)
+    console.print(f"paper: {measured['paper_value']} {measured['unit']}; {run}: {verdict}", markup=False)
+    if measured["reason"]:
+        console.print(measured["reason"], markup=False)
+    table = Table("what", "value", "unit", box=None, padding=(0, 2, 0, 0))
+    for row in measured["rows"]:
+        value = row["value"]
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(row["what"], shown, row["unit"])
+    if measured["rows"]:
+        console.print(table)
+    for sentence in exponents(measured["curves"]):
+        console.print(sentence, markup=False, style="dim")
+
+
 @app.command()
 def reproduce(
     paper: Annotated[str, typer.Argument(help="A paper's slug, as `tensormill papers` lists it.")],
@@ -56,7 +101,7 @@ def reproduce(
 ) -> None:
     """Measure a paper's claims again on this machine, beside the best peers."""
     from tensormill.compress.output import check_files, write_files
-    from tensormill.papers.page import exponents, to_html, with_recorded
+    from tensormill.papers.page import to_html, with_recorded
     from tensormill.papers.records import page_path
     from tensormill.papers.reproduce import reproduce as measure
 
@@ -73,26 +118,12 @@ def reproduce(
         print_json(result)
         return
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     console.print(f"{result['paper']} on {result['device']}", style="bold")
     if not result["claims"]:
         console.print("planned: no claim of this paper is measured yet")
     for measured in result["claims"]:
-        verdict = {True: "holds", False: "does not hold", None: "not measured"}[measured["holds"]]
-        console.print(f"\n{measured['id']}: {measured['statement']}", markup=False)
-        console.print(f"paper: {measured['paper_value']} {measured['unit']}; here: {verdict}", markup=False)
-        if measured["reason"]:
-            console.print(measured["reason"], markup=False)
-        table = Table("what", "value", "unit", box=None, padding=(0, 2, 0, 0))
-        for row in measured["rows"]:
-            value = row["value"]
-            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            table.add_row(row["what"], shown, row["unit"])
-        if measured["rows"]:
-            console.print(table)
-        for sentence in exponents(measured["curves"]):
-            console.print(sentence, markup=False, style="dim")
+        _print_claim(console, measured)
     if page is not None:
         console.print(f"\nPlots and everything measured: {page}", markup=False, soft_wrap=True)

@@ -289,9 +289,9 @@ def apply(
             f"expected norms that feed linear layers (found {structure}); {HOW_TO_PASS_MAPPINGS}"
         )
     check_layers(model, structure, config)
-    round_outside(model, structure, config, residence)
     for block in stream_blocks(model, structure, calibration, progress=progress, residence=residence):
         block.layers += _compress_block(block, config)
+    round_outside(model, structure, config, residence)
     return finish_report("awq", config, residence.layers, structure.left_out)
 
 

@@ -601,6 +601,8 @@ def stream_blocks(
             calls.append(chunk_calls)
             if kept is None:
                 hidden.append(first.to(device, dtype))
+    # A run that goes on from kept hidden states would miss what earlier blocks left.
+    hands_on = any(call.may_hand_on() for call in calls[0])
     training = model.training
     model.eval()
     try:
@@ -628,7 +630,7 @@ def stream_blocks(
                 else:
                     # They lie beside the inputs where experts may have been shown these once more.
                     hidden[:] = block.outputs
-                residence.finish(block.name, block.layers, hidden)
+                residence.finish(block.name, block.layers, None if hands_on else hidden)
         if progress is not None:
             progress("done", 1.0)
     finally:

@@ -84,6 +84,7 @@ _DTYPE_BITS = {
 #: How names of packed tensors end.
 PACKED_PARTS = tuple({f".{part}" for found in FORMATS.values() for part in found.parts})
 _SCANNED_DTYPES = ("F16", "BF16", "F32", "F64")
+_INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _MAX_HEADER_BYTES = 100_000_000
 # Elements whose finiteness is tested at a time: bounds the temporary to 16 MiB.
 _SCAN_ELEMENTS = 1 << 24
@@ -225,14 +226,19 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
 
 
 def resolve_path(path_or_builtin: str | os.PathLike[str]) -> Path:
-    """The directory that a path or a built-in model's name means.
+    """The directory, or GGUF file, that a path or a built-in model's name means.
 
     Raises:
-        CheckpointError: there is no such built-in model.
+        CheckpointError: there is no such model.
     """
     text = os.fspath(path_or_builtin)
     if not text.startswith(BUILTIN_PREFIX):
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} doesn't exist, expected a model directory; download the model first"
+            )
+        return path
     if text != "builtin:python-lm":
         raise CheckpointError(f"there is no built-in model {text!r}, expected builtin:python-lm")
     from tensormill.models import python_lm
@@ -489,8 +495,6 @@ def _write_beside_weights(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"{path} doesn't exist, expected a model directory; download the model first")
     if not path.is_dir():
         hint = "give the directory that holds it"
         if path.suffix == ".gguf":
@@ -616,6 +620,12 @@ def check_not_quantized(info: CheckpointInfo) -> None:
     """Refuses, as `CheckpointError`, a checkpoint that is quantized already."""
     quantization = info.quantization
     if quantization is None:
+        for name, tensor in info.tensors.items():
+            if name.endswith(".weight") and tensor.dtype in _INTEGERS:
+                raise CheckpointError(
+                    f"{name} in {tensor.file} holds integers ({tensor.dtype}), expected floating-point numbers; "
+                    "start from the original model, or put its quantization_config into config.json"
+                )
         return
     method = quantization.get("quant_method", "an unnamed method")
     try:
@@ -850,4 +860,6 @@ def _write_text(file: Path, text: str) -> None:
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's text without line breaks, cut at `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # whose text is the key alone
+        text = f"{text} is not known"
     return text if len(text) <= limit else text[: limit - 1] + "…"

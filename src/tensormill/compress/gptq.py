@@ -253,7 +253,6 @@ def apply(
         unfuse_experts(model)
         structure = discover(model, residence=residence)
     check_layers(model, structure, config)
-    round_outside(model, structure, config, residence)
     for block in stream_blocks(
         model, structure, calibration, inputs=config.inputs, progress=progress, residence=residence
     ):
@@ -279,6 +278,7 @@ def apply(
                 for bits in dict.fromkeys(config.bits_of(block.full_name(name)) for name in group):
                     names = [name for name in group if config.bits_of(block.full_name(name)) == bits]
                     block.layers += _compress_group(block.module, block.name, names, seen[group[0]], config)
+    round_outside(model, structure, config, residence)
     return finish_report("gptq", config, residence.layers, structure.left_out)
 
 

@@ -211,7 +211,10 @@ def replace_linear(parent: nn.Module, name: str, quantized: QuantizedWeight, dty
 def round_outside(
     model: nn.Module, structure: ModelStructure, config: WeightConfig, residence: Residence
 ) -> None:
-    """Round to nearest the linear layers outside the blocks, which calibration doesn't reach."""
+    """Round to nearest the linear layers outside the blocks, which calibration doesn't reach.
+
+    After the blocks, whose inputs some of them compute.
+    """
     for name in structure.outside:
         if type(model.get_submodule(name)) is not nn.Linear or not config.touches(name):
             continue

@@ -56,7 +56,7 @@ from tensormill.compress.sweep import (
 )
 from tensormill.compress.text import read_texts
 from tensormill.data import python_source
-from tensormill.errors import InvalidArgument, ModelError, OutputError, RecipeError
+from tensormill.errors import InvalidArgument, ModelError, RecipeError, TensormillError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -428,7 +428,7 @@ def _compress_from_disk(
             raise
         journal.close()
         kept = f"{len(journal.parts)} finished parts are kept in {working}, and the same command goes on from there"
-        if isinstance(error, (OutputError, KeyboardInterrupt)):
+        if isinstance(error, (TensormillError, KeyboardInterrupt)):
             raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from error
         raise
     journal.remove()

@@ -46,7 +46,7 @@ class Residence(Protocol):
         Args:
             name: of the part.
             layers: reports on the layers compressed in it.
-            reached: the hidden states that reach the next block.
+            reached: the hidden states that reach the next block; None if they aren't all that it needs.
         """
 
     def is_finished(self, name: str) -> bool:

@@ -74,7 +74,6 @@ def apply(
         unfuse_experts(model)
         structure = discover(model, residence=residence)
     check_layers(model, structure, config)
-    round_outside(model, structure, config, residence)
     if calibration is None:
         for block in structure.blocks:
             if not residence.is_finished(block.name):
@@ -83,6 +82,7 @@ def apply(
     else:
         for step in stream_blocks(model, structure, calibration, progress=progress, residence=residence):
             step.layers += _compress_block(step.module, step.structure, config, step.observe())
+    round_outside(model, structure, config, residence)
     return finish_report("rtn", config, residence.layers, structure.left_out)
 
 

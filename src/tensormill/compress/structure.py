@@ -23,11 +23,14 @@ from torch import Tensor, nn
 
 from tensormill.compress.experts import ExpertList, expert_lists, is_fused, routers
 from tensormill.compress.residence import InMemory, Residence
-from tensormill.errors import ModelError
+from tensormill.errors import ModelError, TensormillError
 
 # A block's output after an exact fold differs by rounding: about 1e-15 in float64, 1e-7 where a norm or
 # softmax computes in float32 whatever its input. A wrong edge changes it by more than 1e-2.
 _UNCHANGED = 1e-5
+
+# What a model raises that was taken for another kind of model.
+_FAILURES = (ValueError, TypeError, LookupError, AttributeError)
 
 HOW_TO_PASS_MAPPINGS = (
     "pass mappings=[{'producer': 'input_layernorm', 'consumers': ['self_attn.q_proj', ...]}, ...] "
@@ -142,19 +145,39 @@ class ModelStructure:
 
 @dataclass
 class BlockCall:
-    """What the model passes to one of its blocks besides the hidden states."""
+    """What the model passes to one of its blocks besides the hidden states.
+
+    Attributes:
+        args, kwargs: as passed.
+        added: what the model adds to the block's output before the next block reads it (features of an image, in
+            models with "deepstack"); None if nothing.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    added: Tensor | None = None
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states."""
+        """The block's output hidden states, as the next block reads them."""
         output: Tensor | tuple[Tensor, ...] = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, tuple) else output
+        return output if self.added is None else output + self.added
 
     def to(self, *args: Any) -> BlockCall:
         """With every tensor moved to a device, or every floating-point tensor cast to a dtype."""
-        return BlockCall(_cast(self.args, args), _cast(self.kwargs, args))
+        return BlockCall(_cast(self.args, args), _cast(self.kwargs, args), _cast(self.added, args))
+
+    def may_hand_on(self) -> bool:
+        """Whether it holds an object in which blocks may leave more than hidden states for later blocks: keys and
+        values that these share, say.
+        """
+        return _holds_object([self.args, self.kwargs])
+
+
+def _holds_object(value: Any) -> bool:
+    if type(value) in (list, tuple, dict):
+        return any(map(_holds_object, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device, type(None)))
 
 
 def _cast(value: Any, to: tuple[Any, ...]) -> Any:
@@ -278,11 +301,12 @@ def record_calls(
     *,
     inputs: Mapping[str, Tensor] | None = None,
     residence: Residence | None = None,
+    in_between: bool = True,
 ) -> tuple[Tensor, list[BlockCall], list[bool]]:
     """Run what comes before the blocks, and note what each block is called with.
 
     The blocks themselves are passed by, so the cost is that of the embedding. Nothing after the last block
-    runs.
+    runs. Where a block's input isn't what the block before gave, what the model added in between is noted too.
 
     Args:
         model: a causal language model, called as `model(tokens)`.
@@ -291,63 +315,149 @@ def record_calls(
         returns_tuple: whether each block returns a tuple; None runs one block of each kind to find out.
         inputs: what else the model is called with, by keyword: pixel values, say.
         residence: of the model; None stands for one in memory.
+        in_between: note what the model adds to hidden states between blocks; False runs it once, whatever it does
+            there.
 
     Returns:
         The first block's input (batch, length, hidden), each block's call, and whether it returns a tuple.
 
     Raises:
-        ModelError: the blocks don't run once each, in order, on hidden states.
+        ModelError: the blocks don't run once each, in order, on hidden states to which at most something is added
+            between them.
     """
     residence = residence or InMemory(model)
-    modules = [model.get_submodule(name) for name in blocks]
-    calls: list[BlockCall] = []
-    kinds: dict[Any, bool] = {}
-    answers: list[bool] = []
-    first: list[Tensor] = []
-
-    def passing_by(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs.pop("hidden_states", None)
-            if index != len(calls) or not isinstance(hidden, Tensor):
+    walk = _Walk(model, blocks, tokens, inputs or {}, residence, returns_tuple)
+    # Where an image's features are computed on the way, a second walk would cost more than copies.
+    first, calls, between = walk.run(torch.clone if inputs else lambda hidden: hidden)
+    if between and in_between and not inputs:
+        first, calls, between = walk.run(torch.clone)
+    if between and in_between:
+        # From zeros the model gives what it adds, without rounding.
+        _, _, from_zeros = walk.run(torch.zeros_like)
+        for index, (left, found) in between.items():
+            added = from_zeros[index][1] if index in from_zeros else torch.zeros_like(found)
+            if left.shape != found.shape or not _sums_to(left, added, found):
                 raise ModelError(
-                    f"given blocks that the model doesn't run once each and in order ({blocks[index]} was "
-                    f"number {len(calls)}), expected a chain of blocks on hidden states"
+                    f"given a {type(model).__name__} that changes the hidden states between {blocks[index]} and "
+                    f"{blocks[index + 1]} by more than adding to them, expected a chain of blocks; use "
+                    "method rtn, in memory"
                 )
-            call = BlockCall(args[1:], kwargs)
-            calls.append(call)
-            first.append(hidden) if not first else None
-            if returns_tuple is None:
-                kind = _signature(modules[index])
-                if kind not in kinds:
-                    with residence.part(blocks[index]):
-                        there = call.to(residence.device)
-                        output = forward(hidden.to(residence.device), *there.args, **there.kwargs)
-                    kinds[kind] = isinstance(output, tuple)
-                answers.append(kinds[kind])
-            else:
-                answers.append(returns_tuple[index])
-            if len(calls) == len(modules):
-                raise Stop
-            return (hidden,) if answers[-1] else hidden
+            calls[index].added = added
+    return first, calls, walk.returns_tuple
 
-        return run
 
-    for index, module in enumerate(modules):
-        module.forward = passing_by(index, module.forward)
-    options = {"use_cache": False} if hasattr(model, "config") else {}
-    try:
-        with _evaluating(model):
-            model(tokens, **options, **(inputs or {}))
-    except Stop:
-        pass
-    finally:
-        for module in modules:
-            del module.forward
-    if len(calls) != len(modules):
-        raise ModelError(
-            f"given a {type(model).__name__} that runs {len(calls)} of {len(modules)} blocks, expected all"
-        )
-    return first[0], calls, answers
+class _Walk:
+    """Runs of a model with its blocks passed by, see `record_calls`.
+
+    Attributes:
+        returns_tuple: whether each block returns a tuple; known after the first run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        tokens: Tensor,
+        inputs: Mapping[str, Tensor],
+        residence: Residence,
+        returns_tuple: Sequence[bool] | None,
+    ) -> None:
+        self.model, self.blocks, self.tokens, self.inputs = model, blocks, tokens, inputs
+        self.residence = residence
+        self.modules = [model.get_submodule(name) for name in blocks]
+        self._kinds: dict[Any, bool] = {}
+        self.returns_tuple = [] if returns_tuple is None else list(returns_tuple)
+
+    def run(
+        self, give: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, list[BlockCall], dict[int, tuple[Tensor, Tensor]]]:
+        """Run what lies before and between the blocks, each of which gives `give(its input)`.
+
+        Returns:
+            The first block's input; each block's call; and by number of a block whose output the model changes
+            before it is the next one's input, this block's and the next one's input.
+        """
+        blocks, modules = self.blocks, self.modules
+        calls: list[BlockCall] = []
+        between: dict[int, tuple[Tensor, Tensor]] = {}
+        first: list[Tensor] = []
+        last: list[Any] = []  # the previous block's input, what it gave, and how often that had been changed
+
+        def passing_by(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs.pop("hidden_states", None)
+                if index != len(calls) or not isinstance(hidden, Tensor):
+                    raise ModelError(
+                        f"given blocks that the model doesn't run once each and in order ({blocks[index]} was "
+                        f"number {len(calls)}), expected a chain of blocks on hidden states"
+                    )
+                call = BlockCall(args[1:], kwargs)
+                calls.append(call)
+                if not last:
+                    first.append(hidden)
+                else:
+                    left, given, version = last
+                    same = hidden is given or torch.equal(hidden, given)
+                    if not same or _version(given) != version:
+                        between[index - 1] = left, hidden
+                if index == len(self.returns_tuple):
+                    self.returns_tuple.append(self._gives_tuple(index, forward, call, hidden))
+                if len(calls) == len(modules):
+                    raise Stop
+                given = give(hidden)
+                last[:] = hidden, given, _version(given)
+                return (given,) if self.returns_tuple[index] else given
+
+            return run
+
+        for index, module in enumerate(modules):
+            module.forward = passing_by(index, module.forward)
+        options = {"use_cache": False} if hasattr(self.model, "config") else {}
+        try:
+            with _evaluating(self.model):
+                self.model(self.tokens, **options, **self.inputs)
+        except Stop:
+            pass
+        except TensormillError:
+            raise
+        except _FAILURES as error:
+            raise ModelError(
+                f"given a {type(self.model).__name__} that fails outside of its blocks ({_of_one_line(error)}), expected "
+                "one that runs on token ids, with blocks that give each other hidden states alone"
+            ) from error
+        finally:
+            for module in modules:
+                del module.forward
+        if len(calls) != len(modules):
+            raise ModelError(
+                f"given a {type(self.model).__name__} that runs {len(calls)} of {len(modules)} blocks, expected all"
+            )
+        return first[0], calls, between
+
+    def _gives_tuple(self, index: int, forward: Callable[..., Any], call: BlockCall, hidden: Tensor) -> bool:
+        kind = _signature(self.modules[index])
+        if kind not in self._kinds:
+            with self.residence.part(self.blocks[index]):
+                there = call.to(self.residence.device)
+                output = forward(hidden.to(self.residence.device), *there.args, **there.kwargs)
+            self._kinds[kind] = isinstance(output, tuple)
+        return self._kinds[kind]
+
+
+def _of_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, where torch counts that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _sums_to(left: Tensor, added: Tensor, found: Tensor) -> bool:
+    """Whether `found` is the sum, but for rounding."""
+    largest = torch.stack([part.abs().max() for part in (left, added)]).max()
+    rounding = 4 * torch.finfo(found.dtype).eps * largest
+    return bool(((left + added - found).abs() <= rounding).all())
 
 
 @torch.no_grad()
@@ -380,7 +490,7 @@ def discover(
     residence = residence or InMemory(model)
     tokens = (torch.arange(8, device=residence.home) * 7919 % vocabulary).unsqueeze(0)
     with residence.entrance():
-        hidden, calls, tuples = record_calls(model, names, tokens, residence=residence)
+        hidden, calls, tuples = record_calls(model, names, tokens, residence=residence, in_between=False)
     shared = shared_parameters(model)
     known: dict[Any, BlockStructure] = {}
     blocks = []
@@ -450,7 +560,15 @@ class _Probe:
         self.parts = {name: part for name, part in self.module.named_modules() if name}
         self.routers = tuple(routers(self.module))
         self.lists = dict(expert_lists(self.module))
-        self._trace()
+        try:
+            self._trace()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, *_FAILURES) as error:
+            raise ModelError(
+                f"given {self.name}, which fails on hidden states in float64 ({_of_one_line(error)}), expected a block "
+                "that runs in every precision, on hidden states alone"
+            ) from error
         self.output = self.call.run(self.module, self.hidden)
         if not torch.isfinite(self.output).all():
             bad = [

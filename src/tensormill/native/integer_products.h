@@ -392,7 +392,7 @@ struct Call {
   const Output &out;
 };
 
-// Rows that are multiplied together. Where a byte takes many products, four share what is loaded of x, and every line is
+// Rows that are multiplied together. Where a byte takes many products, four share what is loaded of x, and lines are
 // asked for. Otherwise rows are read one by one, which is faster: processors fetch ahead of one stream themselves.
 template <int BITS, int DIGITS>
 constexpr int kTogether = kWholeBytes<BITS> && kVectors<BITS> * DIGITS >= 4 ? kRows : 1;

@@ -79,17 +79,17 @@ void product(uintptr_t x_address, uintptr_t w_address, uintptr_t x_sums_address,
   const Kernel kernel = bit_planes::kernel();
   const int64_t groups = (words + group_words - 1) / group_words, x_plane = tokens * words, w_plane = rows * words;
 
-  const auto exact = [&](uint32_t u, int64_t m, int64_t n, int64_t g) {
+  const auto exact = [=](uint32_t u, int64_t m, int64_t n, int64_t g) {
     const uint32_t columns = static_cast<uint32_t>(std::min(group_words * 32, length - g * group_words * 32));
     return alpha * u + beta_x * x_sums[m * groups + g] + beta_w * w_sums[n * groups + g] + gamma * columns;
   };
-  const auto scaled = [&](uint32_t value, int64_t m, int64_t n, int64_t g) {
+  const auto scaled = [=](uint32_t value, int64_t m, int64_t n, int64_t g) {
     return static_cast<float>(static_cast<int32_t>(value)) * (x_scale[m * groups + g] * w_scale[n * groups + g]);
   };
   auto *const y = reinterpret_cast<float *>(y_address);
   auto *const y_exact = reinterpret_cast<uint32_t *>(y_address);
 
-  const auto one_token = [&](int64_t m, int64_t begin, int64_t end) {
+  const auto one_token = [=](int64_t m, int64_t begin, int64_t end) {
     const Row row = kernel.row[x_bits - 1];
     for (int64_t n = begin; n < end; ++n) {
       for (int i = 0; i < w_bits; ++i)
@@ -108,7 +108,7 @@ void product(uintptr_t x_address, uintptr_t w_address, uintptr_t x_sums_address,
     }
   };
 
-  parallel_chunks(rows, kernel.rows, threads, [&](int64_t begin, int64_t end) {
+  parallel_chunks(rows, kernel.rows, threads, [=](int64_t begin, int64_t end) {
     for (int64_t first = 0; first < tokens; first += TOKENS_AT_ONCE) {
       const int64_t last = std::min(tokens, first + TOKENS_AT_ONCE);
       for (int64_t n = begin; n < end; n += kernel.rows) {

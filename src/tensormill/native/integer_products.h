@@ -22,6 +22,7 @@
 
 #include "isa.h"
 #include "packed_weight.h"
+#include "prefetch.h"
 
 #if TENSORMILL_X86
 
@@ -359,13 +360,13 @@ TM_VNNI void load_scales(const Weight &w, int64_t row, float *scales, float *pro
   }
 }
 
-// Fetches rows' scales and zero points into the second-level cache.
+// Fetches rows' scales and zero points.
 TM_VNNI_INLINE void prefetch_scales(const Weight &w, int64_t row, int64_t rows) {
   const int64_t size = w.scale_kind == kFloat32 ? 4 : 2;
   const char *scale = static_cast<const char *>(w.scale) + row * w.groups * size;
-  for (int64_t i = 0; i < rows * w.groups * size; i += 64) __builtin_prefetch(scale + i, 0, 2);
+  for (int64_t i = 0; i < rows * w.groups * size; i += 64) __builtin_prefetch(scale + i, 0, 3);
   if (w.zero == nullptr) return;
-  for (int64_t i = 0; i < rows * w.groups; i += 64) __builtin_prefetch(w.zero + row * w.groups + i, 0, 2);
+  for (int64_t i = 0; i < rows * w.groups; i += 64) __builtin_prefetch(w.zero + row * w.groups + i, 0, 3);
 }
 
 // Calls body with constants for the type of the scales and whether there are zero points.
@@ -391,34 +392,35 @@ struct Call {
   const Output &out;
 };
 
-// Bytes from what is decoded to what is fetched into the second-level cache: past the rows that are decoded now.
-constexpr int64_t kLeastAhead = 16384;
+// Rows that are multiplied together. Where a byte takes many products, four share what is loaded of x, and lines are
+// asked for. Otherwise rows are read one by one, which is faster: processors fetch ahead of one stream themselves.
+template <int BITS, int DIGITS>
+constexpr int kTogether = kWholeBytes<BITS> && kVectors<BITS> * DIGITS >= 4 ? kRows : 1;
 
-// Adds COUNT blocks of kRows rows; ONE_GROUP where a block never has two groups, UNITS where units are not in the
-// scales. Memory is faster when neighbouring cache lines are asked for together.
+// Adds COUNT blocks of kTogether rows; ONE_GROUP where a block never has two groups, UNITS where units are not in the
+// scales. The block's share of `next` is fetched into the second-level cache, in the order of memory.
 template <int BITS, int DIGITS, bool ONE_GROUP, bool UNITS, int COUNT>
-TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows, int64_t ahead, int64_t block,
-                                       const Decoder &decoder, __m512 (&total)[kRows]) {
-  constexpr int J = kVectors<BITS>;
-  Packed packed[COUNT][kRows];
+TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows, const uint8_t *next, int64_t block,
+                                       const Decoder &decoder, __m512 *total) {
+  constexpr int J = kVectors<BITS>, ROWS = kTogether<BITS, DIGITS>;
+  Packed packed[COUNT][ROWS];
   const uint8_t *from = rows.codes + block * kBlockBytes<BITS>;
   const int64_t left = COUNT == 1 ? call.w.row_bytes - block * kBlockBytes<BITS> : kBlockBytes<BITS>;
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
     for (int b = 0; b < COUNT; ++b) {
-      const uint8_t *here = from + r * rows.code_stride + b * kBlockBytes<BITS>;
-      Packed loaded = load_block<BITS>(here, left);
+      Packed loaded = load_block<BITS>(from + r * rows.code_stride + b * kBlockBytes<BITS>, left);
       __asm__ volatile("" : "+v"(loaded.first));  // now, and once
       packed[b][r] = loaded;
-      __builtin_prefetch(here + ahead, 0, 2);
+      if (ROWS > 1) __builtin_prefetch(next + (block * ROWS + r * COUNT + b) * kBlockBytes<BITS>, 0, 2);
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int b = 0; b < COUNT; ++b, ++block) {
     const int8_t *x = call.a.values + block * DIGITS * kBlock<BITS>;
-    __m512i sum[kRows][DIGITS];
+    __m512i sum[ROWS][DIGITS];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
       for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_setzero_si512();
 #pragma GCC unroll 8
@@ -427,7 +429,7 @@ TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows,
 #pragma GCC unroll 2
       for (int d = 0; d < DIGITS; ++d) digit[d] = _mm512_load_si512(x + (d * J + j) * 64);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < ROWS; ++r) {
         const __m512i code = decoder.code<BITS>(packed[b][r], j);
 #pragma GCC unroll 2
         for (int d = 0; d < DIGITS; ++d) sum[r][d] = _mm512_dpbusd_epi32(sum[r][d], code, digit[d]);
@@ -436,7 +438,7 @@ TM_VNNI TM_VNNI_INLINE void add_blocks(const Call<BITS> &call, const Rows &rows,
     const float *const scale = rows.scale + call.lanes.first[block];
     const __m512i lane = _mm512_loadu_si512(call.lanes.lane.get() + block * kLanes);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
       const float *const of = scale + r * rows.scale_stride;
       const __m512i exact =
           DIGITS == 1 ? sum[r][0] : _mm512_add_epi32(_mm512_slli_epi32(sum[r][0], 8), sum[r][DIGITS - 1]);
@@ -458,32 +460,40 @@ TM_VNNI TM_VNNI_INLINE __m128 sums_of(const __m512 (&total)[kRows]) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// One token, four rows at a time, and the last few one by one. `units` of the groups, or null.
+// One token, four rows at a time, and the last few by themselves. `units` of the groups, or null.
 template <int BITS, int DIGITS, bool ONE_GROUP, bool UNITS>
 TM_VNNI void dot_rows(const Call<BITS> &call, const float *units, int64_t begin, int64_t end) {
   const Weight &w = call.w;
   const int64_t blocks = call.a.blocks, full = w.row_bytes / kBlockBytes<BITS>;
-  const int64_t scale_stride = call.a.padded_groups + kPadding, ahead = std::max(kRows * w.row_bytes, kLeastAhead);
+  const int64_t scale_stride = call.a.padded_groups + kPadding;
   const Aligned scales(kRows * scale_stride * 4);
   std::memset(scales.data, 0, kRows * scale_stride * 4);
   const auto load =
       with_kind(w, [](auto kind, auto zeros) { return &load_rows<decltype(kind)::value, decltype(zeros)::value>; });
+  constexpr int TOGETHER = kTogether<BITS, DIGITS>, COUNT = TOGETHER == 1 ? 4 : 2;
   const Decoder decoder;
   for (int64_t row = begin, count; row < end; row += count) {
     count = end - row >= kRows ? kRows : 1;
-    const Rows rows{row, count, w.codes + row * w.row_bytes, count == 1 ? 0 : w.row_bytes,
+    Rows rows{row, count, w.codes + row * w.row_bytes, count == 1 ? 0 : w.row_bytes,
                     reinterpret_cast<float *>(scales.data), scale_stride};
-    prefetch_scales(w, row + 2 * kRows, kRows);
+    prefetch_pages(rows.codes + kPageDistance, count * w.row_bytes);
+    prefetch_scales(w, row + 16 * kRows, kRows);
     alignas(64) float totals[kRows * kLanes], sums[kRows];
     load(w, rows, units, call.a.sums, totals);
     __m512 total[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) total[r] = _mm512_load_ps(totals + r * kLanes);
-    int64_t block = 0;
-    for (; block + 2 <= full; block += 2)
-      add_blocks<BITS, DIGITS, ONE_GROUP, UNITS, 2>(call, rows, ahead, block, decoder, total);
-    for (; block < blocks; ++block)
-      add_blocks<BITS, DIGITS, ONE_GROUP, UNITS, 1>(call, rows, ahead, block, decoder, total);
+    const uint8_t *next = rows.codes + kRows * w.row_bytes + 4096;
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r += TOGETHER) {
+      int64_t block = 0;
+      for (; block + COUNT <= full; block += COUNT)
+        add_blocks<BITS, DIGITS, ONE_GROUP, UNITS, COUNT>(call, rows, next, block, decoder, total + r);
+      for (; block < blocks; ++block)
+        add_blocks<BITS, DIGITS, ONE_GROUP, UNITS, 1>(call, rows, next, block, decoder, total + r);
+      rows.codes += TOGETHER * rows.code_stride;
+      rows.scale += TOGETHER * scale_stride;
+    }
     _mm_store_ps(sums, sums_of(total));
     for (int64_t r = 0; r < count; ++r) call.out.store(0, row + r, sums[r]);
   }

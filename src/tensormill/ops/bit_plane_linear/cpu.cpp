@@ -9,14 +9,18 @@
 
 #include "isa.h"
 #include "parallel.h"
+#include "prefetch.h"
 
 namespace tensormill::bit_planes {
 
+using Row = uint32_t (*)(const uint32_t *x, const uint32_t *w, int64_t x_plane, int64_t w_plane, int w_bits,
+                         int64_t words);
 using Tile = void (*)(const uint32_t *const *x, const uint32_t *const *w, int64_t x_plane, int64_t w_plane, int x_bits,
                       int w_bits, int64_t words, uint32_t *u);
 
 struct Kernel {
-  Tile one, several;  // for one token, and for `tokens`
+  Row row[8];  // for one token, by its bits
+  Tile tile;   // for `tokens` and `rows`
   int tokens, rows;
 };
 
@@ -75,40 +79,65 @@ void product(uintptr_t x_address, uintptr_t w_address, uintptr_t x_sums_address,
   const Kernel kernel = bit_planes::kernel();
   const int64_t groups = (words + group_words - 1) / group_words, x_plane = tokens * words, w_plane = rows * words;
 
-  parallel_chunks(rows, kernel.rows, threads, [&](int64_t begin, int64_t end) {
+  const auto exact = [=](uint32_t u, int64_t m, int64_t n, int64_t g) {
+    const uint32_t columns = static_cast<uint32_t>(std::min(group_words * 32, length - g * group_words * 32));
+    return alpha * u + beta_x * x_sums[m * groups + g] + beta_w * w_sums[n * groups + g] + gamma * columns;
+  };
+  const auto scaled = [=](uint32_t value, int64_t m, int64_t n, int64_t g) {
+    return static_cast<float>(static_cast<int32_t>(value)) * (x_scale[m * groups + g] * w_scale[n * groups + g]);
+  };
+  auto *const y = reinterpret_cast<float *>(y_address);
+  auto *const y_exact = reinterpret_cast<uint32_t *>(y_address);
+
+  const auto one_token = [=](int64_t m, int64_t begin, int64_t end) {
+    const Row row = kernel.row[x_bits - 1];
+    for (int64_t n = begin; n < end; ++n) {
+      for (int i = 0; i < w_bits; ++i)
+        prefetch_pages(reinterpret_cast<const uint8_t *>(w + i * w_plane + n * words) + kPageDistance, 4 * words);
+      float sum = 0;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = g * group_words, count = std::min(group_words, words - at);
+        const uint32_t u = row(x + m * words + at, w + n * words + at, x_plane, w_plane, w_bits, count);
+        if (x_scale != nullptr) {
+          sum += scaled(exact(u, m, n, g), m, n, g);
+        } else {
+          y_exact[m * rows + n] = exact(u, m, n, g);
+        }
+      }
+      if (x_scale != nullptr) y[m * rows + n] = sum;
+    }
+  };
+
+  parallel_chunks(rows, kernel.rows, threads, [=](int64_t begin, int64_t end) {
     for (int64_t first = 0; first < tokens; first += TOKENS_AT_ONCE) {
       const int64_t last = std::min(tokens, first + TOKENS_AT_ONCE);
       for (int64_t n = begin; n < end; n += kernel.rows) {
-        for (int64_t m = first; m < last;) {
-          const bool single = last - m == 1;
-          const int height = single ? 1 : kernel.tokens;
+        for (int64_t m = first; m < last; m += kernel.tokens) {
+          if (last - m == 1) {
+            one_token(m, n, std::min(n + kernel.rows, end));
+            break;
+          }
           const uint32_t *x_rows[MOST], *w_rows[MOST];
-          float scaled[MOST * MOST] = {};
+          float sum[MOST * MOST] = {};
           uint32_t u[MOST * MOST];
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t at = g * group_words, count = std::min(group_words, words - at);
-            for (int i = 0; i < height; ++i) x_rows[i] = x + std::min(m + i, last - 1) * words + at;
+            for (int i = 0; i < kernel.tokens; ++i) x_rows[i] = x + std::min(m + i, last - 1) * words + at;
             for (int i = 0; i < kernel.rows; ++i) w_rows[i] = w + std::min(n + i, end - 1) * words + at;
-            (single ? kernel.one : kernel.several)(x_rows, w_rows, x_plane, w_plane, x_bits, w_bits, count, u);
-            const uint32_t columns = static_cast<uint32_t>(std::min(group_words * 32, length - at * 32));
-            for (int i = 0; i < height && m + i < last; ++i) {
+            kernel.tile(x_rows, w_rows, x_plane, w_plane, x_bits, w_bits, count, u);
+            for (int i = 0; i < kernel.tokens && m + i < last; ++i)
               for (int k = 0; k < kernel.rows && n + k < end; ++k) {
-                const int64_t xg = (m + i) * groups + g, wg = (n + k) * groups + g;
-                const uint32_t exact = alpha * u[i * kernel.rows + k] + beta_x * x_sums[xg] + beta_w * w_sums[wg] +
-                                       gamma * columns;
+                const uint32_t value = exact(u[i * kernel.rows + k], m + i, n + k, g);
                 if (x_scale != nullptr) {
-                  scaled[i * MOST + k] += static_cast<float>(static_cast<int32_t>(exact)) * (x_scale[xg] * w_scale[wg]);
+                  sum[i * MOST + k] += scaled(value, m + i, n + k, g);
                 } else {
-                  reinterpret_cast<uint32_t *>(y_address)[(m + i) * rows + n + k] = exact;
+                  y_exact[(m + i) * rows + n + k] = value;
                 }
               }
-            }
           }
           if (x_scale != nullptr)
-            for (int i = 0; i < height && m + i < last; ++i)
-              for (int k = 0; k < kernel.rows && n + k < end; ++k)
-                reinterpret_cast<float *>(y_address)[(m + i) * rows + n + k] = scaled[i * MOST + k];
-          m += height;
+            for (int i = 0; i < kernel.tokens && m + i < last; ++i)
+              for (int k = 0; k < kernel.rows && n + k < end; ++k) y[(m + i) * rows + n + k] = sum[i * MOST + k];
         }
       }
     }

@@ -1,5 +1,5 @@
-// One tile of a product of bit planes, for one instruction set; included once for each by cpu.cpp, which defines
-// ISA (a namespace), ISA_TARGET (a function attribute), ISA_TOKENS and ISA_ROWS (the tile).
+// A row and a tile of a product of bit planes, for one instruction set; included once for each by cpu.cpp, which
+// defines ISA (a namespace), ISA_TARGET (a function attribute), ISA_TOKENS and ISA_ROWS (the tile).
 namespace tensormill::bit_planes::ISA {
 
 #if ISA_LEVEL == 2
@@ -14,6 +14,7 @@ ISA_TARGET inline Vector load(const uint32_t *from, int64_t count) {
 ISA_TARGET inline Vector add_common(Vector sum, Vector a, Vector b) {
   return _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_and_si512(a, b)));
 }
+ISA_TARGET inline Vector add(Vector a, Vector b) { return _mm512_add_epi64(a, b); }
 ISA_TARGET inline Vector twice(Vector sum) { return _mm512_slli_epi64(sum, 1); }
 ISA_TARGET inline uint32_t total(Vector sum) { return static_cast<uint32_t>(_mm512_reduce_add_epi64(sum)); }
 
@@ -36,6 +37,7 @@ ISA_TARGET inline Vector add_common(Vector sum, Vector a, Vector b) {
                       _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi16(common, 4), low)));
   return _mm256_add_epi64(sum, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
 }
+ISA_TARGET inline Vector add(Vector a, Vector b) { return _mm256_add_epi64(a, b); }
 ISA_TARGET inline Vector twice(Vector sum) { return _mm256_slli_epi64(sum, 1); }
 ISA_TARGET inline uint32_t total(Vector sum) {
   const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
@@ -62,6 +64,7 @@ inline int count_bits(uint64_t word) {
 #endif
 }
 inline Vector add_common(Vector sum, Vector a, Vector b) { return sum + count_bits(a & b); }
+inline Vector add(Vector a, Vector b) { return a + b; }
 inline Vector twice(Vector sum) { return 2 * sum; }
 inline uint32_t total(Vector sum) { return static_cast<uint32_t>(sum); }
 
@@ -93,7 +96,39 @@ ISA_TARGET void tile(const uint32_t *const *x, const uint32_t *const *w, int64_t
     for (int n = 0; n < ROWS; ++n) u[m * ROWS + n] = total(sum[m][n]);
 }
 
-inline Kernel kernel() { return {&tile<1, ISA_ROWS>, &tile<ISA_TOKENS, ISA_ROWS>, ISA_TOKENS, ISA_ROWS}; }
+// U of one token and one row, whose planes are read once, in order.
+template <int X_BITS>
+ISA_TARGET uint32_t row(const uint32_t *x, const uint32_t *w, int64_t x_plane, int64_t w_plane, int w_bits,
+                        int64_t words) {
+  Vector sum = zero();
+  for (int i = w_bits - 1; i >= 0; --i) {
+    const uint32_t *plane = w + i * w_plane;
+    Vector of[X_BITS];
+#pragma GCC unroll 8
+    for (int j = 0; j < X_BITS; ++j) of[j] = zero();
+    int64_t k = 0;
+    for (; k + WORDS <= words; k += WORDS) {
+      const Vector b = load(plane + k, WORDS);
+#pragma GCC unroll 8
+      for (int j = 0; j < X_BITS; ++j) of[j] = add_common(of[j], load(x + j * x_plane + k, WORDS), b);
+    }
+    if (k < words) {
+      const Vector b = load(plane + k, words - k);
+#pragma GCC unroll 8
+      for (int j = 0; j < X_BITS; ++j) of[j] = add_common(of[j], load(x + j * x_plane + k, words - k), b);
+    }
+    Vector level = of[X_BITS - 1];
+#pragma GCC unroll 8
+    for (int j = X_BITS - 2; j >= 0; --j) level = add(twice(level), of[j]);
+    sum = add(twice(sum), level);
+  }
+  return total(sum);
+}
+
+inline Kernel kernel() {
+  return {{&row<1>, &row<2>, &row<3>, &row<4>, &row<5>, &row<6>, &row<7>, &row<8>},
+          &tile<ISA_TOKENS, ISA_ROWS>, ISA_TOKENS, ISA_ROWS};
+}
 
 }  // namespace tensormill::bit_planes::ISA
 

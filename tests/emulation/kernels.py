@@ -128,6 +128,36 @@ def disassembly(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def early_uses(instructions: str) -> list[str]:
+    """Instructions of a disassembly that touch sums of warpgroup products (GMMA) before the wait for them.
+
+    The compiler takes such sums for finished where the product was issued, and may copy them on the way to the wait.
+    """
+    found: list[str] = []
+    issued: set[int] = set()  # registers of products, since the last commit
+    groups: list[set[int]] = []  # and of the groups before
+    for line in instructions.splitlines():
+        match = re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d\s+)?([\w.]+)\s*(.*?);", line)
+        if match is None:
+            continue
+        name, operands = match.groups()
+        if "GMMA." in name:
+            tokens, first = re.search(r"64x(\d+)x", name), re.match(r"R(\d+)", operands)
+            assert tokens is not None and first is not None, line
+            issued |= set(range(int(first[1]), int(first[1]) + int(tokens[1]) // 2))
+            if "gsb0" in operands:
+                groups.append(issued)
+                issued = set()
+        elif name.startswith("WARPGROUP.DEPBAR"):
+            pending = int(operands.split(",")[1], 16)
+            groups = groups[len(groups) - pending :] if len(groups) > pending else groups
+        else:
+            used = {int(register) for register in re.findall(r"\bR(\d+)\b", operands)}
+            if used & issued.union(*groups):
+                found.append(line.strip())
+    return found
+
+
 def _cuobjdump() -> str:
     if (found := shutil.which("cuobjdump")) is not None:
         return found

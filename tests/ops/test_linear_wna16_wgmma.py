@@ -9,7 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from emulation.kernels import compile_or_skip, disassembly, emulate, emulated_tensor_map, resources
+from emulation.kernels import (
+    compile_or_skip,
+    disassembly,
+    early_uses,
+    emulate,
+    emulated_tensor_map,
+    resources,
+)
 from tensormill.cuda import Module
 from tensormill.ops.bit_packing import pack_bits
 from tensormill.ops.linear_wna16 import reference, wgmma
@@ -208,6 +215,8 @@ COMPILED = {
         Tile(128, 128, 2),
         "HGMMA.64x128x16.F32.BF16",
     ),
+    # Here sums were copied before they were there.
+    "8 bits, few sums, split": (Format(8, HALF, HALF, 1, True), Tile(128, 32, 2), "HGMMA.64x32x16.F32"),
     "int8": (Format(6, INT8, HALF, 0, False), Tile(128, 256), "IGMMA.64x256x32.S8.S8"),
     "fp8, groups": (Format(4, FP8, HALF, 1, False), Tile(128, 128), "QGMMA.64x128x32.F32.E4M3.E4M3"),
     "int8, groups, split": (Format(4, INT8, HALF, 1, False), Tile(128, 128, 2), "IGMMA.64x128x32.S8.S8"),
@@ -221,10 +230,19 @@ def test_compiles_for_sm_90a(case):
     cubin = compile_or_skip(wgmma.module(form, tile), "sm_90a")
     used = resources(cubin)["linear_wgmma"]
     assert used.registers <= 168 and used.stack == 0
-    lines = disassembly(cubin).splitlines()
+    assembly = disassembly(cubin)
+    assert not early_uses(assembly)
+    lines = assembly.splitlines()
     products = [line for line in lines if "GMMA." in line]
     assert products and all(instruction in line for line in products)
     assert any("WARPGROUP.DEPBAR.LE gsb0, 0x1" in line for line in lines)
+
+
+def test_sums_that_are_copied_early_would_be_noticed():
+    product = "/*0a*/ HGMMA.64x32x16.F32 R24, R40, gdesc[UR8], R24, gsb0 ;"
+    copy, wait = "/*0b*/ IMAD.MOV.U32 R8, RZ, RZ, R39 ;", "/*0c*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+    assert early_uses("\n".join((product, copy, wait))) == [copy]
+    assert early_uses("\n".join((product, wait, copy))) == []
 
 
 def test_tiles_fit_the_product():

@@ -22,9 +22,6 @@ DEVICE void cluster_sync() {
     emulation::wait(emulation::state.cluster_barrier, emulation::state.cluster * emulation::state.threads);
 }
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) { mbarrier_arrive(barrier); }
-DEVICE void cluster_fence() {}
-DEVICE void cluster_mbarrier_wait(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
-DEVICE void cluster_store(uint32_t address, Words4 value) { emulated_store(address, value); }
 DEVICE Words2 cluster_load2(uint32_t address) { return emulated_load<Words2>(address); }
 
 namespace emulation {

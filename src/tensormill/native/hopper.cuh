@@ -28,30 +28,10 @@ DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Arrives at a barrier in any block of the cluster. What others are to see was released by cluster_fence; a form that
-// releases by itself costs a fence of all memory each time, far too much in a loop.
+// Arrives at a barrier in any block of the cluster, without releasing what was written: that would cost a fence of all
+// memory each time, far too much in a loop.
 DEVICE void cluster_mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-DEVICE void cluster_fence() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
-
-DEVICE void cluster_mbarrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-DEVICE void cluster_store(uint32_t address, Words4 value) {
-    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y),
-                 "r"(value.z), "r"(value.w)
-                 : "memory");
 }
 
 // What another block of the cluster has in shared memory.

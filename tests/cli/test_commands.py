@@ -226,6 +226,8 @@ def test_papers(tensormill):
     assert tensormill("papers", "ntk").out.startswith("Neural Tangent Kernel")
     assert [row["slug"] for row in json.loads(tensormill("papers", "ntk", "--json").out)] == ["ntk"]
     assert "did you mean awq" in tensormill("papers", "awqq").err
+    wrong = tensormill("papers", "--status", "bogus")
+    assert wrong.code == 2 and "expected one of: planned, holds" in wrong.err
 
 
 def test_reproduce_a_planned_paper(tensormill):

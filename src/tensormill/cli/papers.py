@@ -10,6 +10,7 @@ import typer
 
 from tensormill.cli.app import Device, Json, app, print_json, resolve_device
 from tensormill.cli.progress import progress_bar
+from tensormill.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,9 +26,11 @@ def papers(
 ) -> None:
     """List the 47 papers: what each claims, what has been measured, what holds, what is stale."""
     from tensormill.papers.catalogue import find_paper
-    from tensormill.papers.records import read_records
+    from tensormill.papers.records import STATUSES, read_records
     from tensormill.papers.reproduce import papers as all_papers
 
+    if status not in (None, *STATUSES):
+        raise InvalidArgument(f"given --status {status!r}, expected one of: {', '.join(STATUSES)}")
     claims = {} if paper is None else find_paper(paper).claims
     rows = [
         row

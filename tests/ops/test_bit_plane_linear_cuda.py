@@ -9,7 +9,7 @@ import torch
 
 from emulation.kernels import compile_or_skip, disassembly, emulate, emulated_tensor_map, resources
 from tensormill.ops import OPERATORS
-from tensormill.ops.correctness import deviation, upcast
+from tensormill.ops.correctness import deviation, result_dtype, upcast
 
 cuda = importlib.import_module("tensormill.ops.bit_plane_linear.cuda")
 Gemm, Overlapped = cuda.GemmConfig, cuda.OverlappedConfig
@@ -39,8 +39,7 @@ def emulation(monkeypatch):
         arguments = OPERATOR.inputs(shape, torch.device("cpu"), torch.Generator().manual_seed(3))
         result = cuda.run(config, *arguments[:9], arguments[10])
         expected = OPERATOR.reference(*upcast(arguments))
-        dtype = arguments[4].dtype if arguments[4] is not None else torch.float64
-        return deviation(result, expected, OPERATOR.tolerance(dtype, shape))
+        return deviation(result, expected, OPERATOR.tolerance(result_dtype(arguments), shape))
 
     return check
 

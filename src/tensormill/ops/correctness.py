@@ -22,10 +22,13 @@ def upcast(arguments: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def result_dtype(arguments: Iterable[Any]) -> torch.dtype:
-    """The dtype that sets the tolerance: that of the first floating-point argument (float64 if there is none)."""
-    return next(
-        (a.dtype for a in arguments if isinstance(a, Tensor) and a.is_floating_point()), torch.float64
-    )
+    """The dtype that sets the tolerance: that of the first floating-point argument (float64 if there is none), or the
+    result's, the last dtype among the arguments, where that is the coarser one."""
+    given = list(arguments)
+    first = [a.dtype for a in given if isinstance(a, Tensor) and a.is_floating_point()][:1]
+    last = [a for a in given if isinstance(a, torch.dtype)][-1:]
+    found = first + [d for d in last if d.is_floating_point and d.itemsize > 1]
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
 
 
 def deviation(actual: Tensor, expected: Tensor, tolerance: float) -> str | None:

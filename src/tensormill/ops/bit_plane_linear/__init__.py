@@ -66,7 +66,7 @@ def _inputs(shape: Shape, device: torch.device, generator: torch.Generator) -> t
         if dtype != torch.int32:
             groups = group_count(length, group_size)
             scale = torch.rand(rows, groups, generator=generator, device=device) / (1 << bits) / length**0.5
-            scale = scale.to(dtype)
+            scale = scale.to(getattr(torch, shape.get("scale_dtype", "float32")))
         operands.append((planes, code_sums(planes, length, group_size), scale))
     (x, x_sums, x_scale), (weight, weight_sums, weight_scale) = operands
     formats = shape["x_format"], shape["weight_format"]
@@ -109,7 +109,7 @@ def samples() -> list[Sample]:
         _sample("typical", 16, 512, 1024, 2, 2, "float32", benchmark=True),
         _sample("typical", 1, 256, 1024, 1, 1),
         _sample("typical", 70, 128, 512, 2, 4, "float16"),
-        _sample("typical", 16, 192, 1024, 1, 2, "bfloat16"),
+        _sample("typical", 16, 192, 1024, 1, 2, "bfloat16", scale_dtype="bfloat16"),
         _sample("typical", 4, 128, 1024, 4, 4, "float32", ("signed", "signed"), 128),
         _sample("typical", 20, 64, 1024, 2, 8, "float16", ("bipolar", "signed"), 256),
         _sample("tiny", 0, 24, 64, 1, 1),
@@ -120,7 +120,7 @@ def samples() -> list[Sample]:
         _sample("extreme", 1, 2, 2000, 8, 8, "int32", ("signed", "signed"), values="least"),
         _sample("extreme", 1, 2, 2000, 8, 8, "int32", ("unsigned", "unsigned"), values="largest"),
         _sample("extreme", 9, 70, 300, 1, 1, "int32", values="largest"),
-        _sample("ragged", 5, 11, 300, 4, 4, "float16", ("signed", "bipolar"), 128),
+        _sample("ragged", 5, 11, 300, 4, 4, "float16", ("signed", "bipolar"), 128, scale_dtype="float16"),
         _sample("ragged", 13, 37, 1000, 3, 5, "float32", ("bipolar", "unsigned"), 384),
         _sample("ragged", 129, 60, 333, 2, 2, "int32"),
         _sample("ragged", 63, 130, 576, 1, 3, "bfloat16", ("unsigned", "signed")),
@@ -134,11 +134,8 @@ def samples() -> list[Sample]:
             )
     for p, q in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (2, 8)):
         for tokens in (1, 16, 64, 256, 4096):
-            dtype = (
-                "float32" if tokens <= 64 else "float16"
-            )  # scales have it too: 16-bit ones are converted first
             found.append(
-                _sample("typical", tokens, 8192, 8192, p, q, dtype, large=True, benchmark=tokens != 64)
+                _sample("typical", tokens, 8192, 8192, p, q, "float16", large=True, benchmark=tokens != 64)
             )
     return found
 

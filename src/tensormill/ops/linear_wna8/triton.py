@@ -712,9 +712,7 @@ def run(
     if splits > 1:
         counters = torch.empty(tiles, dtype=torch.int32, device=x.device)
     if x_scale is None:
-        x, x_scale = quantize(
-            x, None, None, None, 0.0, 0.0, 8, x_group_size, x_dtype, counters=counters, followed=overlap
-        )
+        x, x_scale = quantize(x, None, None, None, 0.0, 0.0, 8, x_group_size, x_dtype, counters=counters)
     else:
         overlap = False
         x, x_scale = x.contiguous(), x_scale.contiguous()

@@ -10,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tensormill.ops.dequantize_wna16 import num_groups
+from tensormill.ops.overlap import overlap_options
 from tensormill.ops.quantize_activations.reference import LARGEST_FP8
 
 LONGEST_ROW = 65536
@@ -45,16 +47,17 @@ def _kernel(
     HAS_BITS: tl.constexpr,
     INTEGERS: tl.constexpr,
     HAS_COUNTERS: tl.constexpr,
-    FOLLOWED: tl.constexpr,
+    OVERLAP: tl.constexpr,
     SMALLEST: tl.constexpr,
     INFINITY: tl.constexpr,
 ):
     """Program (r, c): ROWS rows, GROUPS groups of at most GROUP channels (CONTIGUOUS: exactly GROUP, or one group).
 
-    Zeroes the `counters`, 256 a program, for a kernel that follows; if FOLLOWED by one that waits, it may start early.
+    Zeroes the `counters`, 256 a program, for a kernel that follows.
     """
-    if FOLLOWED:
-        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     if HAS_COUNTERS:
         place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 256 + tl.arange(0, 256)
         tl.store(counters + place, tl.zeros((256,), tl.int32), mask=place < counter_count)
@@ -132,12 +135,10 @@ def quantize(
     dtype: torch.dtype,
     *,
     counters: Tensor | None = None,
-    followed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.quantize_activations`.
 
-    `counters` (int32) are zeroed on the way. `followed` says that the next kernel of the stream is launched to
-    start early (`launch_pdl`) and waits (`gdc_wait`) before it reads the results.
+    `counters` (int32) are zeroed on the way.
     """
     columns = x.shape[-1]
     groups = num_groups(columns, group_size)
@@ -177,11 +178,11 @@ def quantize(
         HAS_BITS=block_bits is not None,
         INTEGERS=dtype == torch.int8,
         HAS_COUNTERS=counters is not None,
-        FOLLOWED=followed,
         SMALLEST=_SMALLEST,
         INFINITY=_INFINITY,
         num_warps=warps,
         # A product and a sum are rounded one after the other, as in the reference.
         enable_fp_fusion=False,
+        **overlap_options(x),
     )
     return codes, scales

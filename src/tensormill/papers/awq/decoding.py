@@ -9,6 +9,7 @@ from tensormill.papers.catalogue import Measurement, Row, Run
 
 if TYPE_CHECKING:
     from tensormill.models.decoding import DecodingSpeed
+    from tensormill.models.decoding.greedy import Decoder
 
 WANTED = {"full": 2.3, "quick": 1.5}  # times transformers' speed with dense weights
 BATCHES = {"full": (1, 16), "quick": (1,)}
@@ -43,7 +44,8 @@ def decoding(run: Run) -> Measurement:
     run.progress("opening the models", 0.0)
     model, dense = _random_llama(run) if full else _builtin(run)
     # Plain first: it takes a model as it is, and preparation only moves the weights together.
-    sides = {"transformers, dense": PlainDecoder(dense), "prepared, dense": prepare_for_decoding(dense)}
+    sides: dict[str, Decoder] = {"transformers, dense": PlainDecoder(dense)}
+    sides["prepared, dense"] = prepare_for_decoding(dense)
     speeds = compare_decoding(
         {"4 bits": prepare_for_decoding(model), **sides},
         batches=BATCHES[run.scale],
@@ -72,7 +74,7 @@ def _rows(batch: int, found: dict[str, DecodingSpeed]) -> list[Row]:
         f"batch {batch}: a step",
         own.step_seconds * 1e3,
         "ms",
-        spread=tuple(sorted(1e3 * batch / speed for speed in own.decode_spread)),
+        spread=(1e3 * batch / own.decode_spread[1], 1e3 * batch / own.decode_spread[0]),
         peers={name: speed.step_seconds * 1e3 for name, speed in peers.items()},
         limit=None if own.limit is None else 1e3 * batch / own.limit,
         setting={**setting, "graph": own.captured},

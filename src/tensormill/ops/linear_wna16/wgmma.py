@@ -190,7 +190,7 @@ def product(
             made.shared,
             _map(x, made.x_box) + _map(result[:, first:last], made.y_box) + addresses + made.sizes,
             overlap=overlap,
-            cooperative=made.cooperative,
+            together=made.together,
         )
     return result.contiguous()
 
@@ -202,7 +202,7 @@ class _Plan:
     rows: tuple[int, int]  # the first of the weight, one past the last
     kernel: Kernel
     grid: int
-    cooperative: bool  # blocks wait for each other
+    together: bool  # blocks wait for each other
     workspace: int  # elements
     shared: int
     x_box: tuple[int, int]
@@ -245,7 +245,7 @@ def _plans(
                 rows=(first, first + rows),
                 kernel=module(form, tile).kernel("linear_wgmma", device),
                 grid=count * tile.split if tile.split > 1 else min(there, count),
-                cooperative=tile.split > 1,
+                together=tile.split > 1,
                 workspace=count * (tile.split - 1) * tile.rows * tile.tokens,
                 shared=shared_bytes(form, tile)[1],
                 x_box=(tile.tokens, 128 // x.itemsize),

@@ -122,9 +122,8 @@ def scheme_of_linear(name: str, module: LinearWNA16) -> PackedScheme:
 
 
 def _group_size(name: str, group_size: int, columns: int) -> int:
-    if (
-        group_size > columns
-    ):  # one that is exactly a row stays: readers want one scheme for all parts of an expert
+    # A group of exactly a row stays one: readers want one scheme for all parts of an expert.
+    if group_size > columns:
         group_size = -1
     if group_size != -1 and columns % group_size:
         raise ModelError(

@@ -66,16 +66,17 @@ def squared_outputs(weight: Tensor, gram: Tensor) -> Tensor:
     """
     columns = gram.shape[0]
     panel = _PANEL.get(gram.device.type, columns)
-    total = weight.new_zeros(weight.shape[:-1])
+    flat = weight.reshape(-1, columns)
+    total = flat.new_zeros(len(flat))
     with search_precision(gram.device):
         for start in range(0, columns, panel):
             stop = min(start + panel, columns)
-            here = weight[..., start:stop]
-            total += (here @ gram[start:stop, start:stop]).mul_(here).sum(dim=-1)
+            here = flat[:, start:stop]
+            product = here @ gram[start:stop, start:stop]
             if stop < columns:
-                below = weight[..., stop:] @ gram[stop:, start:stop]
-                total += below.mul_(here).sum(dim=-1).mul_(2)
-    return total
+                product.addmm_(flat[:, stop:], gram[stop:, start:stop], alpha=2)
+            total += product.mul_(here).sum(dim=-1)
+    return total.view(weight.shape[:-1])
 
 
 def gram_loss(

@@ -126,8 +126,8 @@ def clipping_error(weight: Tensor, gram: Tensor, ratios: Tensor, spec: QuantSpec
 
     Args:
         weight: (N, K) float32, finite (not checked).
-        gram: (G, group, group) float32, the mean over tokens of x x^T for the channels x of each group; where the last
-            group is shorter, 0 beyond it.
+        gram: (G, group, group) float32, symmetric (not checked): the mean over tokens of x x^T for the channels x of each
+            group; where the last group is shorter, 0 beyond it.
         ratios: (C,) float32, shares of a group's largest magnitude, above 0 and at most 1 (not checked).
         spec: the quantizer.
 

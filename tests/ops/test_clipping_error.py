@@ -109,6 +109,22 @@ def test_tolerance_catches_planted_errors(mistake):
     assert deviation(planted(mistake, errors, arguments), expected, tolerance) is not None
 
 
+def test_two_products_of_10_bits_reach_the_tolerance():
+    """What tensor cores make of the kernel's products, which the interpreter computes in float32."""
+    spec = QuantSpec(bits=4, group_size=128)
+    weight, gram, ratios = random_inputs(40, 512, spec, 1)
+
+    def cut(x):
+        return (x.view(torch.int32) & -8192).view(torch.float32)
+
+    groups = split_groups(weight, spec).transpose(0, 1)
+    d = fake_quantize_groups(groups, spec) - groups  # [G, N, group]
+    fine = cut(gram - cut(gram))
+    errors = ((cut(d) @ cut(gram)) * (2 * d - cut(d)) + (cut(d) @ fine) * cut(d)).sum(-1).T[None]
+    expected = operator.reference(*upcast((weight, gram, ratios)), *spec.grid)
+    assert deviation(errors, expected, operator.tolerance(torch.float32, {}) / 4) is None
+
+
 @needs_kernel
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128])
 def test_triton_choices_are_as_good_as_any(group_size):

@@ -250,6 +250,15 @@ def test_configuration_of_one_and_of_several_schemes():
     assert parsed.schemes == (PackedScheme(8, -1, True),)
 
 
+def test_a_group_that_is_a_whole_row_is_of_the_same_scheme(tmp_path):
+    # vLLM wants one scheme for the projections of an expert, of which some rows may be exactly a group long.
+    model = compress_linears(tiny_model("llama", mlp=128), 4, 64, False)
+    (group,) = packed_format.quantization_config(model)["config_groups"].values()
+    assert group["targets"] == ["Linear"] and group["weights"]["group_size"] == 64
+    folder = save_compressed(model, None, None, tmp_path / "model")
+    assert torch.equal(logits(load(folder)), logits(model))
+
+
 def test_names_beat_patterns_beat_classes():
     schemes = [PackedScheme(bits, -1, True) for bits in (2, 4, 8)]
     config = packed_format.PackedConfig(

@@ -13,7 +13,9 @@ from tensormill.compress.calibration import Calibration
 from tensormill.compress.evaluate import Evaluation
 from tensormill.compress.formats.quantization import QuantSpec, fake_quantize
 from tensormill.errors import InvalidArgument, ModelError
-from tensormill.papers.awq import robustness, search_cost
+from tensormill.models.decoding import dense_copy, random_llama
+from tensormill.models.decoding.synthetic import Shape
+from tensormill.papers.awq import decoding, robustness, search_cost
 from tensormill.papers.awq.quality import QualityComparison, shortfalls
 from tensormill.papers.awq.robustness import difference_of_rises, rise
 from tensormill.papers.awq.salience import (
@@ -25,7 +27,7 @@ from tensormill.papers.awq.salience import (
     step_changes,
 )
 from tensormill.papers.awq.subjects import docstrings, english_text
-from tensormill.papers.catalogue import find_paper
+from tensormill.papers.catalogue import Run, find_paper
 
 
 @pytest.fixture(params=range(3))
@@ -38,7 +40,7 @@ def evaluation(window_nll):
 
 
 def test_every_claim_is_there_in_order():
-    assert list(find_paper("awq").claims) == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
+    assert list(find_paper("awq").claims) == ["C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8"]
 
 
 @pytest.mark.parametrize(
@@ -277,3 +279,17 @@ def test_our_compressors_leave_the_subject(monkeypatch):
         made = compress(model, Calibration(torch.randint(0, 50, (2, 16))))
         assert made is not model
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_decoding_is_timed_beside_both_dense_sides(monkeypatch):
+    shape = Shape(hidden_size=64, intermediate_size=128, layers=1, heads=2, kv_heads=1, vocabulary=300)
+    model = random_llama(shape, bits=4, group_size=32, dtype=torch.float32)
+    monkeypatch.setattr(decoding, "_builtin", lambda run: (model, dense_copy(model)))
+    monkeypatch.setattr(decoding, "WANTED", {"quick": 1e9})
+    found = decoding.decoding(Run("quick", "cpu", 0))
+    assert not found.holds and "batch 1" in found.reason
+    step, first, weights = found.rows
+    sides = {"transformers, dense", "prepared, dense"}
+    assert set(step.peers) == set(first.peers) == set(weights.peers) == sides
+    assert step.spread[0] <= step.value <= step.spread[1]
+    assert weights.value < weights.peers["prepared, dense"]

@@ -10,6 +10,7 @@ The methods are the same as for a model in memory, see `residence`; on the CPU t
 from __future__ import annotations
 
 import hashlib
+import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tensormill import __version__
 from tensormill.compress.calibration import Calibration
 from tensormill.compress.checkpoint import (
     CheckpointInfo,
@@ -448,8 +448,6 @@ def fingerprint(
 
     Source files count by name, size and time of last change.
     """
-    import transformers
-
     files = sorted({tensor.file for tensor in info.tensors.values()})
     return {
         "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
@@ -457,7 +455,9 @@ def fingerprint(
         "method": method,
         "settings": _plain(asdict(config)),
         "calibration": _digest(calibration),
-        "versions": [__version__, torch.__version__, transformers.__version__],
+        "versions": [
+            importlib.import_module(name).__version__ for name in ("tensormill", "torch", "transformers")
+        ],
         **settings,
     }
 

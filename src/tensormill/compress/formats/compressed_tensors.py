@@ -122,7 +122,9 @@ def scheme_of_linear(name: str, module: LinearWNA16) -> PackedScheme:
 
 
 def _group_size(name: str, group_size: int, columns: int) -> int:
-    if group_size >= columns:
+    if (
+        group_size > columns
+    ):  # one that is exactly a row stays: readers want one scheme for all parts of an expert
         group_size = -1
     if group_size != -1 and columns % group_size:
         raise ModelError(

@@ -200,8 +200,8 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
     }
 }
 
-// Copies the scales that a block's tokens have in every stage, where a lane reads those of its tokens of two products' parts
-// (8 tokens each) at once. Tokens beyond the last get 0.
+// Copies the scales that a block's tokens have in each stage. Those of tokens 16 i + 2 (lane % 4), the next, and both 8 further
+// on lie side by side, for one load. Tokens beyond the last get 0.
 DEVICE void copy_token_scales(const Arguments& p, const Schedule& schedule, const Worker& w, int first, int blocks) {
     wait_for_previous_kernel();
     const uint32_t place = X_SCALE_OFFSET + 64 * (w.lane / 16) + 16 * (w.lane / 2 % 4) + 8 * (w.lane / 8 % 2) + 4 * (w.lane % 2);
@@ -353,9 +353,8 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
     }
 }
 
-// The totals of a warpgroup's rows as `multiply` makes them, where x has groups too. There is more to do with the sums, in
-// which time no products run, so that all else is done while they do: loading scales, and expanding the first half of the
-// next stage.
+// The totals of a warpgroup's rows, as `multiply` makes them, where x has groups. While sums are scaled, none of its products
+// run, so the rest is done while they do: loading scales, and expanding the first half of the next stage.
 template <int COUNT>
 DEVICE void multiply_groups(const Arguments& p, Worker& w, int lead, Sum (&sums)[SUMS], float (&totals)[COUNT]) {
     uint32_t a[2][2][4], words[BITS];

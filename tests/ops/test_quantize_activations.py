@@ -196,7 +196,7 @@ for columns, group_size, norm, integers in ((8192, -1, False, True), (8192, 128,
                                             (4096, 64, False, False)):
     rows, groups, group, _, warps = kernels.geometry(columns, group_size, norm)
     constants = {"ROWS": rows, "GROUPS": groups, "GROUP": group, "CONTIGUOUS": True, "HAS_NORM": norm,
-                 "HAS_PERMUTATION": False, "HAS_BITS": False, "INTEGERS": integers, "HAS_COUNTERS": True, "FOLLOWED": True,
+                 "HAS_PERMUTATION": False, "HAS_BITS": False, "INTEGERS": integers, "HAS_COUNTERS": True, "OVERLAP": True,
                  "SMALLEST": kernels._SMALLEST, "INFINITY": kernels._INFINITY}
     types = {"x": "*bf16", "norm_weight": "*bf16", "permutation": "*i32", "block_bits": "*u8", "scales": "*fp32",
              "codes": "*i8" if integers else "*fp8e4nv", "counters": "*i32", "eps": "fp32", "norm_offset": "fp32",
@@ -216,7 +216,8 @@ for columns, group_size, norm, integers in ((8192, -1, False, True), (8192, 128,
         spills = len(re.findall(r"\\b(?:STL|LDL)\\b", text))
     ptx = built.asm["ptx"]
     print(json.dumps({"spills": spills, "wide": bool(re.search(r"ld\\.global\\S*\\.v4\\.b32", ptx)),
-                      "fused": bool(re.search(r"fma\\.rn\\.f32", ptx)), "early": "launch_dependents" in ptx}))
+                      "fused": bool(re.search(r"fma\\.rn\\.f32", ptx)), "early": "launch_dependents" in ptx,
+                      "waits": ptx.index("griddepcontrol.wait") < min(ptx.index("ld.global"), ptx.index("st.global"))}))
 """
 
 
@@ -224,7 +225,8 @@ for columns, group_size, norm, integers in ((8192, -1, False, True), (8192, 128,
     importlib.util.find_spec("triton") is None or interpreting(), reason="needs triton, not interpreting"
 )
 def test_compiles_for_hopper():
-    """16-byte loads, nothing spilled, and no product fused with a sum: the codes are the reference's, exactly."""
+    """16-byte loads, nothing spilled, no product fused with a sum: the codes are the reference's, exactly. It lets the next
+    kernel start early and waits for the one before."""
     source = str(Path(operator.reference.__code__.co_filename).parents[3])
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -236,7 +238,13 @@ def test_compiles_for_hopper():
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(reports) == 4
     for report in reports:
-        assert report == {"spills": report["spills"], "wide": True, "fused": False, "early": True}
+        assert report == {
+            "spills": report["spills"],
+            "wide": True,
+            "fused": False,
+            "early": True,
+            "waits": True,
+        }
         assert report["spills"] in (0, None)
 
 

@@ -124,6 +124,9 @@ def test_gram_loss_does_not_depend_on_its_chunks(monkeypatch):
     for limit in (1, 96 * 7, 96 * 24 * 2):
         monkeypatch.setattr("tensormill.compress.output_error._SEARCH_NUMBERS", {"cpu": limit})
         assert torch.allclose(gram_loss(weights, gram_of(x), SPEC)(scales), whole, rtol=1e-4)
+        with monkeypatch.context() as patch:  # several candidates at once, as on a GPU
+            patch.setattr("tensormill.compress.output_error._CANDIDATES", {"cpu": 4})
+            assert torch.allclose(gram_loss(weights, gram_of(x), SPEC)(scales), whole, rtol=1e-4)
 
 
 def test_the_module_objective_is_the_linears_if_nothing_follows():

@@ -411,6 +411,9 @@ DEVICE void copy_async16(uint32_t shared, const void* global, int bytes = 16) {
     memset(to, 0, 16);
     memcpy(to, global, bytes);
 }
+DEVICE void copy_async4(uint32_t shared, const void* global, int bytes = 4) {
+    emulated_store<uint32_t>(shared, bytes ? *static_cast<const uint32_t*>(global) : 0);
+}
 DEVICE void copy_async_commit() {}
 template <int PENDING>
 DEVICE void copy_async_wait() {}

@@ -25,9 +25,11 @@ HERE = Path(__file__).parent
     "name",
     [
         "test_battery.py",
+        "test_clipping_error.py",
         "test_decode_attention_triton.py",
         "test_linear_wna16_triton.py",
         "test_linear_wna8_triton.py",
+        "test_quantization_error.py",
     ],
 )
 def test_interpreted(name):

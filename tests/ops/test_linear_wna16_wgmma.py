@@ -51,7 +51,18 @@ def emulated(monkeypatch):
     assert (machine.workspace == -1).all(), "the next launch finds sums of this one"
 
 
-def errors(tokens, rows, columns, group_size, form: Format, tile: Tile | None, device="cpu", seed=0):
+def errors(
+    tokens,
+    rows,
+    columns,
+    group_size,
+    x_group_size=-1,
+    *,
+    form: Format,
+    tile: Tile | None,
+    device="cpu",
+    seed=0,
+):
     """(relative RMS error, largest error relative to the largest result) of random inputs."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -74,7 +85,8 @@ def errors(tokens, rows, columns, group_size, form: Format, tile: Tile | None, d
             if form.x == INT8
             else random(tokens, columns).mul(9).to(FP8)
         )
-        x_scale = random(tokens).abs() * 0.01
+        x_groups = 1 if x_group_size == -1 else -(-columns // x_group_size)
+        x_scale = random(tokens, x_groups).abs() * 0.01
     else:
         x = random(tokens, columns).to(form.x)
     packed = pack_bits(codes, bits)
@@ -87,9 +99,12 @@ def errors(tokens, rows, columns, group_size, form: Format, tile: Tile | None, d
         group_size=group_size,
         kind="i8" if form.bytes else "f16",
     )
-    options = {"bits": bits, "group_size": group_size, "tile": tile, "x_scale": x_scale, "dtype": form.y}
-    y = wgmma.product(x, *tiled, bias, **options).double()
-    wide = x.double() if x_scale is None else x.double() * x_scale[:, None]
+    options = {"bits": bits, "group_size": group_size, "tile": tile, "dtype": form.y}
+    y = wgmma.product(x, *tiled, bias, x_scale=x_scale, x_group_size=x_group_size, **options).double()
+    wide = x.double()
+    if x_scale is not None:
+        size = columns if x_group_size == -1 else x_group_size
+        wide *= x_scale.double().repeat_interleave(size, 1)[:, :columns]
     expected = reference.linear_wna16(
         wide, packed, scale.double(), zero, bias.double(), bits, group_size, "packed"
     )
@@ -124,6 +139,51 @@ CASES = {
         Format(8, INT8, HALF, 1, False, True),
         Tile(128, 64, 4),
     ),
+    "int8, groups of both": (
+        260,
+        200,
+        712,
+        128,
+        128,
+        Format(4, INT8, HALF, 1, False, True, True),
+        Tile(128, 128),
+    ),
+    "int8, groups of x alone": (
+        70,
+        264,
+        650,
+        -1,
+        128,
+        Format(8, INT8, BFLOAT16, 0, False, False, True),
+        Tile(128, 64),
+    ),
+    "int8, wide groups of x, split within one": (
+        35,
+        200,
+        1162,
+        128,
+        256,
+        Format(4, INT8, HALF, 1, False, False, True),
+        Tile(128, 64, 4),
+    ),
+    "int8, groups that share no ends, split": (
+        21,
+        200,
+        1162,
+        384,
+        256,
+        Format(8, INT8, HALF, 1, False, True, True),
+        Tile(128, 32, 2),
+    ),
+    "fp8, groups of both": (
+        33,
+        136,
+        712,
+        256,
+        128,
+        Format(5, FP8, BFLOAT16, 1, False, False, True),
+        Tile(128, 64, 2),
+    ),
 }
 
 
@@ -147,12 +207,13 @@ def test_emulated_kernel_matches_reference(case, emulated):
     """Ragged in every dimension, several tiles a block, stages that the ring takes several times."""
     *sizes, form, tile = CASES[case]
     emulated.multiprocessors = 20 if tile.split > 1 else 4
-    rms, most = errors(*sizes, form, tile)
+    rms, most = errors(*sizes, form=form, tile=tile)
     allowed = TOLERANCE[form.y]
     assert rms < allowed and most < 3 * allowed, (rms, most)
 
 
-def test_emulated_operator_with_int8(emulated):
+@pytest.mark.parametrize(("group_size", "x_group_size"), [(-1, -1), (128, 128), (-1, 256)])
+def test_emulated_operator_with_int8(group_size, x_group_size, emulated):
     """Floats are quantized, the packed weight is tiled, leading dimensions stay."""
     from tensormill.ops.linear_wna8 import reference as definition
     from tensormill.ops.linear_wna8.cuda import linear
@@ -160,7 +221,8 @@ def test_emulated_operator_with_int8(emulated):
     generator = torch.Generator().manual_seed(1)
     weight = pack_bits(torch.randint(0, 16, (136, 200), generator=generator, dtype=torch.uint8), 4)
     x = torch.randn(2, 35, 200, generator=generator).half()
-    arguments = (x, None, weight, torch.rand(136, 1, generator=generator), None, None, 136, 4, -1, -1)
+    scale = torch.rand(136, 1 if group_size == -1 else 2, generator=generator)
+    arguments = (x, None, weight, scale, None, None, 136, 4, group_size, x_group_size)
     y = linear(*arguments, INT8, HALF, "packed").double()
     expected = definition.linear_wna8(*arguments, INT8, HALF, "packed").double()
     assert y.shape == expected.shape and (y - expected).norm() < 1e-3 * expected.norm()
@@ -220,6 +282,21 @@ COMPILED = {
     "int8": (Format(6, INT8, HALF, 0, False), Tile(128, 256), "IGMMA.64x256x32.S8.S8"),
     "fp8, groups": (Format(4, FP8, HALF, 1, False), Tile(128, 128), "QGMMA.64x128x32.F32.E4M3.E4M3"),
     "int8, groups, split": (Format(4, INT8, HALF, 1, False), Tile(128, 128, 2), "IGMMA.64x128x32.S8.S8"),
+    "int8, groups of x": (
+        Format(4, INT8, HALF, 1, False, True, True),
+        Tile(128, 128),
+        "IGMMA.64x128x32.S8.S8",
+    ),
+    "8 bits, int8, groups of x, split": (
+        Format(8, INT8, HALF, 1, False, False, True),
+        Tile(128, 128, 2),
+        "IGMMA.64x128x32.S8.S8",
+    ),
+    "int8, groups of x alone": (
+        Format(4, INT8, HALF, 0, False, True, True),
+        Tile(128, 64),
+        "IGMMA.64x64x32.S8.S8",
+    ),
 }
 
 
@@ -272,14 +349,15 @@ def test_two_parts_are_one_product(x, emulated, monkeypatch):
     chosen = ((256, Tile(128, 64)), (192, Tile(128, 64, 2)))
     monkeypatch.setattr(wgmma, "parts", lambda *sizes: chosen)
     emulated.multiprocessors = 8
-    rms, most = errors(70, 448, 328, 128 if x == HALF else -1, form, None)
+    rms, most = errors(70, 448, 328, 128 if x == HALF else -1, form=form, tile=None)
     assert rms < TOLERANCE[HALF] and most < 3 * TOLERANCE[HALF]
 
 
 def test_few_tokens_fill_the_chip_with_int8():
     """Splits of K where there are few tiles; groups keep to tiles whose sums fit registers."""
-    rows_scaled, grouped = Format(4, INT8, HALF, 0, False, True), Format(4, INT8, HALF, 1, False, True)
-    for form in (rows_scaled, grouped):
+    rows_scaled = Format(4, INT8, HALF, 0, False, True)
+    grouped = [Format(4, INT8, HALF, 1, False, True, x_groups) for x_groups in (False, True)]
+    for form in (rows_scaled, *grouped):
         for rows, columns in ((8192, 8192), (14336, 4096), (4096, 14336), (57344, 8192)):
             for tokens in (1, 16, 64, 256, 4096):
                 tile = wgmma.choose(form, tokens, rows, columns, 132)
@@ -299,7 +377,21 @@ def test_a_wrong_scale_would_be_noticed(emulated, monkeypatch):
         return weight, scale, zero
 
     monkeypatch.setattr(f"{__name__}.tile_weight", wrong)
-    rms, most = errors(*sizes, form, tile)
+    rms, most = errors(*sizes, form=form, tile=tile)
+    assert rms > TOLERANCE[HALF] and most > 3 * TOLERANCE[HALF]
+
+
+def test_a_wrong_scale_of_activations_would_be_noticed(emulated, monkeypatch):
+    *sizes, form, tile = CASES["int8, groups of both"]
+    right = wgmma.product
+
+    def wrong(*arguments, x_scale, **options):
+        x_scale = x_scale.clone()
+        x_scale[7, 2] *= 1.5  # of one token and group
+        return right(*arguments, x_scale=x_scale, **options)
+
+    monkeypatch.setattr(wgmma, "product", wrong)
+    rms, most = errors(*sizes, form=form, tile=tile)
     assert rms > TOLERANCE[HALF] and most > 3 * TOLERANCE[HALF]
 
 
@@ -317,6 +409,6 @@ def test_kernel_matches_reference(case):
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     *sizes, form, tile = CASES[case]
-    rms, most = errors(*sizes, form, tile, device="cuda")
+    rms, most = errors(*sizes, form=form, tile=tile, device="cuda")
     allowed = TOLERANCE[form.y]
     assert rms < allowed and most < 3 * allowed, (rms, most)

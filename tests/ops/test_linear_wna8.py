@@ -233,6 +233,27 @@ class TestLayer:
         assert layer.to_layout("packed") is layer
 
 
+@pytest.mark.parametrize(
+    ("group_size", "x_group_size", "symmetric", "taken"),
+    [
+        (-1, -1, False, True),
+        (-1, 128, True, True),
+        (128, 128, True, True),
+        (384, 256, True, True),
+        (1024, 512, False, True),  # one group each
+        (128, 128, False, False),
+        (-1, 128, False, False),
+        (128, 64, True, False),
+        (64, -1, True, False),
+    ],
+)
+def test_groups_that_the_cuda_kernel_takes(group_size, x_group_size, symmetric, taken):
+    _, (packed, scale, zero) = weight(8, 512, 4, group_size, symmetric)
+    sizes = (8, 4, group_size, x_group_size, torch.int8, torch.float16, "packed")
+    given = (torch.zeros(2, 512), None, packed, scale, None if symmetric else zero, None, *sizes)
+    assert operator.find("cuda").supports(*given) is taken
+
+
 def test_refusals_say_what_to_do():
     _, (packed, scale, zero) = weight(8, 256, 4, 64, False)
     x = torch.zeros(2, 256)

@@ -11,13 +11,13 @@ from torch.nn import functional
 from tensormill.compress.formats.quantization import (
     QuantSpec,
     fake_quantize,
-    fake_quantize_groups,
     group_grid,
     round_to_codes,
     split_groups,
 )
 from tensormill.compress.output_error import search_numbers, squared_outputs
 from tensormill.compress.precision import search_precision
+from tensormill.ops.clipping_error import clipping_error
 
 # Rows whose whole error is computed at once.
 _ROWS = 2048
@@ -53,24 +53,21 @@ def search_clip(
     >>> search_clip(weight, torch.eye(4)[None], QuantSpec(bits=2, group_size=4))
     tensor([[2.7750]])
     """
-    limit = search_numbers(gram.device)
+    ratios = _ratios(clip_grid, clip_max_shrink, weight.device)
     best = []
-    for rows in torch.split(weight, max(1, limit // weight.shape[1])):
-        groups = split_groups(rows, spec)  # [rows, G, group]
-        largest = groups.abs().amax(dim=-1, keepdim=True)
-        clip, least = largest.clone(), None
-        for step in range(max(1, math.ceil(clip_grid * clip_max_shrink))):
-            candidate = largest * (1 - step / clip_grid)
-            d = fake_quantize_groups(groups.clamp(-candidate, candidate), spec).sub_(groups).transpose(0, 1)
-            with search_precision(gram.device):
-                error = torch.bmm(d, gram).mul_(d).sum(dim=-1).T.unsqueeze(-1)  # [rows, G, 1]
-            if least is None:
-                least = error
-            else:
-                clip = torch.where(error < least, candidate, clip)
-                least = torch.minimum(error, least)
-        best.append(clip.squeeze(-1))
+    for rows in torch.split(weight, max(1, search_numbers(gram.device) // weight.shape[1])):
+        with search_precision(gram.device):
+            errors = clipping_error(rows, gram, ratios, spec)  # [ratios, rows, G]
+        errors.nan_to_num_(nan=math.inf, posinf=math.inf)  # what overflows is never the least
+        largest = split_groups(rows, spec).abs().amax(dim=-1)
+        best.append(largest * ratios[errors.argmin(dim=0)])
     return torch.cat(best)
+
+
+def _ratios(clip_grid: int, clip_max_shrink: float, device: torch.device) -> Tensor:
+    """The shares of a group's range that a search tries, the whole range first."""
+    steps = range(max(1, math.ceil(clip_grid * clip_max_shrink)))
+    return torch.tensor([1 - step / clip_grid for step in steps], dtype=torch.float32, device=device)
 
 
 def search_grid(

@@ -13,14 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.formats.quantization import (
-    QuantSpec,
-    fake_quantize_groups,
-    join_groups,
-    split_groups,
-)
+from tensormill.compress.formats.quantization import QuantSpec
 from tensormill.compress.precision import search_precision
 from tensormill.compress.structure import BlockCall
+from tensormill.ops.quantization_error import quantization_error
 
 ScaleLoss = Callable[[Tensor], Tensor]
 """Losses (candidates,) of column scales (candidates, K)."""
@@ -32,6 +28,8 @@ _SEARCH_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}
 _PANEL = {"cuda": 2048}
 # Rows that are multiplied by a Gram matrix at once: enough for fast products, few beside the matrix.
 _ROWS = 2048
+# Candidates for which a GPU reads a weight once.
+_CANDIDATES = {"cuda": 8}
 
 
 def search_numbers(device: torch.device) -> int:
@@ -68,32 +66,17 @@ def squared_outputs(weight: Tensor, gram: Tensor) -> Tensor:
     """
     columns = gram.shape[0]
     panel = _PANEL.get(gram.device.type, columns)
-    total = weight.new_zeros(weight.shape[:-1])
+    flat = weight.reshape(-1, columns)
+    total = flat.new_zeros(len(flat))
     with search_precision(gram.device):
         for start in range(0, columns, panel):
             stop = min(start + panel, columns)
-            here = weight[..., start:stop]
-            total += (here @ gram[start:stop, start:stop]).mul_(here).sum(dim=-1)
+            here = flat[:, start:stop]
+            product = here @ gram[start:stop, start:stop]
             if stop < columns:
-                below = weight[..., stop:] @ gram[stop:, start:stop]
-                total += below.mul_(here).sum(dim=-1).mul_(2)
-    return total
-
-
-def scaled_difference(weight: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:
-    """What rounding changes in a weight whose columns are scaled: fake_quantize(weight * s) / s - weight.
-
-    Args:
-        weight: (N, K) float32.
-        scales: (candidates, K).
-        spec: the quantizer.
-
-    Returns:
-        (candidates, N, K).
-    """
-    factors = scales.unsqueeze(1)
-    rounded = fake_quantize_groups(split_groups(weight * factors, spec), spec)
-    return join_groups(rounded, weight.shape[1]).div(factors).sub_(weight)
+                product.addmm_(flat[:, stop:], gram[stop:, start:stop], alpha=2)
+            total += product.mul_(here).sum(dim=-1)
+    return total.view(weight.shape[:-1])
 
 
 def gram_loss(
@@ -127,12 +110,13 @@ def gram_loss(
 
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=device)
+        together = max(1, min(_CANDIDATES.get(device.type, 1), len(scales)))
         for weight, seen, energy, count, spec in zip(weights, grams, energies, counts, specs, strict=True):
-            for rows in torch.split(weight, max(1, limit // weight.shape[1])):
+            for rows in torch.split(weight, max(1, limit // (together * weight.shape[1]))):
                 step = max(1, limit // rows.numel())
                 for start in range(0, len(scales), step):
                     # d S d^T, summed over rows: the mean over tokens of |d x|^2.
-                    d = scaled_difference(rows, scales[start : start + step], spec)
+                    d = quantization_error(rows, scales[start : start + step], spec)
                     errors = squared_outputs(d, seen).sum(dim=1)
                     total[start : start + step] += errors * (count / energy)
         return total
@@ -161,7 +145,7 @@ def sample_loss(
             for weight, seen, energy, count, spec in zip(
                 weights, inputs, energies, counts, specs, strict=True
             ):
-                difference = scaled_difference(weight, scale[None], spec)[0]
+                difference = quantization_error(weight, scale[None], spec)[0]
                 total[index] += (seen @ difference.T).square().sum() * (count / energy)
         return total
 
@@ -197,7 +181,7 @@ def module_loss(
         try:
             for index, scale in enumerate(scales):
                 for linear, weight, spec in zip(linears, originals, specs, strict=True):
-                    linear.weight.data = weight + scaled_difference(weight, scale[None], spec)[0]
+                    linear.weight.data = weight + quantization_error(weight, scale[None], spec)[0]
                 for output, wanted in zip(outputs(), expected, strict=True):
                     total[index] += (output - wanted).square().sum()
         finally:

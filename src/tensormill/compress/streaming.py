@@ -198,13 +198,16 @@ class OnDisk:
         parent.add_module(last, self.model.get_submodule(name))
         if self.layout.scale_dtype == torch.float16:
             round_scales(parent)
+        # Into pinned memory, for which the next block doesn't wait; the writing thread does.
+        on_gpu = self.device.type == "cuda"
         tensors = {
-            self._stored_name(f"{owner}{dot}{key}"): tensor.contiguous().cpu()
+            self._stored_name(f"{owner}{dot}{key}"): tensor.contiguous().to("cpu", non_blocking=on_gpu)
             for key, tensor in tensors_to_write(parent, self.layout, self.dtype, owner, self._float32).items()
         }
+        copied = torch.cuda.current_stream(self.device).record_event() if on_gpu else None
         following = self._following(name)
         if reached is None or not following or not self._is_time_to_keep():
-            self._write(lambda: journal.finish(name, tensors, layers))
+            self._write(lambda: journal.finish(name, tensors, layers), copied)
             return
         hidden = [chunk.cpu() for chunk in reached]
         index = self.blocks.index(following)
@@ -215,7 +218,7 @@ class OnDisk:
             self._last_kept = time.monotonic()
             self._keeping_took = self._last_kept - began
 
-        self._write(write)
+        self._write(write, copied)
 
     def is_finished(self, name: str) -> bool:
         return name in self.journal.parts
@@ -307,12 +310,21 @@ class OnDisk:
             tensors[self._stored_name(name)] = tensor
         journal.finish(part, tensors, [])
 
-    def _write(self, job: Callable[[], Any]) -> None:
-        """Hand a job to the writing thread, after the one before is done: two at most hold memory."""
+    def _write(self, job: Callable[[], Any], copied: torch.cuda.Event | None) -> None:
+        """Hand a job to the writing thread, after the one before is done: two at most hold memory.
+
+        The job reads what a GPU has copied by the event `copied`.
+        """
+
+        def write() -> None:
+            if copied is not None:
+                copied.synchronize()
+            job()
+
         self._wait_for_block()
         while self._writing_outside and self._writing_outside[0].done():
             self._writing_outside.pop(0).result()
-        self._writing = self._writer.submit(job)
+        self._writing = self._writer.submit(write)
 
     def _wait_for_block(self) -> None:
         if self._writing is not None:

@@ -274,11 +274,15 @@ DEVICE uint32_t add_ordered(uint32_t* address, uint32_t value) {
 // Waiting for another block: lets the emulation run it.
 DEVICE void spin() {}
 
-// --- asynchronous copies of 16 bytes (sm_80)
+// --- asynchronous copies (sm_80)
 
 // The first `bytes` of 16 are copied, the others become 0.
 DEVICE void copy_async16(uint32_t shared, const void* global, int bytes = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+// Four bytes, or, where `bytes` is 0, a zero.
+DEVICE void copy_async4(uint32_t shared, const void* global, int bytes = 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 // Or in groups: this thread's copies since the group before, and waiting until at most PENDING groups are unfinished.
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -97,6 +97,7 @@ _METHOD_SOURCES = (
     "tensormill.compress.quantized_inputs",
     "tensormill.compress.gptq",
     "tensormill.compress.clipping",
+    "tensormill.ops.clipping_error",
     "tensormill.compress.rtn",
     "tensormill.ops.linear_wna8",
     "tensormill.ops.quantize_activations",

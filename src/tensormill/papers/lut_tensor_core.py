@@ -367,6 +367,7 @@ def table_linear(layer: LinearWNA16, together: int | None) -> nn.Module:
         "tensormill.papers.lut_tensor_core",
         "tensormill.compress.gptq",
         "tensormill.compress.clipping",
+        "tensormill.ops.clipping_error",
         "tensormill.compress.flexq",
         "tensormill.compress.quantized_inputs",
         "tensormill.ops.linear_wna8",

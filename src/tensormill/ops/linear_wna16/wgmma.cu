@@ -12,7 +12,8 @@
 // the order of the splits. Who has read a sum writes EMPTY again, so that the workspace is ready for the next launch.
 //
 // Scales of groups multiply the weights, except for 8-bit x, where they multiply the sums of a group, which are then added
-// in float32; scales of whole rows multiply the sums at the end.
+// in float32; scales of whole rows multiply the sums at the end. Where 8-bit x has a scale per token and group too, a warp
+// brings those of a stage.
 
 #include "dequantize.cuh"
 #include "dequantize_bytes.cuh"
@@ -27,6 +28,7 @@ constexpr int SPLIT = K_SPLITS;
 constexpr int GROUPS = STAGE_GROUPS;  // sets of scales in a stage: 0 (whole rows), 1, 2
 constexpr bool ZERO = HAS_ZERO;       // zero points; else 2^(BITS - 1)
 constexpr bool FLOAT_SCALE = SCALE_TYPE == 2;  // scales are float32, which 8-bit x can have; else Y's type
+constexpr bool X_GROUPS = X_GROUPED;           // a scale per token and group of channels, for 8-bit x
 
 #if Y_TYPE == 0
 using Y = Half;
@@ -48,7 +50,7 @@ constexpr int SKEW = RING_SKEW;  // stages by which the first warpgroup is ahead
 
 constexpr bool BYTES = TYPE >= 2, INTEGER = TYPE == 2, FP8 = TYPE == 3;
 constexpr float UNIT = INTEGER ? 1.0f / (1 << (8 - BITS)) : FP8 ? 512.0f : 1.0f;  // of the sums
-constexpr bool GROUP_SUMS = (BYTES && GROUPS > 0) || FP8;
+constexpr bool GROUP_SUMS = (BYTES && GROUPS > 0) || FP8 || X_GROUPS;
 constexpr Wgmma KIND = INTEGER ? Wgmma::s8 : FP8 ? Wgmma::e4m3 : TYPE == 1 ? Wgmma::bf16 : Wgmma::f16;
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = 128 * CONSUMERS;  // that multiply
@@ -59,15 +61,17 @@ constexpr int TILES = BYTES ? 2 : 1;       // of 64 columns, in a stage
 constexpr int TILE_BYTES = 128 * BITS;     // of 16 rows x 64 columns
 static_assert(!GROUP_SUMS || (GROUPS <= 1 && PARTS == 1 && TOKENS <= 128 && !ZERO), "registers");
 static_assert(!FP8 || BITS <= 5, "weights that e4m3 does not hold");
+static_assert(!X_GROUPS || BYTES, "16-bit x has no scales");
 
-// A stage: tokens (rows of 128 bytes, swizzled), weights, scales, zero points.
+// A stage: tokens (rows of 128 bytes, swizzled), weights, scales, zero points, scales of tokens.
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int WEIGHT_BYTES = 4 * TILE_BYTES * TILES;  // of 64 rows
 constexpr int SCALE_BYTES = FLOAT_SCALE ? 256 : 128;  // of 64 rows and a group
 constexpr int ZERO_BYTES = ZERO && !BYTES ? 64 : 0;
 constexpr int SCALE_OFFSET = X_BYTES + BLOCKS * WEIGHT_BYTES;
 constexpr int ZERO_OFFSET = SCALE_OFFSET + GROUPS * BLOCKS * SCALE_BYTES;
-constexpr int STAGE_BYTES = (ZERO_OFFSET + GROUPS * BLOCKS * ZERO_BYTES + 1023) / 1024 * 1024;
+constexpr int X_SCALE_OFFSET = ZERO_OFFSET + GROUPS * BLOCKS * ZERO_BYTES;
+constexpr int STAGE_BYTES = (X_SCALE_OFFSET + (X_GROUPS ? 4 * TOKENS : 0) + 1023) / 1024 * 1024;
 // After the ring: y, tokens x 64 rows of a part each; barriers.
 constexpr int Y_OFFSET = STAGES * STAGE_BYTES;
 constexpr int SLICE = TOKENS / SPLIT;  // tokens that a block stores
@@ -84,13 +88,15 @@ struct Arguments {
     const uint8_t* scale;        // [row_blocks][groups][32] pairs
     const uint16_t* zero;        // the same, pairs of bytes; or null
     const uint16_t* bias;        // [rows]; or null
-    const float* token_scale;    // [tokens], for 8-bit x
+    const float* token_scale;    // [tokens][x_groups], for 8-bit x
     const int* token_sum;        // [tokens], of x, for 8-bit x and zero points
     uint32_t* workspace;         // [tiles][receiving split][split but that][ROWS * SLICE]
     int tokens, rows;
     int row_blocks, columns;  // of the weights: blocks of 64 rows
     int groups, group_size;
     int width;  // token tiles that blocks go through before the next rows
+    int x_groups, x_group_size;
+    int segment;  // columns over which no scale changes, of x with groups
 };
 
 struct Place {
@@ -194,6 +200,31 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
     }
 }
 
+// Copies the scales that a block's tokens have in each stage. Those of tokens 16 i + 2 (lane % 4), the next, and both 8 further
+// on lie side by side, for one load. Tokens beyond the last get 0.
+DEVICE void copy_token_scales(const Arguments& p, const Schedule& schedule, const Worker& w, int first, int blocks) {
+    wait_for_previous_kernel();
+    const uint32_t place = X_SCALE_OFFSET + 64 * (w.lane / 16) + 16 * (w.lane / 2 % 4) + 8 * (w.lane / 8 % 2) + 4 * (w.lane % 2);
+    Stage stage;
+    for (int index = first; index < schedule.count(); index += blocks) {
+        const int token = schedule.place(index).token_tile * TOKENS + w.lane;
+        int group = w.begin * 128 / p.x_group_size, column = w.begin * 128 % p.x_group_size;
+        for (int step = w.begin; step < w.end; step++) {
+            mbarrier_wait(w.empty + 8 * stage.index, stage.parity ^ 1);
+#pragma unroll
+            for (int i = 0; i < TOKENS; i += 32) {
+                const bool present = token + i < p.tokens;
+                const float* scale = p.token_scale + (present ? (int64_t)(token + i) * p.x_groups + group : 0);
+                copy_async4(w.base + stage.index * STAGE_BYTES + place + 4 * i, scale, present ? 4 : 0);
+            }
+            copy_async_arrive(w.full + 8 * stage.index);
+            column += 128;
+            if (column >= p.x_group_size) column -= p.x_group_size, group++;
+            stage.next();
+        }
+    }
+}
+
 // What weights of 64 rows in 16 bits are expanded with: zero points, and scales of rows low and high.
 struct Affine {
     ZeroPoint<BITS, X> zero[2];
@@ -234,11 +265,9 @@ DEVICE void expand(const Worker& w, uint32_t from, int local, int half, Affine& 
     }
 }
 
-// Adds the sums of a group, times its scale if there are groups, to the totals.
-template <int COUNT>
-DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], float (&totals)[COUNT]) {
+// Scales of rows low and high in a stage, if there are any.
+DEVICE void load_scales(const Worker& w, uint32_t from, float& low, float& high) {
     const uint32_t scales = from + SCALE_OFFSET + w.consumer * SCALE_BYTES;
-    float low = 1, high = 1;
     if constexpr (GROUPS == 0) {
     } else if constexpr (FLOAT_SCALE) {
         const Words2 scale = load_shared2(scales + w.pair * 8);
@@ -247,6 +276,13 @@ DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], f
         const uint32_t scale = load_shared(scales + w.pair * 4);
         low = to_float<Y>(scale), high = to_float<Y>(scale >> 16);
     }
+}
+
+// Adds the sums of a group, times its scale if there are groups, to the totals.
+template <int COUNT>
+DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], float (&totals)[COUNT]) {
+    float low = 1, high = 1;
+    load_scales(w, from, low, high);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) totals[i] += float(sums[i]) * (i & 2 ? high : low);
 }
@@ -315,6 +351,61 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
         for (int part = 0; part < PARTS; part++) wgmma_settle(sums[part]);
         release(w, w.stage.previous());
     }
+}
+
+// The totals of a warpgroup's rows, as `multiply` makes them, where x has groups. While sums are scaled, none of its products
+// run, so the rest is done while they do: loading scales, and expanding the first half of the next stage.
+template <int COUNT>
+DEVICE void multiply_groups(const Arguments& p, Worker& w, int lead, Sum (&sums)[SUMS], float (&totals)[COUNT]) {
+    uint32_t a[2][2][4], words[BITS];
+    Affine none;
+#pragma unroll
+    for (float& total : totals) total = 0.0f;
+    mbarrier_wait(w.full + 8 * w.stage.index, w.stage.parity);
+    expand(w, w.base + w.stage.index * STAGE_BYTES, w.consumer, 0, none, words, a[0]);
+    int column = w.begin * 128 % p.segment;
+    uint32_t more = 0;  // products add to sums
+    int step = w.begin;
+    do {  // at least once, as in `multiply`
+        keep(more);
+        const uint32_t from = w.base + w.stage.index * STAGE_BYTES;
+        const uint64_t tokens = wgmma_descriptor(from);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half == 1) expand(w, from, w.consumer, 1, none, words, a[1]);
+            wgmma_fence();
+#pragma unroll
+            for (int s = 0; s < 2; s++)
+                wgmma<KIND, TOKENS>(sums, a[half][s], tokens + 2 * (2 * half + s), more != 0 || half > 0 || s > 0);
+            wgmma_commit();
+        }
+        more = 1;
+        float low = 1, high = 1, factors[TOKENS / 4];  // of tokens 8 i + 2 (lane % 4) and the next
+        load_scales(w, from, low, high);
+#pragma unroll
+        for (int i = 0; i < TOKENS / 16; i++) {
+            const Words4 four = load_shared4(from + X_SCALE_OFFSET + 64 * i + 16 * (w.lane % 4));
+            factors[4 * i] = bits_to_float(four.x), factors[4 * i + 1] = bits_to_float(four.y);
+            factors[4 * i + 2] = bits_to_float(four.z), factors[4 * i + 3] = bits_to_float(four.w);
+        }
+        wgmma_wait<1>();
+        Stage next = w.stage;
+        if (step + 1 < w.end) next.next();  // or this stage once more, for nothing
+        mbarrier_wait(w.full + 8 * next.index, next.parity);
+        expand(w, w.base + next.index * STAGE_BYTES, w.consumer, 0, none, words, a[0]);
+        wgmma_wait<0>();
+        wgmma_settle(sums);
+        release(w, w.stage.index);
+        column += 128;
+        // The units sum products of e4m3 in about 14 bits: every stage is added in float32.
+        if (FP8 || column >= p.segment || step == w.end - 1) {
+            column = 0, more = 0;
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) totals[i] += float(sums[i]) * (factors[i / 4 * 2 + i % 2] * (i & 2 ? high : low));
+        }
+        if (SKEW > 0 && step - w.begin == lead - 1) barrier_arrive(3, THREADS);
+        w.stage.next();
+    } while (++step < w.end);
 }
 
 // This thread's place in the workspace for what one split lays there for another.
@@ -413,7 +504,7 @@ DEVICE void store(const Arguments& p, const Worker& w, int block, int token_tile
 #pragma unroll
                 for (int j = 0; j < 4; j++) s[j] = sums[part][OWN * SLICE_SUMS + first + j];
                 float factor[2] = {1.0f, 1.0f};
-                if constexpr (BYTES) {
+                if constexpr (BYTES && !X_GROUPS) {
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
                         const int t = token + 2 * first + 2 * (w.lane % 4) + j;
@@ -479,7 +570,7 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
 
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES; i++) {
-            mbarrier_init(w.full + 8 * i, BLOCKS);
+            mbarrier_init(w.full + 8 * i, BLOCKS + (X_GROUPS ? 32 : 0));
             mbarrier_init(w.empty + 8 * i, 4 * CONSUMERS);
         }
         mbarrier_init_fence();
@@ -493,6 +584,7 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
         lower_registers<56>();
         const int local = warp - 4 * CONSUMERS;
         if (local < BLOCKS && w.lane == 0) copy_tiles(p, schedule, w, local, first, blocks);
+        if (X_GROUPS && local == BLOCKS) copy_token_scales(p, schedule, w, first, blocks);
     } else {
         raise_registers<224>();
         const bool skewed = SKEW > 0 && SPLIT == 1 && first + blocks < schedule.count();
@@ -503,7 +595,10 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
             const int block = at.row_tile * BLOCKS + w.consumer * PARTS;
             Sum sums[PARTS][SUMS];
             float totals[PARTS][GROUP_SUMS ? SUMS : 1];
-            multiply(p, w, block, lead, sums, totals[0]);
+            if constexpr (X_GROUPS)
+                multiply_groups(p, w, lead, sums[0], totals[0]);
+            else
+                multiply(p, w, block, lead, sums, totals[0]);
             auto& results = choose<GROUP_SUMS>(totals, sums);
             if constexpr (SPLIT > 1) give(p, w, index, results);
             finish<0>(p, w, index, block, at.token_tile, results);

@@ -59,6 +59,7 @@ class Format:
         scale_sets: scales of a row in a stage of 128 bytes of x: 0 for one per row, else 1 or 2.
         zero_points: whether there are any.
         float_scale: whether scales are float32, which they can be for 8-bit x; otherwise they have y's dtype.
+        x_groups: whether 8-bit x has a scale per token and group of channels, not one per token.
     """
 
     bits: int
@@ -67,6 +68,7 @@ class Format:
     scale_sets: int
     zero_points: bool
     float_scale: bool = False
+    x_groups: bool = False
 
     @property
     def bytes(self) -> bool:
@@ -76,12 +78,12 @@ class Format:
     @property
     def promoted(self) -> bool:
         """Whether sums over 128 columns are added in float32: for scales of groups, or to keep e4m3's bits."""
-        return self.x == torch.float8_e4m3fn or (self.bytes and self.scale_sets > 0)
+        return self.x == torch.float8_e4m3fn or self.x_groups or (self.bytes and self.scale_sets > 0)
 
 
 # `Arguments` of wgmma.cu, after the two tensor maps: addresses; sizes, and the bytes that the struct's alignment adds.
 _ADDRESSES = struct.Struct("7Q")
-_SIZES = struct.Struct("7i44x")
+_SIZES = struct.Struct("10i32x")
 
 
 def shared_bytes(form: Format, tile: Tile) -> tuple[int, int]:
@@ -89,6 +91,7 @@ def shared_bytes(form: Format, tile: Tile) -> tuple[int, int]:
     blocks = tile.rows // 64
     sets = blocks * ((256 if form.float_scale else 128) + 64 * (form.zero_points and not form.bytes))
     stage = tile.tokens * 128 + blocks * 512 * form.bits * (2 if form.bytes else 1) + form.scale_sets * sets
+    stage += 4 * tile.tokens * form.x_groups
     stage = -(-stage // 1024) * 1024
     y = blocks * tile.tokens // tile.split * 128
     stages = min((_MOST_SHARED - y) // (stage + 16), 8)
@@ -110,6 +113,7 @@ def module(form: Format, tile: Tile) -> Module:
         "STAGE_GROUPS": form.scale_sets,
         "HAS_ZERO": int(form.zero_points),
         "SCALE_TYPE": 2 if form.float_scale else _Y_TYPES[form.y],
+        "X_GROUPED": int(form.x_groups),
         "RING_SKEW": min(2, stages // 3),
         "SHARED_BYTES": shared,
     }
@@ -134,6 +138,7 @@ def product(
     group_size: int,
     tile: Tile | None = None,
     x_scale: Tensor | None = None,
+    x_group_size: int = -1,
     dtype: torch.dtype | None = None,
     overlap: bool = True,
 ) -> Tensor:
@@ -146,7 +151,9 @@ def product(
         bias: (N,) of the result's dtype, or None.
         bits, group_size: of the weight.
         tile: None chooses.
-        x_scale: (M,) float32.
+        x_scale: (M,) float32, or (M, ceil(K / x_group_size)), contiguous.
+        x_group_size: columns of 8-bit x that share a scale, a multiple of 128, where weights have no zero points and
+            groups of such sizes too, or none; -1 for all.
         dtype: of the result for 8-bit x, float16 or bfloat16; otherwise it is x's.
         overlap: the weight was written long ago, so that it may be read before earlier kernels have ended.
 
@@ -162,7 +169,18 @@ def product(
     (tokens, columns), rows = x.shape, weight.shape[0]
     zeros, float_scale = zero_point is not None, scale.dtype == torch.float32
     plans = _plans(
-        x.device.index, tokens, rows, columns, bits, group_size, x.dtype, dtype, zeros, float_scale, tile
+        x.device.index,
+        tokens,
+        rows,
+        columns,
+        bits,
+        group_size,
+        x_group_size,
+        x.dtype,
+        dtype,
+        zeros,
+        float_scale,
+        tile,
     )
     multiple = 16 // x.element_size()  # copies want rows at multiples of 16 bytes
     if x.stride(1) != 1 or x.stride(0) % multiple or x.data_ptr() % 16:
@@ -218,13 +236,17 @@ def _plans(
     columns: int,
     bits: int,
     group_size: int,
+    x_group_size: int,
     x: torch.dtype,
     y: torch.dtype,
     zero_points: bool,
     float_scale: bool,
     tile: Tile | None,
 ) -> tuple[_Plan, ...]:
-    form = Format(bits, x, y, scale_sets(x, columns, group_size), zero_points, float_scale)
+    sets, x_groups = scale_sets(x, columns, group_size), x_group_size != -1
+    form = Format(bits, x, y, sets, zero_points, float_scale, x_groups)
+    segment = math.gcd(x_group_size, group_size if sets else 0) if x_groups else 0
+    assert segment % 128 == 0, f"given groups of {group_size} and {x_group_size} columns"
     there = multiprocessors(device)
     chosen = ((rows, tile),) if tile is not None else parts(form, tokens, rows, columns, there)
     plans, first = [], 0
@@ -239,6 +261,9 @@ def _plans(
             tiled_groups(columns, group_size),
             group_size,
             max(1, 1024 // tile.tokens),
+            -(-columns // x_group_size) if x_groups else 1,
+            x_group_size,
+            segment,
         )
         plans.append(
             _Plan(
@@ -283,6 +308,7 @@ _TILES = tuple(
 _STAGE_CYCLES, _BYTE_STAGE_CYCLES, _TALL_STAGE = 470, 300, 1.43
 _TILE_CYCLES = 1200
 _SPLIT_CYCLES, _EXCHANGE_CYCLES = 5700, 1200
+_SUM_INSTRUCTIONS = 3  # of a sum where x has groups: not fitted
 _LAUNCH_CYCLES, _WORTHWHILE = 4000, 0.95  # of a second kernel, and what share of the time of one it may take
 
 
@@ -331,7 +357,9 @@ def fits(form: Format, tile: Tile) -> bool:
 def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
     """Clock cycles of the product."""
     products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
-    beside = _BYTE_STAGE_CYCLES if form.bytes else _STAGE_CYCLES
+    beside: float = _BYTE_STAGE_CYCLES if form.bytes else _STAGE_CYCLES
+    if form.x_groups:
+        beside += _SUM_INSTRUCTIONS * tile.rows * tile.tokens / 128  # of which 128 start in a cycle
     stages = -(-columns // _stage_columns(form)) / tile.split
     turns = -(-tile.count(tokens, rows) * tile.split // multiprocessors)
     cycles = turns * (

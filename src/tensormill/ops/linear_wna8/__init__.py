@@ -114,6 +114,10 @@ def samples() -> list[Sample]:
         _sample("typical", 6, 256, 384, 6, 128, "float16", leading=(2, 3), strided=True),
         _sample("typical", 17, 256, 640, 6, -1, "bfloat16", x_group_size=128),
         _sample("typical", 9, 256, 640, 4, 128, "float16", x_group_size=128, quantized=True),
+        _sample("typical", 150, 264, 500, 8, 128, "bfloat16", x_group_size=128, bias=True),
+        _sample("typical", 70, 130, 900, 4, 256, "float16", x_group_size=128),
+        _sample("typical", 35, 136, 712, 4, -1, "float16", x_group_size=384, quantized=True),
+        _sample("typical", 20, 136, 712, 4, 128, "bfloat16", fp8, 128),
         _sample("typical", 33, 256, 512, 8, -1, "float16", quantized=True, bias=True),
         _sample("typical", 8, 256, 512, 4, 32, "float32", x_group_size=64, quantized=True, symmetric=False),
         _sample("typical", 3, 256, 512, 4, 128, "bfloat16", fp8),
@@ -214,14 +218,13 @@ def _cuda_supports(
 ) -> bool:
     columns = x.shape[-1]
     floats = [weight_scale, *(t for t in (bias, x if x_scale is None else None) if t is not None)]
-    one_group = group_size == -1 or group_size >= columns
+    grouped = [size for size in (group_size, x_group_size) if -1 != size < columns]
     exact = x_dtype == torch.int8 or (x_dtype == torch.float8_e4m3fn and bits <= 5 and zero_point is None)
     return (
         layout in ("tiled", "packed")
         and exact
-        and x_group_size == -1
         and 0 < columns <= 65536
-        and (one_group or (group_size % 128 == 0 and zero_point is None))
+        and (not grouped or (zero_point is None and all(size % 128 == 0 for size in grouped)))
         and dtype in (torch.float16, torch.bfloat16)
         and all(t.dtype in DTYPES for t in floats)
     )

@@ -68,15 +68,18 @@ def linear(
         return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
     if x_scale is None:
         x, x_scale = quantize_activations(x, None, None, None, 0.0, 0.0, 8, x_group_size, x_dtype)
+    columns = x.shape[-1]
+    one_x_group = x_group_size == -1 or x_group_size >= columns
     y = wgmma.product(
-        x.reshape(-1, x.shape[-1]),
+        x.reshape(-1, columns),
         weight,
         weight_scale,
         zero_point,
         None if bias is None else bias.to(dtype),
         bits=bits,
         group_size=group_size,
-        x_scale=x_scale.reshape(-1).contiguous(),
+        x_scale=x_scale.reshape(-1, x_scale.shape[-1]).contiguous(),
+        x_group_size=-1 if one_x_group else x_group_size,
         dtype=dtype,
         overlap=layout != "packed",
     )

@@ -34,7 +34,9 @@ _SOURCES = (
     "tensormill.compress.gptq",
     "tensormill.compress.rtn",
     "tensormill.compress.clipping",
+    "tensormill.ops.clipping_error",
     "tensormill.compress.output_error",
+    "tensormill.ops.quantization_error",
     "tensormill.compress.peers",
 )
 _PEERS = ("llmcompressor", "compressed-tensors", "hqq")

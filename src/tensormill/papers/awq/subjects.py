@@ -22,6 +22,7 @@ SOURCES = (
     "tensormill.compress.structure",
     "tensormill.compress.text",
     "tensormill.compress.formats.quantization",
+    "tensormill.ops.quantization",
     "tensormill.data.python_source",
     "tensormill.models.python_lm/weights/*.safetensors",
 )

@@ -170,7 +170,7 @@ class Kernel:
         *,
         overlap: bool = False,
         cluster: int = 1,
-        together: bool = False,
+        cooperative: bool = False,
     ) -> None:
         """Launch on torch's current stream; returns at once, and can be captured in a graph.
 
@@ -182,13 +182,13 @@ class Kernel:
             overlap: the kernel may start before the one before it has ended (programmatic dependent launch,
                 sm_90): it calls `wait_for_previous_kernel` before it touches what that one reads or writes.
             cluster: blocks of a cluster along the grid's first dimension, up to 16.
-            together: all blocks run at once or not at all (a cooperative launch): they may wait for each other.
+            cooperative: all blocks run at once or not at all: they may wait for each other.
 
         Raises:
             BackendError: the driver refuses.
         """
         stream = current_stream(self.device)
-        key = (grid, block, shared, stream, overlap, cluster, together)
+        key = (grid, block, shared, stream, overlap, cluster, cooperative)
         configuration = self._configurations.get(key)
         if configuration is None:
             configuration = self._configurations[key] = self._configure(*key)
@@ -207,7 +207,7 @@ class Kernel:
         stream: int,
         overlap: bool,
         cluster: int,
-        together: bool,
+        cooperative: bool,
     ) -> Any:
         if shared > self._most_shared:
             attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -230,7 +230,7 @@ class Kernel:
             attributes[count].id = _CLUSTER_DIMENSION
             attributes[count].value[:3] = [cluster, 1, 1]
             count += 1
-        if together:
+        if cooperative:
             attributes[count].id = _COOPERATIVE
             attributes[count].value[0] = 1
             count += 1

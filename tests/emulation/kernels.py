@@ -38,14 +38,14 @@ class EmulatedKernel:
         *,
         cluster: int = 1,
         overlap: bool = False,
-        together: bool = False,
+        cooperative: bool = False,
     ) -> None:
         x, y = grid if isinstance(grid, tuple) else (grid, 1)
         given = bytes(arguments)
         copy = ctypes.create_string_buffer(len(given) + 64)
         aligned = -(-ctypes.addressof(copy) // 64) * 64  # as tensor maps want it
         ctypes.memmove(aligned, given, len(given))
-        wrong = self._run(x, y, block, shared, x if together else cluster, aligned)
+        wrong = self._run(x, y, block, shared, x if cooperative else cluster, aligned)
         assert wrong is None, wrong.decode()
 
 

@@ -184,6 +184,25 @@ CASES = {
         Format(5, FP8, BFLOAT16, 1, False, False, True),
         Tile(128, 64, 2),
     ),
+    "int8, groups of both, 256 rows": (
+        70,
+        460,
+        712,
+        128,
+        128,
+        Format(4, INT8, HALF, 1, False, True, True),
+        Tile(256, 64),
+    ),
+    "int8, groups of x alone, 256 rows, split": (
+        35,
+        200,
+        650,
+        -1,
+        128,
+        Format(4, INT8, BFLOAT16, 0, False, False, True),
+        Tile(256, 32, 2),
+    ),
+    "fp8, groups, 256 rows": (70, 264, 712, 128, Format(4, FP8, HALF, 1, False), Tile(256, 64)),
 }
 
 
@@ -295,6 +314,11 @@ COMPILED = {
     "int8, groups of x alone": (
         Format(4, INT8, HALF, 0, False, True, True),
         Tile(128, 64),
+        "IGMMA.64x64x32.S8.S8",
+    ),
+    "int8, groups of x, many rows": (
+        Format(4, INT8, HALF, 1, False, True, True),
+        Tile(256, 64),
         "IGMMA.64x64x32.S8.S8",
     ),
 }

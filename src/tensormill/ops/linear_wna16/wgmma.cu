@@ -13,7 +13,8 @@
 //
 // Scales of groups multiply the weights, except for 8-bit x, where they multiply the sums of a group, which are then added
 // in float32; scales of whole rows multiply the sums at the end. Where 8-bit x has a scale per token and group too, a warp
-// brings those of a stage.
+// brings those of a stage. Every thread then reads a fourth of a stage's, which is what bounds these products: 256 rows
+// share what a thread has read, 128 do not.
 
 #include "dequantize.cuh"
 #include "dequantize_bytes.cuh"
@@ -56,10 +57,11 @@ constexpr int CONSUMERS = 2;
 constexpr int THREADS = 128 * CONSUMERS;  // that multiply
 constexpr int BLOCKS = ROWS / 64;
 constexpr int PARTS = BLOCKS / CONSUMERS;  // of 64 rows, of a warpgroup
+constexpr int COPIERS = X_GROUPS ? 2 : BLOCKS;  // warps that copy rows; beside them one brings scales of tokens
 constexpr int SUMS = TOKENS / 2;           // of a thread, for 64 rows
 constexpr int TILES = BYTES ? 2 : 1;       // of 64 columns, in a stage
 constexpr int TILE_BYTES = 128 * BITS;     // of 16 rows x 64 columns
-static_assert(!GROUP_SUMS || (GROUPS <= 1 && PARTS == 1 && TOKENS <= 128 && !ZERO), "registers");
+static_assert(!GROUP_SUMS || (GROUPS <= 1 && PARTS * TOKENS <= 128 && !ZERO), "registers");
 static_assert(!FP8 || BITS <= 5, "weights that e4m3 does not hold");
 static_assert(!X_GROUPS || BYTES, "16-bit x has no scales");
 
@@ -157,7 +159,7 @@ DEVICE uint32_t to_bits(int value) { return value ^ 0x7fffffff; }
 DEVICE void from_bits(uint32_t bits, float& value) { value = bits_to_float(bits); }
 DEVICE void from_bits(uint32_t bits, int& value) { value = bits ^ 0x7fffffff; }
 
-// Copies the stages of 64 of a block's rows, number `local`; the first copies x too.
+// Copies the stages of every COPIERS'th 64 of a block's rows, from number `local` on; the first copies x too.
 DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worker& w, int local, int first, int blocks) {
     if (local == 0) {  // weights don't depend on earlier kernels, x and the memory of y do
         wait_for_previous_kernel();
@@ -168,31 +170,40 @@ DEVICE void copy_tiles(const Arguments& p, const Schedule& schedule, const Worke
     for (int index = first; index < schedule.count(); index += blocks) {
         const Place at = schedule.place(index);
         const int block = at.row_tile * BLOCKS + local;
-        const bool present = block < p.row_blocks;
-        const uint8_t* weight = p.weight + (int64_t)block * column_tiles * (4 * TILE_BYTES);
+        const int present = max(0, min((BLOCKS - local + COPIERS - 1) / COPIERS, (p.row_blocks - block + COPIERS - 1) / COPIERS));
         int group = 0, column = 0;  // of the next set of scales: the group, and where in it
         if constexpr (GROUPS > 0) group = w.begin * 64 * TILES / p.group_size, column = w.begin * 64 * TILES % p.group_size;
         for (int step = w.begin; step < w.end; step++) {
             const uint32_t to = w.base + stage.index * STAGE_BYTES, barrier = w.full + 8 * stage.index;
             mbarrier_wait(w.empty + 8 * stage.index, stage.parity ^ 1);
             mbarrier_arrive_expect(barrier, (local == 0 ? X_BYTES : 0) +
-                                                (present ? WEIGHT_BYTES + GROUPS * (SCALE_BYTES + ZERO_BYTES) : 0));
+                                                present * (WEIGHT_BYTES + GROUPS * (SCALE_BYTES + ZERO_BYTES)));
             if (local == 0) {
                 const int x = step * (BYTES ? 128 : 64), y = at.token_tile * TOKENS;
                 copy_tensor(to, &p.x, x, y, barrier);
             }
-            if (present) {
-                copy_bulk(to + X_BYTES + local * WEIGHT_BYTES, weight + (int64_t)step * WEIGHT_BYTES, WEIGHT_BYTES, barrier);
+            int sets[GROUPS > 0 ? GROUPS : 1];
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                sets[g] = min(group, p.groups - 1);
+                column += 64 * TILES / (GROUPS > 0 ? GROUPS : 1);
+                if (column >= p.group_size) column -= p.group_size, group++;
+            }
+#pragma unroll
+            for (int i = 0; i < BLOCKS / COPIERS; i++) {
+                if (i >= present) break;
+                const int here = local + i * COPIERS;
+                const int64_t row_block = at.row_tile * BLOCKS + here;
+                const uint8_t* weight = p.weight + (row_block * column_tiles / TILES + step) * (int64_t)WEIGHT_BYTES;
+                copy_bulk(to + X_BYTES + here * WEIGHT_BYTES, weight, WEIGHT_BYTES, barrier);
 #pragma unroll
                 for (int g = 0; g < GROUPS; g++) {
-                    const int64_t set = (int64_t)block * p.groups + min(group, p.groups - 1);
-                    copy_bulk(to + SCALE_OFFSET + (local * GROUPS + g) * SCALE_BYTES, p.scale + set * SCALE_BYTES,
+                    const int64_t set = row_block * p.groups + sets[g];
+                    copy_bulk(to + SCALE_OFFSET + (here * GROUPS + g) * SCALE_BYTES, p.scale + set * SCALE_BYTES,
                               SCALE_BYTES, barrier);
                     if constexpr (ZERO_BYTES > 0)
-                        copy_bulk(to + ZERO_OFFSET + (local * GROUPS + g) * ZERO_BYTES, p.zero + set * 32, ZERO_BYTES,
+                        copy_bulk(to + ZERO_OFFSET + (here * GROUPS + g) * ZERO_BYTES, p.zero + set * 32, ZERO_BYTES,
                                   barrier);
-                    column += 64 * TILES / (GROUPS > 0 ? GROUPS : 1);
-                    if (column >= p.group_size) column -= p.group_size, group++;
                 }
             }
             stage.next();
@@ -265,32 +276,22 @@ DEVICE void expand(const Worker& w, uint32_t from, int local, int half, Affine& 
     }
 }
 
-// Scales of rows low and high in a stage, if there are any.
-DEVICE void load_scales(const Worker& w, uint32_t from, float& low, float& high) {
-    const uint32_t scales = from + SCALE_OFFSET + w.consumer * SCALE_BYTES;
+// Scales of a part's rows low and high in a stage, or 1.
+DEVICE void load_scales(const Worker& w, uint32_t from, int part, float (&to)[2]) {
+    const uint32_t scales = from + SCALE_OFFSET + (w.consumer * PARTS + part) * SCALE_BYTES;
     if constexpr (GROUPS == 0) {
+        to[0] = to[1] = 1.0f;
     } else if constexpr (FLOAT_SCALE) {
         const Words2 scale = load_shared2(scales + w.pair * 8);
-        low = bits_to_float(scale.x), high = bits_to_float(scale.y);
+        to[0] = bits_to_float(scale.x), to[1] = bits_to_float(scale.y);
     } else {
         const uint32_t scale = load_shared(scales + w.pair * 4);
-        low = to_float<Y>(scale), high = to_float<Y>(scale >> 16);
+        to[0] = to_float<Y>(scale), to[1] = to_float<Y>(scale >> 16);
     }
 }
 
-// Adds the sums of a group, times its scale if there are groups, to the totals.
-template <int COUNT>
-DEVICE void add_group(const Worker& w, uint32_t from, const Sum (&sums)[SUMS], float (&totals)[COUNT]) {
-    float low = 1, high = 1;
-    load_scales(w, from, low, high);
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) totals[i] += float(sums[i]) * (i & 2 ? high : low);
-}
-
-// The sums of a warpgroup's rows, from `block` on, or their totals over groups; `lead`: lets the other one start after
-// that many stages.
-DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&sums)[PARTS][SUMS],
-                     float (&totals)[GROUP_SUMS ? SUMS : 1]) {
+// The sums of a warpgroup's rows, from `block` on; `lead`: lets the other one start after that many stages.
+DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&sums)[PARTS][SUMS]) {
     uint32_t a[2][PARTS][2][4];
     uint32_t words[PARTS][BITS];
     Affine affine[PARTS];
@@ -302,11 +303,6 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
                 affine[part].zero[0] = ZeroPoint<BITS, X>(zero, 0), affine[part].zero[1] = ZeroPoint<BITS, X>(zero, 1);
             }
     }
-    if constexpr (GROUP_SUMS) {
-#pragma unroll
-        for (float& total : totals) total = 0.0f;
-    }
-    int column = GROUP_SUMS && GROUPS > 0 ? w.begin * 128 % p.group_size : 0;  // in the group
     uint32_t more = 0;  // products add to sums
     int step = w.begin;
     do {  // at least once: where paths meet, the compiler would copy sums, before they are there
@@ -328,42 +324,36 @@ DEVICE void multiply(const Arguments& p, Worker& w, int block, int lead, Sum (&s
             wgmma_commit();
             wgmma_wait<1>();
             // The products of the stage before are done.
-            if (half == 0 && step > w.begin && !GROUP_SUMS) release(w, w.stage.previous());
+            if (half == 0 && step > w.begin) release(w, w.stage.previous());
         }
         more = 1;
-        if constexpr (GROUP_SUMS) {
-            wgmma_wait<0>();
-            wgmma_settle(sums[0]);
-            column += 128;
-            // The units sum products of e4m3 in about 14 bits: every stage is added in float32.
-            if (FP8 || column >= p.group_size || step == w.end - 1) {
-                column = 0, more = 0;
-                add_group(w, from, sums[0], totals);
-            }
-            release(w, w.stage.index);
-        }
         if (SKEW > 0 && step - w.begin == lead - 1) barrier_arrive(3, THREADS);
         w.stage.next();
     } while (++step < w.end);
-    if constexpr (!GROUP_SUMS) {
-        wgmma_wait<0>();
+    wgmma_wait<0>();
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) wgmma_settle(sums[part]);
-        release(w, w.stage.previous());
-    }
+    for (int part = 0; part < PARTS; part++) wgmma_settle(sums[part]);
+    release(w, w.stage.previous());
 }
 
-// The totals of a warpgroup's rows, as `multiply` makes them, where x has groups. While sums are scaled, none of its products
-// run, so the rest is done while they do: loading scales, and expanding the first half of the next stage.
+// The totals over groups of a warpgroup's rows. While sums are scaled, none of its products run, so the rest is done while
+// they do: loading scales, and expanding the first half of the next stage.
 template <int COUNT>
-DEVICE void multiply_groups(const Arguments& p, Worker& w, int lead, Sum (&sums)[SUMS], float (&totals)[COUNT]) {
-    uint32_t a[2][2][4], words[BITS];
+DEVICE void multiply_groups(const Arguments& p, Worker& w, int lead, Sum (&sums)[PARTS][SUMS], float (&totals)[PARTS][COUNT]) {
+    uint32_t a[2][PARTS][2][4], words[PARTS][BITS];
     Affine none;
+    const auto expand_half = [&](const Stage& stage, int half) {
 #pragma unroll
-    for (float& total : totals) total = 0.0f;
+        for (int part = 0; part < PARTS; part++)
+            expand(w, w.base + stage.index * STAGE_BYTES, w.consumer * PARTS + part, half, none, words[part], a[half][part]);
+    };
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+        for (float& total : totals[part]) total = 0.0f;
     mbarrier_wait(w.full + 8 * w.stage.index, w.stage.parity);
-    expand(w, w.base + w.stage.index * STAGE_BYTES, w.consumer, 0, none, words, a[0]);
-    int column = w.begin * 128 % p.segment;
+    expand_half(w.stage, 0);
+    int column = FP8 ? 0 : w.begin * 128 % p.segment;
     uint32_t more = 0;  // products add to sums
     int step = w.begin;
     do {  // at least once, as in `multiply`
@@ -372,19 +362,23 @@ DEVICE void multiply_groups(const Arguments& p, Worker& w, int lead, Sum (&sums)
         const uint64_t tokens = wgmma_descriptor(from);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            if (half == 1) expand(w, from, w.consumer, 1, none, words, a[1]);
+            if (half == 1) expand_half(w.stage, 1);
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < 2; s++)
-                wgmma<KIND, TOKENS>(sums, a[half][s], tokens + 2 * (2 * half + s), more != 0 || half > 0 || s > 0);
+#pragma unroll
+                for (int part = 0; part < PARTS; part++)
+                    wgmma<KIND, TOKENS>(sums[part], a[half][part][s], tokens + 2 * (2 * half + s), more != 0 || half > 0 || s > 0);
             wgmma_commit();
         }
         more = 1;
-        float low = 1, high = 1, factors[TOKENS / 4];  // of tokens 8 i + 2 (lane % 4) and the next
-        load_scales(w, from, low, high);
+        float scale[PARTS][2], factors[TOKENS / 4];  // of tokens 8 i + 2 (lane % 4) and the next
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) load_scales(w, from, part, scale[part]);
 #pragma unroll
         for (int i = 0; i < TOKENS / 16; i++) {
-            const Words4 four = load_shared4(from + X_SCALE_OFFSET + 64 * i + 16 * (w.lane % 4));
+            Words4 four = {0x3f800000u, 0x3f800000u, 0x3f800000u, 0x3f800000u};
+            if constexpr (X_GROUPS) four = load_shared4(from + X_SCALE_OFFSET + 64 * i + 16 * (w.lane % 4));
             factors[4 * i] = bits_to_float(four.x), factors[4 * i + 1] = bits_to_float(four.y);
             factors[4 * i + 2] = bits_to_float(four.z), factors[4 * i + 3] = bits_to_float(four.w);
         }
@@ -392,16 +386,20 @@ DEVICE void multiply_groups(const Arguments& p, Worker& w, int lead, Sum (&sums)
         Stage next = w.stage;
         if (step + 1 < w.end) next.next();  // or this stage once more, for nothing
         mbarrier_wait(w.full + 8 * next.index, next.parity);
-        expand(w, w.base + next.index * STAGE_BYTES, w.consumer, 0, none, words, a[0]);
+        expand_half(next, 0);
         wgmma_wait<0>();
-        wgmma_settle(sums);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) wgmma_settle(sums[part]);
         release(w, w.stage.index);
         column += 128;
         // The units sum products of e4m3 in about 14 bits: every stage is added in float32.
         if (FP8 || column >= p.segment || step == w.end - 1) {
             column = 0, more = 0;
 #pragma unroll
-            for (int i = 0; i < COUNT; i++) totals[i] += float(sums[i]) * (factors[i / 4 * 2 + i % 2] * (i & 2 ? high : low));
+            for (int part = 0; part < PARTS; part++)
+#pragma unroll
+                for (int i = 0; i < COUNT; i++)
+                    totals[part][i] += float(sums[part][i]) * (factors[i / 4 * 2 + i % 2] * scale[part][i / 2 % 2]);
         }
         if (SKEW > 0 && step - w.begin == lead - 1) barrier_arrive(3, THREADS);
         w.stage.next();
@@ -570,7 +568,7 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
 
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES; i++) {
-            mbarrier_init(w.full + 8 * i, BLOCKS + (X_GROUPS ? 32 : 0));
+            mbarrier_init(w.full + 8 * i, COPIERS + (X_GROUPS ? 32 : 0));
             mbarrier_init(w.empty + 8 * i, 4 * CONSUMERS);
         }
         mbarrier_init_fence();
@@ -583,8 +581,8 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
     if (warp >= 4 * CONSUMERS) {
         lower_registers<56>();
         const int local = warp - 4 * CONSUMERS;
-        if (local < BLOCKS && w.lane == 0) copy_tiles(p, schedule, w, local, first, blocks);
-        if (X_GROUPS && local == BLOCKS) copy_token_scales(p, schedule, w, first, blocks);
+        if (local < COPIERS && w.lane == 0) copy_tiles(p, schedule, w, local, first, blocks);
+        if (X_GROUPS && local == COPIERS) copy_token_scales(p, schedule, w, first, blocks);
     } else {
         raise_registers<224>();
         const bool skewed = SKEW > 0 && SPLIT == 1 && first + blocks < schedule.count();
@@ -595,10 +593,10 @@ KERNEL(linear_wgmma, THREADS + 128, 1, Arguments) {
             const int block = at.row_tile * BLOCKS + w.consumer * PARTS;
             Sum sums[PARTS][SUMS];
             float totals[PARTS][GROUP_SUMS ? SUMS : 1];
-            if constexpr (X_GROUPS)
-                multiply_groups(p, w, lead, sums[0], totals[0]);
+            if constexpr (GROUP_SUMS)
+                multiply_groups(p, w, lead, sums, totals);
             else
-                multiply(p, w, block, lead, sums, totals[0]);
+                multiply(p, w, block, lead, sums);
             auto& results = choose<GROUP_SUMS>(totals, sums);
             if constexpr (SPLIT > 1) give(p, w, index, results);
             finish<0>(p, w, index, block, at.token_tile, results);

@@ -208,7 +208,7 @@ def product(
             made.shared,
             _map(x, made.x_box) + _map(result[:, first:last], made.y_box) + addresses + made.sizes,
             overlap=overlap,
-            together=made.together,
+            cooperative=made.cooperative,
         )
     return result.contiguous()
 
@@ -220,7 +220,7 @@ class _Plan:
     rows: tuple[int, int]  # the first of the weight, one past the last
     kernel: Kernel
     grid: int
-    together: bool  # blocks wait for each other
+    cooperative: bool  # blocks wait for each other
     workspace: int  # elements
     shared: int
     x_box: tuple[int, int]
@@ -245,7 +245,7 @@ def _plans(
 ) -> tuple[_Plan, ...]:
     sets, x_groups = scale_sets(x, columns, group_size), x_group_size != -1
     form = Format(bits, x, y, sets, zero_points, float_scale, x_groups)
-    segment = math.gcd(x_group_size, group_size if sets else 0) if x_groups else 0
+    segment = math.gcd(max(x_group_size, 0), group_size if sets else 0) if form.promoted else 0
     assert segment % 128 == 0, f"given groups of {group_size} and {x_group_size} columns"
     there = multiprocessors(device)
     chosen = ((rows, tile),) if tile is not None else parts(form, tokens, rows, columns, there)
@@ -270,7 +270,7 @@ def _plans(
                 rows=(first, first + rows),
                 kernel=module(form, tile).kernel("linear_wgmma", device),
                 grid=count * tile.split if tile.split > 1 else min(there, count),
-                together=tile.split > 1,
+                cooperative=tile.split > 1,
                 workspace=count * (tile.split - 1) * tile.rows * tile.tokens,
                 shared=shared_bytes(form, tile)[1],
                 x_box=(tile.tokens, 128 // x.itemsize),
@@ -308,7 +308,9 @@ _TILES = tuple(
 _STAGE_CYCLES, _BYTE_STAGE_CYCLES, _TALL_STAGE = 470, 300, 1.43
 _TILE_CYCLES = 1200
 _SPLIT_CYCLES, _EXCHANGE_CYCLES = 5700, 1200
-_SUM_INSTRUCTIONS = 3  # of a sum where x has groups: not fitted
+# The same where the sums of stages are scaled, and what a token's scales take; 15 % longer at most.
+_SCALED_STAGE_CYCLES, _TALL_SCALED_STAGE, _TOKEN_CYCLES = 240, 1.4, 1.6
+_SCALED_SPLIT_CYCLES, _SCALED_EXCHANGE_CYCLES = 3000, 2000
 _LAUNCH_CYCLES, _WORTHWHILE = 4000, 0.95  # of a second kernel, and what share of the time of one it may take
 
 
@@ -350,23 +352,27 @@ def choose(form: Format, tokens: int, rows: int, columns: int, multiprocessors: 
 
 def fits(form: Format, tile: Tile) -> bool:
     """Whether a block's sums fit its registers, and its ring of stages shared memory."""
-    small = tile.rows == 128 and tile.tokens <= 128
-    return shared_bytes(form, tile)[0] >= 3 and (small or not form.promoted)
+    few = tile.rows * tile.tokens <= 128 * 128
+    return shared_bytes(form, tile)[0] >= 3 and (few or not form.promoted)
 
 
 def _cycles(tile: Tile, form: Format, tokens: int, rows: int, columns: int, multiprocessors: int) -> float:
     """Clock cycles of the product."""
     products = tile.rows * tile.tokens / 32  # of a stage: four products of 64 x 256 take 512
-    beside: float = _BYTE_STAGE_CYCLES if form.bytes else _STAGE_CYCLES
-    if form.x_groups:
-        beside += _SUM_INSTRUCTIONS * tile.rows * tile.tokens / 128  # of which 128 start in a cycle
+    tall = tile.rows == 256
+    if form.promoted:  # a warpgroup's products don't run while its sums are scaled
+        stage = products + _SCALED_STAGE_CYCLES * (_TALL_SCALED_STAGE if tall else 1)
+        stage += _TOKEN_CYCLES * tile.tokens * form.x_groups
+        split, exchange = _SCALED_SPLIT_CYCLES, _SCALED_EXCHANGE_CYCLES
+    else:
+        beside = _BYTE_STAGE_CYCLES if form.bytes else _STAGE_CYCLES
+        stage = math.hypot(products, beside * (_TALL_STAGE if tall else 1))
+        split, exchange = _SPLIT_CYCLES, _EXCHANGE_CYCLES
     stages = -(-columns // _stage_columns(form)) / tile.split
     turns = -(-tile.count(tokens, rows) * tile.split // multiprocessors)
-    cycles = turns * (
-        stages * math.hypot(products, beside * (_TALL_STAGE if tile.rows == 256 else 1)) + _TILE_CYCLES
-    )
+    cycles = turns * (stages * stage + _TILE_CYCLES)
     if tile.split > 1:
-        cycles += _SPLIT_CYCLES + _EXCHANGE_CYCLES * tile.rows * tile.tokens / 4096
+        cycles += split + exchange * tile.rows * tile.tokens / 4096
     return cycles
 
 

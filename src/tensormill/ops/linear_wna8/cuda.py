@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tensormill.ops.linear_wna16 import wgmma
 from tensormill.ops.quantize_activations import operator as quantize_activations
-from tensormill.ops.tiles import tile_weight
+from tensormill.ops.tiles import can_tile, tile_weight
 
 
 def prepare(
@@ -27,7 +27,10 @@ def prepare(
     dtype: torch.dtype,
     layout: str,
 ) -> tuple[Any, ...]:
-    """The canonical arguments with weight, scales and zero points in the tiled layout, ready to be read."""
+    """The canonical arguments with weight, scales and zero points in the tiled layout, ready to be read, if it can hold them."""
+    given = (out_features, bits, group_size, x_group_size, x_dtype, dtype)
+    if not can_tile(x.shape[-1], group_size):
+        return (x, x_scale, weight, weight_scale, zero_point, bias, *given, layout)
     tiled = tile_weight(
         weight,
         weight_scale,
@@ -40,8 +43,7 @@ def prepare(
     if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
         # The kernel reads weights before the kernel ahead of it has ended.
         torch.cuda.current_stream(weight.device).synchronize()
-    sizes = (out_features, bits, group_size, x_group_size, x_dtype, dtype, "tiled")
-    return (x, x_scale, *tiled, bias, *sizes)
+    return (x, x_scale, *tiled, bias, *given, "tiled")
 
 
 def linear(

@@ -194,6 +194,22 @@ def test_bad_arguments(tensormill, model, arguments, word):
     refused(tensormill(*arguments), word)
 
 
+@pytest.mark.parametrize(
+    ("operator", "shape", "word"),
+    [
+        ("linear_wna8", "x_group_size=0", "sizes that linear_wna8 takes"),
+        ("linear_wna8", "tokens=-2", "sizes that linear_wna8 takes"),
+        ("clipping_error", "bits=9", "bits=9"),
+    ],
+)
+def test_shapes_that_an_operator_cannot_have(tensormill, operator, shape, word):
+    done = tensormill("bench", operator, "--device", "cpu", "--shape", shape)
+    *progress, last = done.err.splitlines()
+    assert done.code == 2 and done.out == ""
+    assert last.startswith("tensormill: ") and word in last
+    assert all(line.startswith((operator, "note: ")) for line in progress)
+
+
 def test_damaged_gguf(tensormill, tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(3))

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 
+from emulation.triton_kernels import hopper_reports, needs_compiler
 from tensormill.errors import InvalidArgument
 from tensormill.operator import interpreting
 from tensormill.ops import OPERATORS, clipping_error, use_implementation
@@ -158,52 +151,24 @@ def test_triton_extremes_of_a_clipped_group_are_its_clipped_extremes():
 
 
 COMPILE = """
-import importlib, json, re, subprocess, tempfile
-from pathlib import Path
-import torch, triton, triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from tensormill.ops.quantization import QuantSpec
-kernels = importlib.import_module("tensormill.ops.clipping_error.triton")
-disassembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+kernels = import_module("tensormill.ops.clipping_error.triton")
 for spec in (QuantSpec(4, 128, scale_dtype=torch.bfloat16), QuantSpec(4, 64, symmetric=True),
              QuantSpec(4, 32, scale_dtype=torch.float16), QuantSpec(4, 16)):
     rows, warps = kernels.geometry(spec.group_size)
     constants = {"ROWS": rows, "GROUP": spec.group_size, "WHOLE": True, **kernels.grid_constants(spec)}
-    names = kernels._kernel.arg_names
     pointers = {"weight": "*fp32", "gram": "*fp32", "ratios": "*fp32", "result": "*fp32"}
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n == "K" or n in pointers}
-    built = triton.compile(ASTSource(fn=kernels._kernel, signature=signature, constexprs=constants, attrs=aligned),
-                           target=GPUTarget("cuda", 90, 32),
-                           options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False})
-    spills = None
-    if disassembler.exists():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
-            text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True).stdout
-        spills = len(re.findall(r"\\b(?:STL|LDL)\\b", text))
+    built = build(kernels._kernel, pointers, constants, even=("K",), num_warps=warps, num_stages=1, enable_fp_fusion=False)
     ptx = built.asm["ptx"]
-    print(json.dumps({"size": spec.group_size, "spills": spills, "shared": built.metadata.shared,
+    print(json.dumps({"size": spec.group_size, "spills": count(built, SPILLS), "shared": built.metadata.shared,
                       "products": bool(re.search(r"mma\\S*\\.tf32", ptx)), "rounded": "div.rn.f32" in ptx}))
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or interpreting(), reason="needs triton, not interpreting"
-)
+@needs_compiler
 def test_compiles_for_hopper():
     """Products on the tensor cores, shared memory that fits, at most some scalars spilled."""
-    source = str(Path(operator.reference.__code__.co_filename).parents[3])
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_DEFAULT_FP_FUSION": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    reports = hopper_reports(COMPILE)
     assert [report["size"] for report in reports] == [128, 64, 32, 16]
     for report in reports:
         assert report["products"] and report["rounded"], report

@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from emulation.triton_kernels import hopper_reports, needs_compiler
 from tensormill.errors import InvalidArgument
 from tensormill.operator import interpreting
 from tensormill.ops import OPERATORS, linear_wna8, quantize_activations, use_implementation
@@ -254,6 +247,17 @@ def test_groups_that_the_cuda_kernel_takes(group_size, x_group_size, symmetric, 
     assert operator.find("cuda").supports(*given) is taken
 
 
+@pytest.mark.parametrize(
+    ("group_size", "layout"), [(24, "packed"), (7, "packed"), (32, "tiled"), (-1, "tiled")]
+)
+def test_conversion_hands_on_what_the_tiled_layout_cannot_hold(group_size, layout):
+    groups = 1 if group_size == -1 else -(-300 // group_size)
+    x, weight = torch.zeros(2, 300).half(), torch.zeros(11, 38, dtype=torch.int32)
+    given = (x, None, weight, torch.ones(11, groups), None, None, 11, 4, group_size, -1)
+    prepared = operator.find("cuda").prepare(*given, torch.int8, torch.float16, "packed")
+    assert prepared[-1] == layout and (prepared[2] is weight) == (layout == "packed")
+
+
 def test_refusals_say_what_to_do():
     _, (packed, scale, zero) = weight(8, 256, 4, 64, False)
     x = torch.zeros(2, 256)
@@ -302,32 +306,15 @@ def test_tolerance_catches_planted_errors(mistake):
 
 
 COMPILE = """
-import importlib, json, re, subprocess, tempfile
-from pathlib import Path
-import triton, triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-kernels = importlib.import_module("tensormill.ops.linear_wna8.triton")
-disassembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+kernels = import_module("tensormill.ops.linear_wna8.triton")
 types = {"x": "*i8", "x_scale": "*fp32", "weight": "*i8", "weight_scale": "*fp16", "zero_point": "*fp16",
          "x_sums": "*fp32", "bias": "*fp16", "y": "*fp16", "partial": "*fp32", "counters": "*i32"}
 common = {"HAS_ZERO": False, "HAS_BIAS": False, "OVERLAP": True, "INTERPRETED": False}
 
 def check(kernel, warps, stages, types, constants):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in "NK" or signature[n][0] == "*"}
-    built = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
-                           target=GPUTarget("cuda", 90, 32),
-                           options={"num_warps": warps, "num_stages": stages, "launch_pdl": True})
-    spills = products = None
-    if disassembler.exists():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
-            text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True).stdout
-        spills, products = (len(re.findall(p, text)) for p in (r"\\b(?:STL|LDL)\\b", r"\\b(?:IGMMA|QGMMA|IDP)\\b"))
-    print(json.dumps({"shared": built.metadata.shared, "spills": spills, "products": products}))
+    built = build(kernel, types, constants, even=("N", "K"), num_warps=warps, num_stages=stages, launch_pdl=True)
+    print(json.dumps({"shared": built.metadata.shared, "spills": count(built, SPILLS),
+                      "products": count(built, r"\\b(?:IGMMA|QGMMA|IDP)\\b")}))
 
 def gemm(bits, width, run, block_m, block_n, warps, stages, kind="int8"):
     x = "*i8" if kind == "int8" else "*fp8e4nv"
@@ -344,20 +331,10 @@ check(kernels._gemv_kernel, 4, 3, {**types, "x": "*i32", "weight": "*i32"},
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or interpreting(), reason="needs triton, not interpreting"
-)
+@needs_compiler
 def test_compiles_for_hopper():
     """Products on the units meant, nothing spilled, shared memory that fits."""
-    source = str(Path(operator.reference.__code__.co_filename).parents[3])
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_DEFAULT_FP_FUSION": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines() if re.match(r"\{", line)]
+    reports = hopper_reports(COMPILE)
     assert len(reports) == 5
     for report in reports:
         assert report["shared"] <= 227 << 10, report

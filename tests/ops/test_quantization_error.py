@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emulation.triton_kernels import hopper_reports, needs_compiler
 from tensormill.errors import InvalidArgument
 from tensormill.operator import interpreting
 from tensormill.ops import OPERATORS, quantization_error, use_implementation
@@ -132,14 +125,8 @@ def test_triton_rounds_scales_half_to_even(dtype):
 
 
 COMPILE = """
-import importlib, json, re, subprocess, tempfile
-from pathlib import Path
-import torch, triton, triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from tensormill.ops.quantization import QuantSpec
-kernels = importlib.import_module("tensormill.ops.quantization_error.triton")
-disassembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+kernels = import_module("tensormill.ops.quantization_error.triton")
 for columns, spec in (
     (4096, QuantSpec(4, 128, scale_dtype=torch.bfloat16)),
     (4096, QuantSpec(4, 32, symmetric=True, scale_dtype=torch.float16)),
@@ -149,41 +136,18 @@ for columns, spec in (
     size = spec.columns_per_group(columns)
     rows, groups, group, _, warps = kernels.geometry(columns, size)
     constants = {"ROWS": rows, "GROUPS": groups, "GROUP": group, "WHOLE": group == size, **kernels.grid_constants(spec)}
-    names = kernels._kernel.arg_names
     pointers = {"weight": "*fp32", "scales": "*fp32", "result": "*fp32"}
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    even = {"K", "plane", "group_size", *pointers}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in even}
-    built = triton.compile(ASTSource(fn=kernels._kernel, signature=signature, constexprs=constants, attrs=aligned),
-                           target=GPUTarget("cuda", 90, 32),
-                           options={"num_warps": warps, "enable_fp_fusion": False})
-    spills = registers = None
-    if disassembler.exists():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
-            text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True).stdout
-        spills = len(re.findall(r"\\b(?:STL|LDL)\\b", text))
+    built = build(kernels._kernel, pointers, constants, even=("K", "plane", "group_size"), num_warps=warps, enable_fp_fusion=False)
     ptx = built.asm["ptx"]
-    print(json.dumps({"size": size, "spills": spills, "wide": bool(re.search(r"st\\.global\\S*\\.v4\\.b32", ptx)),
+    print(json.dumps({"size": size, "spills": count(built, SPILLS), "wide": bool(re.search(r"st\\.global\\S*\\.v4\\.b32", ptx)),
                       "fused": bool(re.search(r"fma\\.rn\\.f32", ptx)), "rounded": "div.rn.f32" in ptx}))
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or interpreting(), reason="needs triton, not interpreting"
-)
+@needs_compiler
 def test_compiles_for_hopper():
     """16-byte stores where groups fill the rows, nothing spilled but by the longest, every operation rounded as in the reference."""
-    source = str(Path(operator.reference.__code__.co_filename).parents[3])
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_DEFAULT_FP_FUSION": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    reports = hopper_reports(COMPILE)
     assert [report["size"] for report in reports] == [128, 32, 4096, 14336]
     for report in reports:
         assert report["rounded"] and not report["fused"], report

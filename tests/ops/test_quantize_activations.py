@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emulation.triton_kernels import hopper_reports, needs_compiler
 from tensormill.errors import InvalidArgument
 from tensormill.operator import interpreting
 from tensormill.ops import OPERATORS, quantize_activations, use_implementation
@@ -185,13 +178,7 @@ def test_refusals_say_what_to_do():
 
 
 COMPILE = """
-import importlib, json, re, subprocess, tempfile
-from pathlib import Path
-import triton, triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-kernels = importlib.import_module("tensormill.ops.quantize_activations.triton")
-disassembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+kernels = import_module("tensormill.ops.quantize_activations.triton")
 for columns, group_size, norm, integers in ((8192, -1, False, True), (8192, 128, False, True), (4096, -1, True, True),
                                             (4096, 64, False, False)):
     rows, groups, group, _, warps = kernels.geometry(columns, group_size, norm)
@@ -201,41 +188,19 @@ for columns, group_size, norm, integers in ((8192, -1, False, True), (8192, 128,
     types = {"x": "*bf16", "norm_weight": "*bf16", "permutation": "*i32", "block_bits": "*u8", "scales": "*fp32",
              "codes": "*i8" if integers else "*fp8e4nv", "counters": "*i32", "eps": "fp32", "norm_offset": "fp32",
              "limit": "fp32"}
-    names = kernels._kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n == "K" or signature[n][0] == "*"}
-    built = triton.compile(ASTSource(fn=kernels._kernel, signature=signature, constexprs=constants, attrs=aligned),
-                           target=GPUTarget("cuda", 90, 32),
-                           options={"num_warps": warps, "enable_fp_fusion": False})
-    spills = None
-    if disassembler.exists():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
-            text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True).stdout
-        spills = len(re.findall(r"\\b(?:STL|LDL)\\b", text))
+    built = build(kernels._kernel, types, constants, even=("K",), num_warps=warps, enable_fp_fusion=False)
     ptx = built.asm["ptx"]
-    print(json.dumps({"spills": spills, "wide": bool(re.search(r"ld\\.global\\S*\\.v4\\.b32", ptx)),
+    print(json.dumps({"spills": count(built, SPILLS), "wide": bool(re.search(r"ld\\.global\\S*\\.v4\\.b32", ptx)),
                       "fused": bool(re.search(r"fma\\.rn\\.f32", ptx)), "early": "launch_dependents" in ptx,
                       "waits": ptx.index("griddepcontrol.wait") < min(ptx.index("ld.global"), ptx.index("st.global"))}))
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or interpreting(), reason="needs triton, not interpreting"
-)
+@needs_compiler
 def test_compiles_for_hopper():
     """16-byte loads, nothing spilled, no product fused with a sum: the codes are the reference's, exactly. It lets the next
     kernel start early and waits for the one before."""
-    source = str(Path(operator.reference.__code__.co_filename).parents[3])
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_DEFAULT_FP_FUSION": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    reports = hopper_reports(COMPILE)
     assert len(reports) == 4
     for report in reports:
         assert report == {

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tensormill.cli.app import Device, Json, app, print_json, resolve_device
-from tensormill.errors import InvalidArgument
+from tensormill.errors import InvalidArgument, TensormillError
 
 
 @app.command()
@@ -109,14 +109,25 @@ def bench(
     shapes = [complete_shape(spec, _parse(text)) for text in shape or []] or default_shapes(spec, where)
     warn_if_busy()
     sources = operator_sources(operator) if record else {}
-    rows = benchmark(
-        spec,
-        shapes,
-        where,
-        implementations=implementation,
-        seconds=seconds,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    try:
+        rows = benchmark(
+            spec,
+            shapes,
+            where,
+            implementations=implementation,
+            seconds=seconds,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except TensormillError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if not shape:
+            raise
+        # Samples are made without the checks of the public functions.
+        what = next(iter(str(error).splitlines()), "")
+        raise InvalidArgument(
+            f"--shape {' '.join(shape)} given, expected sizes that {operator} takes ({type(error).__name__}: {what})"
+        ) from error
     if json:
         print_json([row.to_json() for row in rows])
     else:

@@ -129,6 +129,21 @@ def test_gram_loss_does_not_depend_on_its_chunks(monkeypatch):
             assert torch.allclose(gram_loss(weights, gram_of(x), SPEC)(scales), whole, rtol=1e-4)
 
 
+def test_scales_are_judged_by_what_later_columns_leave():
+    """With conditional variances the loss is the sum of d^2 times them; on a GPU's chunks, too."""
+    x, weights = outlier_inputs(), [random_weight(), random_weight(5, 96, 1)]
+    scales, variances = torch.rand(5, 96) + 0.5, [torch.rand(96), torch.rand(96)]
+    found = gram_loss(weights, gram_of(x), SPEC, None, variances)(scales)
+    for index, scale in enumerate(scales):
+        explicit = sum(
+            ((fake_quantize(w * scale, SPEC).double() / scale - w.double()) ** 2 @ variance.double()).sum()
+            / ((x.double() @ w.double().T) ** 2).sum()
+            * len(x)
+            for w, variance in zip(weights, variances, strict=True)
+        )
+        assert found[index].item() == pytest.approx(explicit.item(), rel=1e-3)
+
+
 def test_the_module_objective_is_the_linears_if_nothing_follows():
     linear = nn.Linear(96, 24)
     x = outlier_inputs()
@@ -269,10 +284,11 @@ def test_absorbing_errors_loses_less_than_rounding_to_nearest(symmetric):
     model = tiny_model("qwen2")
     inject_outliers(model, 0.03, 16.0)
     errors = {}
-    for rounding in ("nearest", "gptq"):
-        config = AWQConfig(bits=3, group_size=32, symmetric=symmetric, rounding=rounding)
-        errors[rounding] = total(apply(copy.deepcopy(model), config, Calibration(tokens(16))))
-    assert errors["gptq"] < 0.9 * errors["nearest"]
+    for rounding, act_order in (("nearest", True), ("gptq", False), ("gptq", True)):
+        config = AWQConfig(bits=3, group_size=32, symmetric=symmetric, rounding=rounding, act_order=act_order)
+        errors[rounding, act_order] = total(apply(copy.deepcopy(model), config, Calibration(tokens(16))))
+    for act_order in (False, True):
+        assert errors["gptq", act_order] < 0.9 * errors["nearest", True]
 
 
 def test_reported_errors_are_those_of_the_compressed_layers():

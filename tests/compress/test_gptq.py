@@ -7,7 +7,7 @@ from tiny_models import ARCHITECTURES, tiny_model, tokens
 from tensormill.compress.calibration import Calibration
 from tensormill.compress.formats import QuantSpec, quantize_weight
 from tensormill.compress.formats.quantization import group_grid
-from tensormill.compress.gptq import GPTQConfig, apply, gptq_quantize, inverse_factor
+from tensormill.compress.gptq import GPTQConfig, apply, gptq_quantize, inverse_factor, ordered_factor
 from tensormill.compress.output_error import output_error
 from tensormill.errors import InvalidArgument
 from tensormill.ops.linear_wna16.module import LinearWNA16
@@ -149,6 +149,23 @@ def test_the_factor_belongs_to_the_inverse(features):
     regular = gram.double() + 0.01 * gram.diagonal().mean().double() * torch.eye(features)
     assert torch.allclose(factor, factor.triu())
     assert torch.allclose(factor.T @ factor @ regular, torch.eye(features, dtype=torch.float64), atol=1e-4)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_an_error_costs_the_variance_given_later_columns(act_order):
+    """By Schur complements, in float64; and so much of GPTQ's own errors remains in the output."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 24) @ torch.randn(24, 24)
+    gram = x.T @ x / len(x)
+    order, _, variance = ordered_factor(gram, 1e-8, act_order)
+    assert sorted(order.tolist()) == list(range(24))
+    assert not act_order or (gram.diagonal()[order].diff() <= 0).all()
+    exact = gram.double() + 1e-8 * gram.diagonal().double().mean() * torch.eye(24)
+    for place, column in enumerate(order.tolist()):
+        later = order[place + 1 :]
+        explained = exact[column, later] @ torch.linalg.solve(exact[later][:, later], exact[later, column])
+        expected = exact[column, column] - explained
+        assert variance[column].item() == pytest.approx(expected.item(), rel=2e-3)
 
 
 def test_a_singular_gram_matrix_is_damped_until_it_works():

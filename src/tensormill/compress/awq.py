@@ -43,7 +43,7 @@ from tensormill.compress.formats.quantization import (
     quantize_weight,
     split_groups,
 )
-from tensormill.compress.gptq import gptq_quantize
+from tensormill.compress.gptq import gptq_quantize, ordered_factor
 from tensormill.compress.methods import (
     LayerReport,
     MethodReport,
@@ -89,9 +89,10 @@ class AWQConfig(WeightConfig):
         clip_scores: clip query and key projections too. The paper's code doesn't, since their errors meet in
             a product; here clipping is kept only in rows whose whole error it lowers, and then it helps.
         rounding: how codes are chosen once scales are: "nearest", the paper's; "gptq" lets the columns still to come
-            absorb each one's error (the paper's combination with GPTQ); ranges are then searched as GPTQ does. Costs
-            a factorization for each input and N K^2 operations for each linear.
-        damping: as GPTQ's, for that rounding.
+            absorb each one's error (the paper's combination with GPTQ); ranges are then searched as GPTQ does, and with
+            the objective "gram", scales for the error that remains. Costs a factorization for each input and N K^2
+            operations for each linear.
+        damping, act_order: as GPTQ's, for that rounding.
         mappings: "auto", or a list of `{"producer": name, "consumers": [names]}`, names as inside a block.
     """
 
@@ -106,6 +107,7 @@ class AWQConfig(WeightConfig):
     clip_scores: bool = True
     rounding: str = "nearest"
     damping: float = 0.01
+    act_order: bool = True
     mappings: Literal["auto"] | Sequence[Mapping[str, Any]] = "auto"
 
     def __post_init__(self) -> None:
@@ -373,7 +375,8 @@ def _round(
     clips = config.clip and (config.clip_scores or name not in block.structure.scores)
     search: Any = {"clip_grid": config.clip_grid, "clip_max_shrink": config.clip_max_shrink}
     if config.rounding == "gptq":
-        return gptq_quantize(weight, gram, spec, damping=config.damping, clip=clips, **search), None
+        gptq: Any = {"damping": config.damping, "act_order": config.act_order}
+        return gptq_quantize(weight, gram, spec, **gptq, clip=clips, **search), None
     if not clips:
         return quantize_weight(weight, spec), None
     own = search_ranges(weight[block.ranks.own(len(weight))], gram, spec, **search)
@@ -435,7 +438,15 @@ def _search_mapping(
         per_column = sample_loss(weights, inputs, chosen, shares)
     else:
         # An expert that the sample doesn't reach has the statistics of all tokens.
-        per_column = gram_loss(weights, [each.gram for each in seen], chosen, shares)
+        variances = None
+        if config.rounding == "gptq":
+            distinct = {id(each.gram): each.gram for each in seen}
+            found = {
+                key: ordered_factor(gram, config.damping, config.act_order)[2]
+                for key, gram in distinct.items()
+            }
+            variances = [found[id(each.gram)] for each in seen]
+        per_column = gram_loss(weights, [each.gram for each in seen], chosen, shares, variances)
     ranks = block.ranks
 
     def losses(scales: Tensor) -> Tensor:

@@ -134,12 +134,7 @@ def gptq_quantize(
     spec = replace(spec, scale_dtype=spec.scale_dtype or weight.dtype)
     columns = weight.shape[1]
     size = spec.columns_per_group(columns)
-    order = torch.arange(columns, device=weight.device)
-    if act_order:
-        order = gram.diagonal().argsort(descending=True)
-    factor = inverse_factor(gram[order][:, order], damping)
-    variance = torch.empty_like(gram.diagonal())
-    variance[order] = factor.diagonal() ** -2
+    order, factor, variance = ordered_factor(gram, damping, act_order)
 
     def grid_of(ahead: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Scales and zero points (N, G) of groups of columns, of which one begins at `first`."""
@@ -187,6 +182,28 @@ def gptq_quantize(
         zero_point=None if spec.symmetric else zeros.T.to(torch.uint8).contiguous(),
         spec=spec,
     )
+
+
+def ordered_factor(gram: Tensor, damping: float, act_order: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """In what order columns are rounded, and how their errors spread.
+
+    Args:
+        gram: (K, K) float32.
+        damping, act_order: as `gptq_quantize`.
+
+    Returns:
+        order: (K,) columns, the first to be rounded first.
+        factor: (K, K), `inverse_factor` in that order.
+        variance: (K,) of each column's input given those of the columns that are rounded later: what the square of
+            its error costs, once they have absorbed what they can.
+    """
+    order = torch.arange(gram.shape[0], device=gram.device)
+    if act_order:
+        order = gram.diagonal().argsort(descending=True)
+    factor = inverse_factor(gram[order][:, order], damping)
+    variance = torch.empty_like(gram.diagonal())
+    variance[order] = factor.diagonal() ** -2
+    return order, factor, variance
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:

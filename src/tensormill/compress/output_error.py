@@ -84,6 +84,7 @@ def gram_loss(
     gram: Tensor | Sequence[Tensor],
     spec: QuantSpec | Sequence[QuantSpec],
     shares: Sequence[float] | None = None,
+    variances: Sequence[Tensor] | None = None,
 ) -> ScaleLoss:
     """The sum of linears' normalized squared output errors, exact for all tokens of a Gram matrix.
 
@@ -97,6 +98,8 @@ def gram_loss(
             tokens than others (experts).
         spec: the quantizer, or each linear's own.
         shares: how much each linear counts, the share of tokens that it sees; None counts all alike.
+        variances: (K,) of each linear's inputs, given those of the columns that are rounded later, where these absorb
+            errors (GPTQ): the expected error is then the sum of d^2 times the variances.
     """
     grams = [gram] * len(weights) if isinstance(gram, Tensor) else list(gram)
     counts = [1.0] * len(weights) if shares is None else list(shares)
@@ -111,13 +114,16 @@ def gram_loss(
     def loss(scales: Tensor) -> Tensor:
         total = torch.zeros(len(scales), device=device)
         together = max(1, min(_CANDIDATES.get(device.type, 1), len(scales)))
-        for weight, seen, energy, count, spec in zip(weights, grams, energies, counts, specs, strict=True):
+        for i, (weight, seen, energy, count, spec) in enumerate(
+            zip(weights, grams, energies, counts, specs, strict=True)
+        ):
             for rows in torch.split(weight, max(1, limit // (together * weight.shape[1]))):
                 step = max(1, limit // rows.numel())
                 for start in range(0, len(scales), step):
-                    # d S d^T, summed over rows: the mean over tokens of |d x|^2.
                     d = quantization_error(rows, scales[start : start + step], spec)
-                    errors = squared_outputs(d, seen).sum(dim=1)
+                    # Summed over rows: the mean over tokens of |d x|^2, d S d^T where nothing absorbs errors.
+                    each = squared_outputs(d, seen) if variances is None else d.square_() @ variances[i]
+                    errors = each.sum(dim=1)
                     total[start : start + step] += errors * (count / energy)
         return total
 

@@ -91,7 +91,10 @@ def robustness(run: Run) -> Measurement:
 
 
 def our_compressors(subject: Subject) -> dict[str, Compressor]:
-    """Our AWQ and GPTQ by name, each as a function of a model, which stays as it is, and the calibration."""
+    """Our AWQ and GPTQ by name, each as a function of a model, which stays as it is, and the calibration.
+
+    With GPTQ's rounding AWQ isn't judged, only shown: it is the more accurate, and what it fits could be lost elsewhere.
+    """
     import copy
 
     from tensormill.compress.methods import METHODS
@@ -106,7 +109,11 @@ def our_compressors(subject: Subject) -> dict[str, Compressor]:
 
         return run
 
-    return {"awq": compressor("awq"), "gptq": compressor("gptq", clip=False)}
+    return {
+        "awq": compressor("awq"),
+        "gptq": compressor("gptq", clip=False),
+        "awq, gptq rounding": compressor("awq", rounding="gptq"),
+    }
 
 
 def peer_compressor(peer: Peer, group_size: int) -> Compressor:
@@ -175,7 +182,7 @@ def _measure(
         )
     failures = []
     for awq in (method for method in compressors if "awq" in method):
-        gptq = awq.replace("awq", "gptq")
+        gptq = awq.removesuffix(", gptq rounding").replace("awq", "gptq")
         if gptq not in rises:
             continue
         difference = difference_of_rises(rises[awq], rises[gptq], run.seed)

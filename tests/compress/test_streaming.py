@@ -20,6 +20,7 @@ from tiny_models import tiny_model
 from tensormill.compress import compress, journal
 from tensormill.compress.checkpoint import inspect_checkpoint, load
 from tensormill.compress.footprint import available_bytes
+from tensormill.compress.ranks import joined
 from tensormill.compress.report import CompressionReport
 from tensormill.errors import CheckpointError, InvalidArgument, ModelError, OutputError
 from tensormill.models.random_llama import random_llama_checkpoint
@@ -550,13 +551,19 @@ def test_memory_does_not_grow_with_the_number_of_blocks(kind, text, checkpoint_o
     assert kind != "llama" or peaks["False-1"] - peaks["False-0"] > 3 * block
 
 
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ON_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+
 @pytest.mark.slow
-def test_processes_share_the_calibration(model, text, tmp_path, run):
-    single = run("single", model)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tensormill", "compress", model, "--output", tmp_path / "shared", "--device", "cpu"]
-    command += ["--calibration", text, "--no-evaluate", "--group-size", "32", "--json"]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_TWO_GPUS])])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_processes_share_the_calibration(method, device, model, text, tmp_path, run):
+    single = run("single", model, method, device=device)
+    command = [*TWO_PROCESSES, "-m", "tensormill", "compress", model, "--output", tmp_path / "shared"]
+    command += ["--method", method, "--device", device, "--calibration", text, "--group-size", "32", "--json"]
     command += ["--set", "calibration_samples=5", "--set", "calibration_length=24"]
+    command += ["--text", text, "--max-tokens", "400"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
@@ -570,7 +577,18 @@ def test_processes_share_the_calibration(model, text, tmp_path, run):
     assert one.keys() == other.keys()
     same = sum((one[name] == other[name]).sum() for name in one) / sum(map(torch.numel, one.values()))
     assert same > 0.97
+    assert report["perplexity"].keys() == {"original", "rtn", "compressed"}
     assert not (tmp_path / "shared.unfinished").exists()
+
+
+def test_processes_take_a_gpu_each(monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    given = {"cuda": "2 processes or more on 1 GPUs", "cuda:0": "device='cuda:0' for 2 processes"}
+    for device, message in given.items():
+        with pytest.raises(InvalidArgument, match=message), joined(device):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -71,6 +72,10 @@ class Ranks:
 
 ALONE = Ranks()
 
+_PATIENCE = timedelta(days=7)
+"""The others wait while the leading process measures quality and writes; NCCL's own limit is 10 minutes. A process that
+dies doesn't leave them waiting: torchrun ends all."""
+
 
 def started_with_others() -> bool:
     """Whether torchrun, or something that speaks its language, started this process as one of several."""
@@ -88,14 +93,18 @@ def joined(device: str | torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         The group and the device; a group of one if there are no others.
 
     Raises:
-        InvalidArgument: more processes than GPUs.
+        InvalidArgument: more processes than GPUs, or one GPU named for several processes.
     """
     place = torch.device(device)
     if not started_with_others():
         yield ALONE, place
         return
     if place.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local, here = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        if place.index is not None and here > 1:
+            raise InvalidArgument(
+                f"given device={str(device)!r} for {here} processes, expected 'cuda', of which each takes one"
+            )
         if place.index is None:
             if local >= torch.cuda.device_count():
                 raise InvalidArgument(
@@ -105,7 +114,10 @@ def joined(device: str | torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         torch.cuda.set_device(place)
     ours = not torch.distributed.is_initialized()
     if ours:
-        torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        # Objects go through gloo, so that processes wait for the leading one without keeping their GPUs busy.
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=_PATIENCE
+        )
     try:
         yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size()), place
     finally:

@@ -59,6 +59,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS | {"num_experts": 4, "head_dim": 32}),
     "granite_moe": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    # Dense and mixed layers in turn; each second one attends without positions, over everything.
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0, 1, 0],
+            "attention_chunk_size": 8,
+        },
+    ),
     "deepseek_v3": (
         "DeepseekV3Config",
         _EXPERTS
@@ -167,3 +181,116 @@ def deepstack_model(config_class: str = "Qwen3VLConfig") -> nn.Module:
     )
     torch.manual_seed(0)
     return randomize(transformers.AutoModelForImageTextToText.from_config(config)).eval()
+
+
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIDE,
+    "patch_size": PATCH,
+}
+_QWEN_TOWER = {
+    "hidden_size": 32,
+    "out_hidden_size": 64,
+    "depth": 2,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "patch_size": PATCH,
+}
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE_TOKEN,
+    "video_token_id": 91,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
+}
+_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+
+# Class of the configuration, what its language model has besides the usual sizes, its vision tower, and the rest.
+VISION_LANGUAGE: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        "Gemma3Config",
+        {"head_dim": 16, "sliding_window": 16},
+        _TOWER | {"model_type": "siglip_vision_model"},
+        {"mm_tokens_per_image": 4, "boi_token_index": 91, "eoi_token_index": 92},
+    ),
+    "glm4v": (
+        "Glm4vConfig",
+        {"rope_parameters": _MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}},
+        _QWEN_TOWER | {"image_size": IMAGE_SIDE},
+        {"image_token_id": IMAGE_TOKEN, "video_token_id": 91},
+    ),
+    "idefics3": (
+        "Idefics3Config",
+        {"model_type": "llama"},
+        _TOWER,
+        {"image_token_id": IMAGE_TOKEN, "scale_factor": 2},
+    ),
+    "internvl": (
+        "InternVLConfig",
+        {"model_type": "qwen2"},
+        _TOWER | {"model_type": "internvl_vision", "image_size": [IMAGE_SIDE] * 2, "patch_size": [PATCH] * 2},
+        {"image_token_id": IMAGE_TOKEN},
+    ),
+    "llama4": (
+        "Llama4Config",
+        {"intermediate_size_mlp": 96, "num_local_experts": 4, "attention_chunk_size": 32, "head_dim": 16},
+        _TOWER | {"vision_output_dim": 64, "projector_input_dim": 32, "projector_output_dim": 32},
+        {},
+    ),
+    "llava_next": (
+        "LlavaNextConfig",
+        {"model_type": "llama"},
+        _TOWER | {"model_type": "clip_vision_model", "projection_dim": 32},
+        {"image_token_index": IMAGE_TOKEN, "vision_feature_layer": -1},
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        {"model_type": "mistral"},
+        _TOWER | {"model_type": "pixtral", "head_dim": 16},
+        {"image_token_index": IMAGE_TOKEN, "spatial_merge_size": 1},
+    ),
+    "paligemma": (
+        "PaliGemmaConfig",
+        {"model_type": "gemma2", "head_dim": 16},
+        _TOWER | {"model_type": "siglip_vision_model", "projection_dim": 64},
+        {"projection_dim": 64, "image_token_index": IMAGE_TOKEN},
+    ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        _MROPE,
+        {
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "depth": 2,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": PATCH,
+        },
+        _QWEN_TOKENS,
+    ),
+    "qwen2_5_vl": ("Qwen2_5_VLConfig", _MROPE, _QWEN_TOWER | {"fullatt_block_indexes": [1]}, _QWEN_TOKENS),
+    "smolvlm": (
+        "SmolVLMConfig",
+        {"model_type": "llama"},
+        _TOWER,
+        {"image_token_id": IMAGE_TOKEN, "scale_factor": 2},
+    ),
+}
+
+
+def other_vision_language_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of `VISION_LANGUAGE` with random weights."""
+    import transformers
+
+    config_class, text, vision, more = VISION_LANGUAGE[name]
+    config = getattr(transformers, config_class)(
+        text_config={**_SIZES, **text}, vision_config=vision, **more, tie_word_embeddings=False
+    )
+    torch.manual_seed(0)
+    model = randomize(transformers.AutoModelForImageTextToText.from_config(config)).eval()
+    # Not all at once: complex numbers of position encodings would lose their imaginary parts.
+    for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
+        tensor.data = tensor.data.to(dtype)
+    return model

@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM
 from tensormill.compress import awq, compress, gptq, rtn
 from tensormill.compress.calibration import Calibration, CalibrationBlock, stream_blocks
 from tensormill.compress.checkpoint import load, save_compressed
-from tensormill.compress.experts import ExpertList, expert_lists, routers, unfuse_experts
+from tensormill.compress.experts import (
+    ExpertList,
+    SortedExpertList,
+    expert_lists,
+    routers,
+    stack_experts,
+    unfuse_experts,
+)
+from tensormill.compress.formats.float16_scales import round_scales
 from tensormill.compress.formats.quantization import QuantSpec, fake_quantize
 from tensormill.compress.methods import METHODS
 from tensormill.compress.output_error import gram_loss, output_error, sample_loss
@@ -60,6 +68,104 @@ def test_the_weights_are_not_copied():
     assert isinstance(opened_layer.experts, ExpertList)
     for index, expert in enumerate(opened_layer.experts):
         assert expert.down_proj.weight.data_ptr() == stacked[index].data_ptr()
+
+
+def llama4_experts(seed: int = 0) -> nn.ModuleDict:
+    """The experts of one layer as transformers has them, in float64."""
+    from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
+
+    torch.manual_seed(seed)
+    made = Llama4TextExperts(Llama4TextConfig(hidden_size=24, intermediate_size=40, num_local_experts=3))
+    for weight in made.parameters():
+        nn.init.normal_(weight)
+    return nn.ModuleDict({"experts": made.double()})
+
+
+def sorted_inputs(tokens: int, chosen: int) -> Tensor:
+    """A copy of the tokens for each of 3 experts, zero but in `chosen` of them."""
+    draw = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 24, generator=draw, dtype=torch.float64)
+    ranks = torch.rand(tokens, 3, generator=draw).argsort(dim=1)
+    weights = torch.rand(tokens, 3, generator=draw, dtype=torch.float64) * (ranks < chosen)
+    return (weights.T.unsqueeze(-1) * x).flatten(0, 1)
+
+
+@pytest.mark.parametrize(("tokens", "chosen"), [(1, 1), (7, 1), (7, 3)])
+def test_sorted_experts_compute_the_same_and_have_the_same_gradients(tokens, chosen):
+    """Llama 4's: transposed weights, tokens multiplied before."""
+    fused, apart = llama4_experts(), llama4_experts()
+    assert unfuse_experts(apart) == ["experts"]
+    assert isinstance(apart["experts"], SortedExpertList) and apart["experts"].transposed
+    results = []
+    for model in (fused, apart):
+        x = sorted_inputs(tokens, chosen).requires_grad_()
+        y = model["experts"](x)
+        (y * torch.linspace(-1, 1, 24, dtype=y.dtype)).sum().backward()
+        results.append((y, x.grad))
+    torch.testing.assert_close(*(y for y, _ in results), rtol=1e-12, atol=1e-12)
+    # Where an expert isn't chosen, its input is no function of anything.
+    used = sorted_inputs(tokens, chosen).any(dim=-1)
+    torch.testing.assert_close(*(grad[used] for _, grad in results), rtol=1e-12, atol=1e-12)
+    stacked = dict(fused["experts"].named_parameters())
+    gate = stacked["gate_up_proj"].grad.mT[:, :40]
+    for index, expert in enumerate(apart["experts"]):
+        found = expert.gate_proj.weight.grad
+        torch.testing.assert_close(
+            torch.zeros_like(gate[index]) if found is None else found, gate[index], rtol=1e-12, atol=1e-12
+        )
+
+
+def test_transposed_experts_are_stacked_again():
+    model = llama4_experts()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    unfuse_experts(model)
+    assert all(weight.is_contiguous() for weight in model.parameters())
+    found = stack_experts("experts", model["experts"], model.state_dict())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_sorted_experts_see_their_tokens_alone():
+    model = opened("llama4")
+    seen: list[Tensor] = []
+    for block in stream_blocks(model, discover(model), Calibration(TOKENS)):
+        if block.name.endswith(".1"):
+            break
+        block.observe()
+    part = block.module.get_submodule("feed_forward.experts")
+    hook = part.register_forward_pre_hook(lambda _m, args: seen.append(args[0].view(4, -1, 64)))
+    for call, hidden in zip(block.calls, block.hidden, strict=True):
+        call.run(block.module, hidden)
+    hook.remove()
+    by_expert = torch.cat(seen, dim=1)
+    own = [x[x.any(dim=1)] for x in by_expert]
+    assert sum(map(len, own)) == TOKENS.numel(), "each token is sent to one expert"
+    few = min(map(len, own))
+    assert few < max(map(len, own)), "the test needs experts on both sides"
+    statistics = block.observe(tokens_per_feature=(few + 1) / 64)
+    for number, x in enumerate(own):
+        found = statistics[f"feed_forward.experts.{number}.gate_proj"]
+        starved = len(x) == few
+        assert found.routed == (few if starved else None)
+        x = torch.cat(own) if starved else x
+        assert found.tokens == len(x)
+        assert torch.allclose(found.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("format", "stacked"), [("compressed-tensors", False), ("gptq", True)])
+def test_untouched_experts_lie_as_transformers_reads_them_in_each_format(format, stacked, tmp_path):
+    """Llama 4: transformers takes them apart itself where it reads compressed-tensors, and nowhere else."""
+    model = architecture_model("llama4")
+    rtn.apply(model, rtn.RTNConfig(group_size=32, symmetric=True, only=["*.self_attn.*"]))
+    round_scales(model)
+    folder = save_compressed(model, None, None, tmp_path / "attention", format=format)
+    names = load_file(folder / "model.safetensors").keys()
+    assert ("model.layers.1.feed_forward.experts.gate_up_proj" in names) == stacked
+    assert ("model.layers.1.feed_forward.experts.3.up_proj.weight" in names) != stacked
+    assert relative_error(logits(load(folder)), logits(model)) < 1e-5
+    if not stacked:
+        found = AutoModelForCausalLM.from_pretrained(folder)
+        assert relative_error(logits(found), logits(model)) < 1e-5
 
 
 def test_routers_are_found():

@@ -14,8 +14,10 @@ from architectures import (
     IMAGE_SIDE,
     IMAGE_TOKEN,
     PATCH,
+    VISION_LANGUAGE,
     architecture_model,
     deepstack_model,
+    other_vision_language_model,
     vision_language_model,
 )
 from packed_models import relative_error
@@ -33,6 +35,7 @@ from tensormill.compress.checkpoint import (
     open_processor,
     save_compressed,
 )
+from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.formats.checkpoint_format import compressed_linears
 from tensormill.compress.formats.registry import format_named
 from tensormill.compress.recipe import Step
@@ -112,6 +115,75 @@ def test_folding_changes_nothing():
     before = outputs(model, structure)
     fold_all(model, structure)
     assert change(before, outputs(model, structure)) < 1e-10
+
+
+OTHERS_PLAIN = """
+import json, sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+assert "tensormill" not in sys.modules
+folders, tokens, out = json.loads(sys.stdin.read())
+found = {}
+for name, folder in folders.items():
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad():
+        found[name] = model(torch.tensor(tokens)).logits.contiguous()
+save_file(found, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The models of `VISION_LANGUAGE` compressed and saved, and their logits: made when first asked for."""
+    root, made = tmp_path_factory.mktemp("others"), {}
+
+    def compressed(name: str) -> tuple[Path, torch.Tensor]:
+        if name not in made:
+            model = other_vision_language_model(name)
+            report = awq.apply(model, awq.AWQConfig(**SMALL), Calibration(TOKENS))
+            assert sum(layer.nmse for layer in report.layers) < sum(layer.loss_rtn for layer in report.layers)
+            folder = save_compressed(model, None, None, root / name)
+            with torch.no_grad():
+                made[name] = folder, model(TOKENS).logits
+        return made[name]
+
+    return compressed
+
+
+@pytest.mark.parametrize("name", VISION_LANGUAGE)
+def test_others_are_found_and_folded(name):
+    model = other_vision_language_model(name, torch.float64)
+    unfuse_experts(model)
+    structure = discover(model)
+    for block in structure.blocks:
+        assert "language_model" in block.name or "text_model" in block.name
+        assert sum(".experts." not in edge.producer for edge in block.mappings) == 4
+    towers = {
+        name.removeprefix("model.").split(".")[0] for name in structure.left_out if "router" not in name
+    }
+    assert towers and not towers & {"language_model", "text_model"}
+    before = outputs(model, structure)
+    fold_all(model, structure)
+    assert change(before, outputs(model, structure)) < 1e-6
+
+
+@pytest.mark.parametrize("name", VISION_LANGUAGE)
+def test_others_are_compressed_and_loaded(name, others):
+    folder, expected = others(name)
+    with torch.no_grad():
+        assert relative_error(load(folder)(TOKENS).logits, expected) < 1e-5
+
+
+def test_others_are_read_by_plain_transformers(others, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    folders = {name: str(others(name)[0]) for name in VISION_LANGUAGE}
+    request = json.dumps([folders, TOKENS.tolist(), str(tmp_path / "logits")])
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", OTHERS_PLAIN], input=request, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, found in load_file(tmp_path / "logits").items():
+        assert relative_error(found, others(name)[1]) < 1e-5, name
 
 
 def test_pairs_become_windows_of_their_own_length(source):

@@ -94,6 +94,11 @@ _SCAN_ELEMENTS = 1 << 24
 class StoredTensor:
     """A tensor in a safetensors file: its dtype as the file names it, its shape, its first byte's place, and what
     the file calls it.
+
+    Attributes:
+        nbytes: to be read from `start` on.
+        turned: None, or the tensor is the transpose of some columns of the matrix that lies there: the first of them,
+            and how many columns the matrix has.
     """
 
     file: Path
@@ -102,6 +107,7 @@ class StoredTensor:
     nbytes: int
     start: int = 0
     name: str = ""
+    turned: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -789,7 +795,9 @@ def tensors_to_write(
         if key.removesuffix(".weight") in compressed:
             raise ModelError(f"{key} is tied to another weight and can't be compressed alone; leave it out")
     prefix = f"{name}." if name else ""
-    tensors = packed_state_dict(model, lambda module, inside: layout.pack_linear(module, prefix + inside))
+    tensors = packed_state_dict(
+        model, lambda module, inside: layout.pack_linear(module, prefix + inside), layout.name
+    )
     # Keyed by storage, not by name: tied weights are tested once, and stay one storage when they are cast.
     seen: dict[tuple[Any, ...], Tensor] = {}
     for key, tensor in tensors.items():

@@ -4,7 +4,8 @@ itself.
 transformers keeps the experts of a layer in two tensors, `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I),
 which no method for linear layers sees, while checkpoints name the weights of each expert. `unfuse_experts`
 puts an `ExpertList` in the place of such a module: the same function and, on disk, the checkpoint's own
-names. Which modules these are is told by shapes and then tried: the two must give the same output.
+names. Which modules these are is told by shapes and then tried: the two must give the same output. Llama 4's
+tensors hold the transposes, (E, H, 2I) and (E, I, H), and its experts are called in another way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import copy
 import inspect
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,9 +64,13 @@ class ExpertList(nn.ModuleList):
 
     Attributes:
         stacked: whether checkpoints of the architecture hold them in two tensors, `gate_up_proj` and `down_proj`.
+        transposed: whether these hold the transposes of the weights.
+        apart_in: formats in which transformers reads them as single linear layers all the same.
     """
 
     stacked = False
+    transposed = False
+    apart_in: Collection[str] = ()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
@@ -86,6 +91,40 @@ class ExpertList(nn.ModuleList):
                 output.index_add_(0, token, value.to(output.dtype))
         return output
 
+    def tokens(self, hidden_states: Tensor) -> Tensor:
+        """What any expert may read, (tokens, H), from the argument of `forward`."""
+        return hidden_states.flatten(0, -2)
+
+    def trial(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, ...]:
+        """The arguments of `forward` for tokens x (tokens, H) and a choice of experts."""
+        return x, top_k_index, top_k_weights
+
+
+class SortedExpertList(ExpertList):
+    """Experts that are called with a copy of the tokens for each of them, multiplied by its weight before and not
+    after, which is zero where it isn't chosen (Llama 4).
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """(E * tokens, H) of (E * tokens, H), those of the first expert first."""
+        inputs = hidden_states.reshape(len(self), -1, hidden_states.shape[-1])
+        output = torch.zeros_like(inputs)
+        for index, expert in enumerate(self):
+            (token,) = torch.where(inputs[index].any(dim=-1))
+            if token.numel():  # zeros give zeros
+                output[index, token] = expert(inputs[index, token]).to(output.dtype)
+        return output.flatten(0, 1)
+
+    def tokens(self, hidden_states: Tensor) -> Tensor:
+        """Every token as often as it is sent to an expert."""
+        rows = hidden_states.flatten(0, -2)
+        return rows[rows.any(dim=-1)]
+
+    def trial(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, ...]:
+        """The arguments of `forward` for tokens x (tokens, H) and a choice of experts."""
+        weights = x.new_zeros(len(x), len(self)).scatter(1, top_k_index, top_k_weights)
+        return ((weights.T.unsqueeze(-1) * x).flatten(0, 1),)
+
 
 @torch.no_grad()
 def unfuse_experts(
@@ -93,9 +132,10 @@ def unfuse_experts(
 ) -> list[str]:
     """Put an `ExpertList` in the place of every fused experts module, in place.
 
-    The linear layers' weights are views of the fused tensors, so this takes no memory. The function is compared on
-    random tokens, and a module that computes something else (biases, a clamped or interleaved gate) stays as it is,
-    with a warning. On the meta device random weights stand for the module's own, once for each kind of module.
+    The linear layers' weights are views of the fused tensors, so this takes no memory; transposed ones are copied, one
+    module after the other. The function is compared on random tokens, and a module that computes something else
+    (biases, a clamped or interleaved gate) stays as it is, with a warning. On the meta device random weights stand
+    for the module's own, once for each kind of module.
 
     Args:
         model: a model, or a part of one.
@@ -109,8 +149,8 @@ def unfuse_experts(
         InvalidArgument: a fused weight holds NaN or infinity.
     """
     found, left = [], []
-    names_on_disk = _names_on_disk(model)
-    names = names or names_on_disk or USUAL_NAMES
+    single = names_on_disk(model)
+    names = names or single or USUAL_NAMES
     on_meta: dict[Any, bool] = {}
     for path, module in list(model.named_modules()):
         if not is_fused(module) or (only is not None and path not in only):
@@ -132,7 +172,8 @@ def unfuse_experts(
             left.append(path)
             continue
         experts.train(module.training)
-        experts.stacked = names_on_disk is None and _is_pretrained(model)
+        experts.stacked = single is None and _is_pretrained(model)
+        experts.apart_in = _apart_in(module) if experts.stacked else ()
         owner, _, last = path.rpartition(".")
         setattr(model.get_submodule(owner), last, experts)
         found.append(path)
@@ -189,12 +230,13 @@ def stacking_order(experts: ExpertList) -> dict[str, list[str]]:
 
 def stack_experts(path: str, experts: ExpertList, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The two stacked tensors of the experts at `path`, from the linear layers' in `tensors`."""
-    return {
+    made = {
         f"{path}.{stacked}": torch.stack([tensors[f"{path}.{weight}"] for weight in weights])
         .unflatten(0, (len(experts), -1))
         .flatten(1, 2)
         for stacked, weights in stacking_order(experts).items()
     }
+    return {name: value.mT.contiguous() if experts.transposed else value for name, value in made.items()}
 
 
 @contextmanager
@@ -215,8 +257,11 @@ def having_stacked(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[
             delattr(experts, name)
 
 
-def _names_on_disk(model: Any) -> ProjectionNames | None:
-    """By transformers' own table of how it stacks what it reads; None if it reads stacked experts."""
+def names_on_disk(model: Any) -> ProjectionNames | None:
+    """What checkpoints of a model's architecture call an expert's projections; None if they hold experts stacked.
+
+    By transformers' own table of how it stacks what it reads.
+    """
     if not _is_pretrained(model):
         return None
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -241,6 +286,17 @@ def _is_pretrained(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
+def _apart_in(module: nn.Module) -> tuple[str, ...]:
+    """By transformers' own table of modules that it replaces when it reads low-bit weights."""
+    from transformers.quantizers import base
+
+    table = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    return tuple(
+        str(getattr(method, "value", method))
+        for method in table.get(type(module).__name__, {}).get("quantization_methods", ())
+    )
+
+
 def _take_apart(module: Any, names: ProjectionNames) -> ExpertList | None:
     """The experts of a fused module, or None if its tensors have other shapes."""
     weights = dict(module.named_parameters(recurse=False))
@@ -248,26 +304,39 @@ def _take_apart(module: Any, names: ProjectionNames) -> ExpertList | None:
         getattr(module, "act_fn", None), nn.Module
     ):
         return None
-    gate_up, down = weights["gate_up_proj"], weights["down_proj"]
+    gate_up, down = weights["gate_up_proj"].data, weights["down_proj"].data
+    transposed = gate_up.shape == (len(down), down.shape[2], 2 * down.shape[1])
+    if transposed:
+        gate_up, down = gate_up.mT, down.mT
     count, hidden, inner = down.shape
     if gate_up.shape != (count, 2 * inner, hidden):
         return None
 
     def linear(weight: Tensor, trained: bool) -> nn.Linear:
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-        made.weight = nn.Parameter(weight, requires_grad=trained)
+        made.weight = nn.Parameter(weight.contiguous(), requires_grad=trained)
         return made
 
-    return ExpertList(
+    trained = weights["gate_up_proj"].requires_grad, weights["down_proj"].requires_grad
+    # Without a choice of experts beside the tokens.
+    is_sorted = len(inspect.signature(_forward_of(module)).parameters) == 2
+    made = (SortedExpertList if is_sorted else ExpertList)(
         Expert(
-            linear(both[:inner], gate_up.requires_grad),
-            linear(both[inner:], gate_up.requires_grad),
-            linear(out, down.requires_grad),
+            linear(both[:inner], trained[0]),
+            linear(both[inner:], trained[0]),
+            linear(out, trained[1]),
             module.act_fn,
             names,
         )
-        for both, out in zip(gate_up.data, down.data, strict=True)
+        for both, out in zip(gate_up, down, strict=True)
     )
+    made.transposed = transposed
+    return made
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The class's own loop: transformers may have put a grouped product in its place, which takes no float64."""
+    return inspect.unwrap(type(module).forward)
 
 
 def _with_random_weights(module: Any) -> Any:
@@ -288,18 +357,17 @@ def _same_function(module: Any, experts: ExpertList, path: str) -> bool:
     weight = module.down_proj
     draw = torch.Generator().manual_seed(0)
     tokens, chosen = 16, min(2, len(experts))
-    x = torch.randn(tokens, weight.shape[1], generator=draw).to(weight)
+    first: Any = experts[0]
+    x = torch.randn(tokens, getattr(first, first.names[2]).out_features, generator=draw).to(weight)
     ranks = torch.rand(tokens, len(experts), generator=draw).argsort(dim=1)
     shares = torch.rand(tokens, chosen, generator=draw).to(weight) + 0.1
-    index = ranks[:, :chosen].to(weight.device)
-    # The class's own loop: transformers may have put a grouped product in its place, which takes no float64.
-    forward = inspect.unwrap(type(module).forward)
+    given = experts.trial(x, ranks[:, :chosen].to(weight.device), shares)
     try:
-        expected = forward(module, x, index, shares)
-        found = experts(x, index, shares)  # its activation may take more than the gate
+        expected = _forward_of(module)(module, *given)
+        found = experts(*given)  # its activation may take more than the gate
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return False
-    if not isinstance(expected, Tensor) or expected.shape != x.shape:
+    if not isinstance(expected, Tensor) or expected.shape != given[0].shape:
         return False
     if not torch.isfinite(expected).all():
         raise InvalidArgument(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tensormill.compress.experts import USUAL_NAMES, is_fused, unfuse_experts
+from tensormill.compress.experts import USUAL_NAMES, is_fused, names_on_disk, unfuse_experts
 from tensormill.compress.formats.checkpoint_format import (
     CheckpointFormat,
     Stored,
@@ -100,6 +100,9 @@ def make_entries(
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:
             return None
 
+        def _convert_model_for_quantization(self, model: Any) -> None:
+            """Nothing: transformers would take experts apart for some formats, and run them on zeros."""
+
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             files = _stored_tensors(kwargs.get("checkpoint_files"))
             stored = {name: files[original] for original, name in names_in_model(model, files).items()}
@@ -133,7 +136,8 @@ def make_entries(
         def get_state_dict_and_metadata(
             self, model: nn.Module, *args: Any, **kwargs: Any
         ) -> tuple[Any, dict[str, Any]]:
-            return packed_state_dict(model, self.quantization_config.layout.pack_linear), {}
+            layout = self.quantization_config.layout
+            return packed_state_dict(model, layout.pack_linear, layout.name), {}
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return True
@@ -168,13 +172,17 @@ def _stored_tensors(files: Iterable[str] | None) -> dict[str, Stored]:
 
 
 def _unfuse_packed_experts(model: nn.Module, stored: Mapping[str, Stored], layout: CheckpointFormat) -> bool:
-    """Take the experts of a model apart if the checkpoint has packed ones; whether it was done."""
+    """Take the experts of a model apart if the checkpoint has packed ones, or if transformers doesn't put single ones
+    together; whether it was done.
+    """
     parts = tuple(f".{part}" for part in layout.parts)
     packed = [name for name in stored if name.endswith(parts)]
     fused = [name for name, module in model.named_modules() if is_fused(module)]
-    if not any(name.startswith(f"{path}.") for name in packed for path in fused):
-        return False
     apart = {path for path in fused if any(name.startswith(f"{path}.0.") for name in stored)}
+    if not any(name.startswith(f"{path}.") for name in packed for path in fused) and not (
+        apart and names_on_disk(model) is None
+    ):
+        return False
     # llm-compressor may write the usual names where the architecture's checkpoints have others.
     usual = any(name.startswith(f"{path}.0.{USUAL_NAMES[2]}.") for name in stored for path in apart)
     unfuse_experts(model, apart, USUAL_NAMES if usual else None)

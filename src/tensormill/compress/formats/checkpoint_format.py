@@ -142,11 +142,12 @@ def compressed_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def packed_state_dict(
-    model: nn.Module, pack: Callable[[LinearWNA16, str], Mapping[str, Tensor]]
+    model: nn.Module, pack: Callable[[LinearWNA16, str], Mapping[str, Tensor]], layout: str
 ) -> dict[str, Tensor]:
     """The model's tensors under their names on disk, in the model's order, low-bit linears as `pack` says.
 
-    Experts that are left as they are go back to one tensor where the architecture's checkpoints have one.
+    Experts that are left as they are go back to one tensor where the architecture's checkpoints have one, unless
+    transformers expects them apart in the format `layout`.
     """
     compressed = compressed_linears(model)
     owner = {
@@ -164,7 +165,8 @@ def packed_state_dict(
             packed.add(name)
             tensors.update({f"{name}.{part}": value for part, value in pack(compressed[name], name).items()})
     for path, experts in expert_lists(model):
-        if experts.stacked and not any(name.startswith(f"{path}.") for name in compressed):
+        together = experts.stacked and layout not in experts.apart_in
+        if together and not any(name.startswith(f"{path}.") for name in compressed):
             stacked = stack_experts(path, experts, tensors)
             tensors = {
                 key: value for key, value in tensors.items() if not key.startswith(f"{path}.")

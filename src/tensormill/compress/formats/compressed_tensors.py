@@ -180,10 +180,10 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             "tensormill.load reads them, and the formats gptq and gptq_v2 hold them for other readers",
             stacklevel=2,
         )
-    lists = dict(expert_lists(model))
-    experts = tuple(f"{path}." for path in lists)
+    merged = {path: each for path, each in expert_lists(model) if METHOD not in each.apart_in}
+    experts = tuple(f"{path}." for path in merged)
     packed = {scheme for scheme, names in layers.items() for name in names if name.startswith(experts)}
-    if packed and any(each.stacked for each in lists.values()):
+    if packed and any(each.stacked for each in merged.values()):
         warnings.warn(
             f"plain transformers reads the experts of {type(model).__name__} from stacked tensors only and would "
             "take random numbers for those of this checkpoint; tensormill.load reads them",
@@ -465,7 +465,7 @@ def _unpack_zero_point(stored: Tensor, bits: int, rows: int, layout: Layout) -> 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors under their names on disk, in the model's order, compressed linears packed."""
-    return packed_state_dict(model, lambda module, name: pack_linear(module))
+    return packed_state_dict(model, lambda module, name: pack_linear(module), METHOD)
 
 
 class CompressedTensorsFormat:

@@ -127,18 +127,18 @@ def test_transposed_experts_are_stacked_again():
 
 def test_sorted_experts_see_their_tokens_alone():
     model = opened("llama4")
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     for block in stream_blocks(model, discover(model), Calibration(TOKENS)):
         if block.name.endswith(".1"):
             break
         block.observe()
     part = block.module.get_submodule("feed_forward.experts")
-    hook = part.register_forward_pre_hook(lambda _m, args: seen.append(args[0].view(4, -1, 64)))
+    hook = part.register_forward_pre_hook(lambda _m, args: seen.append(args[:2]))
     for call, hidden in zip(block.calls, block.hidden, strict=True):
         call.run(block.module, hidden)
     hook.remove()
-    by_expert = torch.cat(seen, dim=1)
-    own = [x[x.any(dim=1)] for x in by_expert]
+    x, index = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    own = [x[index[:, 0] == number] for number in range(4)]
     assert sum(map(len, own)) == TOKENS.numel(), "each token is sent to one expert"
     few = min(map(len, own))
     assert few < max(map(len, own)), "the test needs experts on both sides"

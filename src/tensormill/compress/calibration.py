@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tensormill.compress.experts import ExpertList, expert_lists
+from tensormill.compress.experts import expert_lists
 from tensormill.compress.fold import fold
 from tensormill.compress.output_error import search_numbers
 from tensormill.compress.precision import computing_dtype, gram_precision, widened
@@ -482,7 +482,6 @@ class CalibrationBlock:
 
         def show(path: str, names: Sequence[str]) -> Callable[..., None]:
             experts = self.module.get_submodule(path)
-            assert isinstance(experts, ExpertList)
 
             def gather(name: str, shared: GramAccumulator, source: Tensor) -> Callable[..., None]:
                 def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -497,7 +496,7 @@ class CalibrationBlock:
                 return hook
 
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                x = experts.tokens(args[0])
+                x = args[0].flatten(0, -2)
                 # What all experts of a layer read is one tensor, added up once.
                 if path not in entries:
                     entries[path] = GramAccumulator(x.shape[-1], x.device)

@@ -91,10 +91,6 @@ class ExpertList(nn.ModuleList):
                 output.index_add_(0, token, value.to(output.dtype))
         return output
 
-    def tokens(self, hidden_states: Tensor) -> Tensor:
-        """What any expert may read, (tokens, H), from the argument of `forward`."""
-        return hidden_states.flatten(0, -2)
-
     def trial(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, ...]:
         """The arguments of `forward` for tokens x (tokens, H) and a choice of experts."""
         return x, top_k_index, top_k_weights
@@ -105,20 +101,16 @@ class SortedExpertList(ExpertList):
     after, which is zero where it isn't chosen (Llama 4).
     """
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """(E * tokens, H) of (E * tokens, H), those of the first expert first."""
-        inputs = hidden_states.reshape(len(self), -1, hidden_states.shape[-1])
-        output = torch.zeros_like(inputs)
-        for index, expert in enumerate(self):
-            (token,) = torch.where(inputs[index].any(dim=-1))
-            if token.numel():  # zeros give zeros
-                output[index, token] = expert(inputs[index, token]).to(output.dtype)
-        return output.flatten(0, 1)
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """(E * tokens, H) of (E * tokens, H), those of the first expert first.
 
-    def tokens(self, hidden_states: Tensor) -> Tensor:
-        """Every token as often as it is sent to an expert."""
-        rows = hidden_states.flatten(0, -2)
-        return rows[rows.any(dim=-1)]
+        The experts themselves, and whoever watches them, see the rows that aren't zero: zeros give zeros.
+        """
+        inputs = hidden_states.flatten(0, -2)
+        (rows,) = torch.where(inputs.any(dim=-1))
+        index = rows.unsqueeze(1) // (len(inputs) // len(self) or 1)
+        output = super().__call__(inputs[rows], index, inputs.new_ones(index.shape))
+        return torch.zeros_like(inputs).index_put((rows,), output)
 
     def trial(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, ...]:
         """The arguments of `forward` for tokens x (tokens, H) and a choice of experts."""

@@ -142,10 +142,12 @@ def method_label(method: str) -> str:
     """How a method is called in plots and tables: short names are abbreviations.
 
     Example:
-        >>> method_label("awq"), method_label("original")
-        ('AWQ', 'original')
+        >>> method_label("awq"), method_label("original"), method_label("awq:rounding=gptq:n_grid=40")
+        ('AWQ', 'original', 'AWQ, rounding gptq, n_grid 40')
     """
-    return method.upper() if len(method) <= 4 else method
+    name, *settings = method.split(":")
+    named = [setting.replace("=", " ") for setting in settings]
+    return ", ".join([name.upper() if len(name) <= 4 else name, *named])
 
 
 def method_series(points: Iterable[tuple[str, Point]]) -> list[Series]:

@@ -228,8 +228,10 @@ def test_marks_are_never_all_lost():
 
 
 def test_the_table_fits_a_terminal_and_marks_the_best():
-    text = printed(sample())
+    rows = sample().rows
+    text = printed(sample(rows=[*rows, replace(rows[2], method="awq:rounding=gptq:n_grid=40", pareto=False)]))
     lines = text.splitlines()
+    assert "AWQ, " in text and "rounding" in text and "gptq, " in text and "n_grid" in text
     assert "perplexity" in lines[0] and "tokens/s" in lines[0]
     assert "AWQ *" in text and "RTN *" not in text and "8,188 tokens in 4 windows" in text
     assert "\N{HORIZONTAL ELLIPSIS}" not in text and "infinite" in text
@@ -268,6 +270,28 @@ def test_plans_are_checked():
     assert "width 3 more than once" in refused(lambda: plan(["rtn"], [3, 3]), InvalidArgument)
     assert "magic" in refused(lambda: plan(["rtn", "magic"], [4]), RecipeError)
     assert "bits=9" in refused(lambda: plan(["rtn"], [4, 9]), InvalidArgument)
+    assert "NAME=VALUE" in refused(lambda: plan(["awq:rounding"], [4]), InvalidArgument)
+    assert "'speed'" in refused(lambda: plan(["awq:speed=1"], [4]), RecipeError)
+    assert "rounding" in refused(lambda: plan(["awq:rounding=up"], [4]), InvalidArgument)
+    assert "no bits in it" in refused(lambda: plan(["rtn:bits=3"], [4]), InvalidArgument)
+
+
+def test_settings_follow_a_methods_name():
+    steps = plan(["awq", "awq:rounding=gptq:act_order=false:group_size=32"], [4, 3], group_size=16)
+    assert [step.config.bits for step in steps] == [3, 3, 4, 4]
+    one, other = (step.config for step in steps[:2])
+    assert (one.rounding, one.act_order, one.group_size) == ("nearest", True, 16)
+    assert (other.rounding, other.act_order, other.group_size) == ("gptq", False, 32)
+
+
+def test_variants_have_rows_of_their_own(source, words, tmp_path):
+    methods = ["awq", "awq:clip=false", "rtn"]
+    texts = {"calibration_text": [words], "text": [words]}
+    found = compare(source, methods=methods, bits=[3, 4], output=tmp_path / "out", **texts, **SMALL)
+    assert [row.method for row in found.rows] == ["original", *methods, *methods]
+    assert [row.bits for row in found.rows] == [None, 3, 3, 3, 4, 4, 4]
+    assert "AWQ, clip false" in found.to_html()
+    assert found.rows[1].kl != found.rows[2].kl
 
 
 def test_bad_input_is_refused_before_any_work(source, words, tmp_path, monkeypatch):

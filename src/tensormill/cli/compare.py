@@ -14,7 +14,10 @@ from tensormill.cli.progress import progress_bar
 def compare(
     model: Model,
     methods: Annotated[
-        str, typer.Option("--methods", "-m", help="Methods, e.g. rtn,gptq,awq.")
+        str,
+        typer.Option(
+            "--methods", "-m", help="Methods, with settings of their own: rtn,gptq,awq:rounding=gptq."
+        ),
     ] = "rtn,gptq,awq",
     bits: Annotated[str, typer.Option(help="Bit widths, each 2 to 8, e.g. 2,3,4.")] = "2,3,4",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1: a whole row.")] = 128,

@@ -81,8 +81,9 @@ def compress(
 ) -> None:
     """Write a smaller, faster checkpoint that transformers loads, and report what it cost."""
     from tensormill.compress import compress as run
+    from tensormill.compress.recipe import read_settings
 
-    settings = _settings(set_ or [])
+    settings = read_settings(set_ or [], "--set")
     given = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     settings.update({name: value for name, value in given.items() if value is not None})
     where = resolve_device(device)
@@ -262,22 +263,6 @@ def dtype_named(name: str | None) -> Any:
     if name is not None and name not in known:
         raise InvalidArgument(f"--dtype {name!r} given, expected one of {', '.join(known)}")
     return None if name is None else known[name]
-
-
-def _settings(items: list[str]) -> dict[str, Any]:
-    """`--set NAME=VALUE` items; the value is read as YAML, so numbers, lists and true are what they look like."""
-    import yaml
-
-    settings = {}
-    for item in items:
-        name, separator, value = item.partition("=")
-        if not separator or not name.strip():
-            raise InvalidArgument(f"--set {item!r} given, expected NAME=VALUE")
-        try:
-            settings[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InvalidArgument(f"--set {item!r} given, its value can't be read; quote it") from None
-    return settings
 
 
 def _widths(text: str | None) -> list[int]:

@@ -51,7 +51,7 @@ class Row:
     """One configuration, or the original.
 
     Attributes:
-        method: "rtn", "gptq", "awq" or "original".
+        method: As it was given, "awq" or "awq:rounding=gptq", or "original".
         bits: Width of a code; None for the original.
         group_size: Weights that share a scale, -1 for a row; None for the original.
         bytes: Of all tensors as a checkpoint stores them.
@@ -182,7 +182,8 @@ class MethodComparison:
         table = Table(box=None, pad_edge=False, header_style="dim")
         names = list(self._cells(self.rows[0]))
         for name in names:
-            table.add_column(name, justify="left" if name == names[0] else "right", no_wrap=True)
+            first = name == names[0]
+            table.add_column(name, justify="left" if first else "right", no_wrap=not first)
         for row in self.rows:
             style = "bold" if row.pareto else ""
             table.add_row(*map(fit, self._cells(row).values()), style=style)
@@ -301,7 +302,7 @@ def compare(
 
     Args:
         model: A checkpoint directory of transformers, a GGUF file, or "builtin:python-lm".
-        methods: Names of methods, each once.
+        methods: Names of methods, each once; settings of its own may follow each, as in "awq:rounding=gptq".
         bits: Widths of a code, 2 to 8, each once.
         group_size: Weights that share a scale; -1 for a row.
         symmetric: Without zero points.
@@ -346,8 +347,9 @@ def compare(
     length = min(length, max_positions(original) or length)
     steps = plan(methods, bits, calibration_length=length, **shared)
     stages.enter("sweep", "measuring")
+    names = [method for _ in bits for method in methods]
     measured = sweep(
-        original, tokenizer, texts, steps, calibration_text=calibration_text, max_tokens=max_tokens, speed=True,
+        original, tokenizer, texts, steps, names=names, calibration_text=calibration_text, max_tokens=max_tokens, speed=True,
         seed=seed, progress=stages,
     )  # fmt: skip
     stages.enter("write", f"writing {target}")

@@ -69,6 +69,33 @@ class Recipe(list[Step]):
         self.format = format
 
 
+def read_settings(items: Iterable[str], where: str) -> dict[str, Any]:
+    """NAME=VALUE items; the value is read as YAML, so numbers, lists and true are what they look like.
+
+    Args:
+        items: as given.
+        where: what they were given with, for messages.
+
+    Raises:
+        InvalidArgument: an item of another form.
+
+    >>> read_settings(["duo_scaling=both", "n_grid=40"], "--set")
+    {'duo_scaling': 'both', 'n_grid': 40}
+    """
+    import yaml
+
+    settings = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator or not name.strip():
+            raise InvalidArgument(f"given {item!r} with {where}, expected NAME=VALUE")
+        try:
+            settings[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InvalidArgument(f"given {item!r} with {where}, its value can't be read; quote it") from None
+    return settings
+
+
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read and check a recipe file.
 

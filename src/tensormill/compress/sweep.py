@@ -21,7 +21,7 @@ from tensormill.compress.calibration import Calibration
 from tensormill.compress.evaluate import Evaluation, evaluate_models
 from tensormill.compress.footprint import bits_per_weight, stored_bytes
 from tensormill.compress.methods import METHODS
-from tensormill.compress.recipe import Step
+from tensormill.compress.recipe import Step, read_settings
 from tensormill.compress.speed import Speed, measure_speed
 from tensormill.compress.stages import Progress, Stages
 from tensormill.compress.text import read_texts
@@ -42,7 +42,7 @@ class Measured:
     """What was measured of one model of a sweep.
 
     Attributes:
-        method: "rtn", "gptq", "awq"; or "original".
+        method: What it was asked for as: "awq", or with settings "awq:rounding=gptq"; or "original".
         step: The method's settings; None for the original.
         bytes: Of the tensors as a checkpoint stores them, see `stored_bytes`.
         bits_per_weight: Average over the compressed weights, scales and zero points included; of the original, bits
@@ -65,9 +65,9 @@ def plan(methods: Sequence[str], bits: Sequence[int], **settings: Any) -> list[S
     """Every method at every width, narrow widths first, with the same other settings.
 
     Args:
-        methods: Names of methods.
+        methods: Names of methods; settings of its own may follow each, as in "awq:rounding=gptq:n_grid=40".
         bits: Widths of a code, 2 to 8.
-        **settings: Fields of `WeightConfig`.
+        **settings: Fields of `WeightConfig`, for all.
 
     Raises:
         InvalidArgument: No method or no width, one given twice, or a setting out of range.
@@ -83,9 +83,23 @@ def plan(methods: Sequence[str], bits: Sequence[int], **settings: Any) -> list[S
         twice = [item for item in dict.fromkeys(given) if list(given).count(item) > 1]
         if twice:
             raise InvalidArgument(f"given the {what} {twice[0]} more than once, expected each once")
-    for method in methods:
-        Step.of(method)  # an unknown name is the first thing to complain about
-    return [Step.of(method, {"bits": width, **settings}) for width in sorted(bits) for method in methods]
+    variants = [_variant(method) for method in methods]
+    for name, own in variants:
+        Step.of(name, own)  # an unknown name is the first thing to complain about
+    return [
+        Step.of(name, {"bits": width, **settings, **own}) for width in sorted(bits) for name, own in variants
+    ]
+
+
+def _variant(method: str) -> tuple[str, dict[str, Any]]:
+    """A method's name and the settings that follow it."""
+    name, *items = (part.strip() for part in method.split(":"))
+    own = read_settings(items, f"the method {method!r}")
+    if "bits" in own:
+        raise InvalidArgument(
+            f"given the method {method!r}, expected no bits in it: every method gets every width"
+        )
+    return name, own
 
 
 def calibration_texts(files: Sequence[str | os.PathLike[str]] | None) -> list[str]:
@@ -120,6 +134,7 @@ def sweep(
     text: Mapping[str, str],
     steps: Sequence[Step],
     *,
+    names: Sequence[str] | None = None,
     calibration_text: Sequence[str | os.PathLike[str]] | None = None,
     calibration: Calibration | None = None,
     max_tokens: int | None = None,
@@ -134,6 +149,7 @@ def sweep(
         tokenizer: Its tokenizer.
         text: What to evaluate on, by name.
         steps: Different configurations, see `plan`.
+        names: What their methods are called; None takes the methods' own names.
         calibration_text: Files to calibrate on; None takes the standard library.
         calibration: Windows for all steps, instead of `calibration_text`.
         max_tokens: Of the evaluation; None takes the whole text.
@@ -156,10 +172,11 @@ def sweep(
             calibrations[key] = calibration or calibration_for(step, calibration_text, tokenizer)
     models: dict[str, nn.Module] = {ORIGINAL: model}
     seconds: dict[str, float] = {}
-    for i, step in enumerate(steps):
-        name = f"{step.method} at {step.config.bits} bits"
+    methods = [step.method for step in steps] if names is None else list(names)
+    for i, (step, method) in enumerate(zip(steps, methods, strict=True)):
+        name = f"{method} at {step.config.bits} bits"
         if step.config.bits_by_layer:
-            name = f"{step.method}, mixture {i + 1}"
+            name = f"{method}, mixture {i + 1}"
         stages.enter("compress", name, i, len(steps))
         key = (step.config.calibration_samples, step.config.calibration_length)
         candidate = copy.deepcopy(model)
@@ -181,10 +198,10 @@ def sweep(
     if speed:
         stages.enter("speed", "measuring speed")
         speeds = measure_speed(models, seed=seed, progress=stages)
-    named: list[Step | None] = [None, *steps]
+    named = zip([None, *steps], [ORIGINAL, *methods], models.items(), strict=True)
     return [
         Measured(
-            method=ORIGINAL if step is None else step.method,
+            method=method,
             step=step,
             bytes=stored_bytes(one),
             bits_per_weight=8.0 * model.dtype.itemsize if step is None else bits_per_weight(one),
@@ -192,7 +209,7 @@ def sweep(
             evaluation=evaluations[name],
             speed=speeds.get(name),
         )
-        for step, (name, one) in zip(named, models.items(), strict=True)
+        for step, method, (name, one) in named
     ]
 
 

@@ -22,6 +22,7 @@ from architectures import (
 )
 from packed_models import relative_error
 from safetensors.torch import load_file, save_file
+from test_compressed_tensors import PLAIN as PLAIN_LANGUAGE
 from test_fold import change, fold_all, outputs
 from test_streaming import assert_same, losses
 from torch import nn
@@ -117,21 +118,6 @@ def test_folding_changes_nothing():
     assert change(before, outputs(model, structure)) < 1e-10
 
 
-OTHERS_PLAIN = """
-import json, sys, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
-assert "tensormill" not in sys.modules
-folders, tokens, out = json.loads(sys.stdin.read())
-found = {}
-for name, folder in folders.items():
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    with torch.no_grad():
-        found[name] = model(torch.tensor(tokens)).logits.contiguous()
-save_file(found, out)
-"""
-
-
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
     """The models of `VISION_LANGUAGE` compressed and saved, and their logits: made when first asked for."""
@@ -180,8 +166,9 @@ def test_others_are_read_by_plain_transformers(others, tmp_path):
     pytest.importorskip("compressed_tensors")
     folders = {name: str(others(name)[0]) for name in VISION_LANGUAGE}
     request = json.dumps([folders, TOKENS.tolist(), str(tmp_path / "logits")])
+    program = PLAIN_LANGUAGE.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
     done = subprocess.run(
-        [sys.executable, "-I", "-c", OTHERS_PLAIN], input=request, text=True, capture_output=True
+        [sys.executable, "-I", "-c", program], input=request, text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for name, found in load_file(tmp_path / "logits").items():

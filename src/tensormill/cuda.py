@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from tensormill.cache import cache_directory
 from tensormill.errors import BackendError
-from tensormill.roofline import cache_directory
 
 DEVICE_HEADER = Path(__file__).with_name("native") / "device.cuh"
 HOPPER_HEADER = DEVICE_HEADER.with_name("hopper.cuh")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tensormill.cache import cache_directory
 from tensormill.measure import fastest_call
 
 if TYPE_CHECKING:
@@ -90,13 +91,6 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def cache_directory() -> Path:
-    """Where tensormill keeps what it measured (`TENSORMILL_CACHE`, else the user's cache folder)."""
-    if (given := os.environ.get("TENSORMILL_CACHE")) is not None:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "tensormill"
 
 
 def has_fast_matmul(dtype: torch.dtype, device: torch.device | str) -> bool:

@@ -199,8 +199,8 @@ class Stacked(nn.Module):
                 both = self.gate_up_proj[expert] @ hidden_states[token]
                 gate, up = (both[::2], both[1::2]) if self.order == "interleaved" else both.chunk(2)
                 gate, up = (up, gate) if self.order == "up first" else (gate, up)
-                if self.order == "clamped":
-                    gate = gate.clamp(max=0.5)
+                if "clamped" in self.order:
+                    gate = gate.clamp(max=10.0 if self.order == "clamped far out" else 0.5)
                 inner = self.act_fn(gate, up) if self.order == "unit" else self.act_fn(gate) * up
                 total[token] += top_k_weights[token, place] * (self.down_proj[expert] @ inner)
         return total
@@ -213,7 +213,7 @@ def test_another_function_of_the_same_shapes_is_left_alone(device):
     model = nn.ModuleDict({"experts": Stacked("gate first")}).to(device)
     assert unfuse_experts(model) == ["experts"]
     assert all(weight.device.type == device for weight in model.parameters())
-    for order in ("interleaved", "up first", "clamped", "unit"):
+    for order in ("interleaved", "up first", "clamped", "clamped far out", "unit"):
         model = nn.ModuleDict({"experts": Stacked(order)}).to(device)
         with pytest.warns(UserWarning, match="the experts in experts .Stacked. are not gated MLPs"):
             assert unfuse_experts(model) == []

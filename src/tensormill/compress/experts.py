@@ -32,6 +32,8 @@ USUAL_NAMES: ProjectionNames = ("gate_proj", "up_proj", "down_proj")
 # The two compute the same products; half precision may add them in another order. A wrong layout (gate and up
 # exchanged, rows interleaved, a clamped activation) is off by more than 0.1.
 _SAME = 2e-2
+# Far beyond where architectures clamp gates (7 or 10), and float32 holds its squares.
+_LARGE = 1e3
 
 
 class Expert(nn.Module):
@@ -126,8 +128,8 @@ def unfuse_experts(
 
     The linear layers' weights are views of the fused tensors, so this takes no memory; transposed ones are copied, one
     module after the other. The function is compared on random tokens, and a module that computes something else
-    (biases, a clamped or interleaved gate) stays as it is, with a warning. On the meta device random weights stand
-    for the module's own, once for each kind of module.
+    (biases, a clamped or interleaved gate) stays as it is, with a warning. Random weights stand for the module's own
+    once for each kind of module, and on the meta device always.
 
     Args:
         model: a model, or a part of one.
@@ -143,22 +145,13 @@ def unfuse_experts(
     found, left = [], []
     single = names_on_disk(model)
     names = names or single or USUAL_NAMES
-    on_meta: dict[Any, bool] = {}
+    known: dict[Any, bool] = {}
     for path, module in list(model.named_modules()):
         if not is_fused(module) or (only is not None and path not in only):
             continue
         experts = _take_apart(module, names)
-        if experts is None:
-            same = False
-        elif module.down_proj.is_meta:
-            kind = type(module), type(module.act_fn), module.down_proj.shape
-            if kind not in on_meta:
-                with torch.device("cpu"):  # a model that is being built may be on the meta device by default
-                    stand_in = _with_random_weights(module)
-                    apart = _take_apart(stand_in, names)
-                    on_meta[kind] = apart is not None and _same_function(stand_in, apart, path)
-            same = on_meta[kind]
-        else:
+        same = experts is not None and _is_gated(module, names, path, known)
+        if same and experts is not None and not module.down_proj.is_meta:
             same = _same_function(module, experts, path)
         if experts is None or not same:
             left.append(path)
@@ -289,8 +282,8 @@ def _apart_in(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _take_apart(module: Any, names: ProjectionNames) -> ExpertList | None:
-    """The experts of a fused module, or None if its tensors have other shapes."""
+def _take_apart(module: Any, names: ProjectionNames, *, views: bool = False) -> ExpertList | None:
+    """The experts of a fused module, or None if its tensors have other shapes; transposed ones as `views` or copied."""
     weights = dict(module.named_parameters(recurse=False))
     if set(weights) != {"gate_up_proj", "down_proj"} or not isinstance(
         getattr(module, "act_fn", None), nn.Module
@@ -306,7 +299,7 @@ def _take_apart(module: Any, names: ProjectionNames) -> ExpertList | None:
 
     def linear(weight: Tensor, trained: bool) -> nn.Linear:
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-        made.weight = nn.Parameter(weight.contiguous(), requires_grad=trained)
+        made.weight = nn.Parameter(weight if views else weight.contiguous(), requires_grad=trained)
         return made
 
     trained = weights["gate_up_proj"].requires_grad, weights["down_proj"].requires_grad
@@ -344,13 +337,28 @@ def _with_random_weights(module: Any) -> Any:
     return made
 
 
-def _same_function(module: Any, experts: ExpertList, path: str) -> bool:
+def _is_gated(module: Any, names: ProjectionNames, path: str, known: dict[Any, bool]) -> bool:
+    """Whether a module's kind computes what an `ExpertList` does: with random weights, for tokens of ordinary size and
+    for some so large that a clamp shows. Tried once for each kind, which `known` remembers.
+    """
+    kind = type(module), type(module.act_fn), module.down_proj.shape
+    if kind not in known:
+        with torch.device("cpu"):  # a model that is being built may be on the meta device by default
+            stand_in = _with_random_weights(module)
+            apart = _take_apart(stand_in, names, views=True)
+            known[kind] = apart is not None and all(
+                _same_function(stand_in, apart, path, size) for size in (1.0, _LARGE)
+            )
+    return known[kind]
+
+
+def _same_function(module: Any, experts: ExpertList, path: str, size: float = 1.0) -> bool:
     """Whether both give the same output for random tokens, each sent to two experts."""
     weight = module.down_proj
     draw = torch.Generator().manual_seed(0)
     tokens, chosen = 16, min(2, len(experts))
     first: Any = experts[0]
-    x = torch.randn(tokens, getattr(first, first.names[2]).out_features, generator=draw).to(weight)
+    x = size * torch.randn(tokens, getattr(first, first.names[2]).out_features, generator=draw).to(weight)
     ranks = torch.rand(tokens, len(experts), generator=draw).argsort(dim=1)
     shares = torch.rand(tokens, chosen, generator=draw).to(weight) + 0.1
     given = experts.trial(x, ranks[:, :chosen].to(weight.device), shares)

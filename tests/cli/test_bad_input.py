@@ -158,6 +158,8 @@ def test_output_that_exists(tensormill, model, tmp_path):
         (("compress", "model", "--method", "magic"), "magic"),
         (("compress", "model", "--set", "colour=red"), "colour"),
         (("compress", "model", "--set", "colour"), "NAME=VALUE"),
+        (("compare", "model", "--methods", "awq:rounding"), "NAME=VALUE"),
+        (("compare", "model", "--methods", "awq:rounding=up"), "rounding='up'"),
         (("compress", "model", "--device", "tpu"), "tpu"),
         (("compress", "model", "--dtype", "int3"), "int3"),
         (("compress", "model", "--curve", "two"), "two"),

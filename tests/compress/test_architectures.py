@@ -70,6 +70,15 @@ EDGES = {
         ]
     },
 }
+LLAMA4_DENSE = [edge.replace("mlp.", "feed_forward.") for edge in GATED]
+LLAMA4_MIXED = [
+    *GATED[:2],
+    *(
+        f"feed_forward.experts.{index}.up_proj -> feed_forward.experts.{index}.down_proj"
+        for index in range(4)
+    ),
+    "feed_forward.shared_expert.up_proj -> feed_forward.shared_expert.down_proj",
+]
 MOE = {
     "qwen2_moe": {
         0: GATED,
@@ -95,17 +104,7 @@ MOE = {
             *(f"mlp.experts.{index}.w3 -> mlp.experts.{index}.w2" for index in range(4)),
         ]
     },
-    "llama4": {
-        0: [edge.replace("mlp.", "feed_forward.") for edge in GATED],
-        1: [
-            *GATED[:2],
-            *(
-                f"feed_forward.experts.{index}.up_proj -> feed_forward.experts.{index}.down_proj"
-                for index in range(4)
-            ),
-            "feed_forward.shared_expert.up_proj -> feed_forward.shared_expert.down_proj",
-        ],
-    },
+    "llama4": dict(enumerate([LLAMA4_DENSE, LLAMA4_MIXED] * 2)),
     "deepseek_v3": {
         0: [
             *(
@@ -165,7 +164,7 @@ def test_edges_are_found(name):
     blocks = discover(opened(name)).blocks
     kinds = sorted(EDGES[name])
     for index, block in enumerate(blocks):
-        kind = index % 2 if name == "llama4" else max(first for first in kinds if first <= index)
+        kind = max(first for first in kinds if first <= index)
         assert [str(edge) for edge in block.mappings] == EDGES[name][kind]
 
 

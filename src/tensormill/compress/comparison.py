@@ -347,9 +347,8 @@ def compare(
     length = min(length, max_positions(original) or length)
     steps = plan(methods, bits, calibration_length=length, **shared)
     stages.enter("sweep", "measuring")
-    names = [method for _ in bits for method in methods]
     measured = sweep(
-        original, tokenizer, texts, steps, names=names, calibration_text=calibration_text, max_tokens=max_tokens, speed=True,
+        original, tokenizer, texts, steps, calibration_text=calibration_text, max_tokens=max_tokens, speed=True,
         seed=seed, progress=stages,
     )  # fmt: skip
     stages.enter("write", f"writing {target}")

@@ -150,10 +150,11 @@ def unfuse_experts(
         if not is_fused(module) or (only is not None and path not in only):
             continue
         experts = _take_apart(module, names)
-        same = experts is not None and _is_gated(module, names, path, known)
-        if same and experts is not None and not module.down_proj.is_meta:
-            same = _same_function(module, experts, path)
-        if experts is None or not same:
+        if (
+            experts is None
+            or not _is_gated(module, names, path, known)
+            or not (module.down_proj.is_meta or _same_function(module, experts, path))
+        ):
             left.append(path)
             continue
         experts.train(module.training)

@@ -27,10 +27,14 @@ from tensormill.errors import InvalidArgument, RecipeError
 
 @dataclass(frozen=True)
 class Step:
-    """One method with its settings."""
+    """One method with its settings; `name` is what tables call it."""
 
     method: str
     config: WeightConfig
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.method)
 
     @classmethod
     def of(cls, method: str, settings: Mapping[str, Any] | None = None) -> Step:

@@ -11,7 +11,7 @@ import copy
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,11 +83,13 @@ def plan(methods: Sequence[str], bits: Sequence[int], **settings: Any) -> list[S
         twice = [item for item in dict.fromkeys(given) if list(given).count(item) > 1]
         if twice:
             raise InvalidArgument(f"given the {what} {twice[0]} more than once, expected each once")
-    variants = [_variant(method) for method in methods]
-    for name, own in variants:
+    variants = [(method, *_variant(method)) for method in methods]
+    for _, name, own in variants:
         Step.of(name, own)  # an unknown name is the first thing to complain about
     return [
-        Step.of(name, {"bits": width, **settings, **own}) for width in sorted(bits) for name, own in variants
+        replace(Step.of(name, {"bits": width, **settings, **own}), name=method)
+        for width in sorted(bits)
+        for method, name, own in variants
     ]
 
 
@@ -134,7 +136,6 @@ def sweep(
     text: Mapping[str, str],
     steps: Sequence[Step],
     *,
-    names: Sequence[str] | None = None,
     calibration_text: Sequence[str | os.PathLike[str]] | None = None,
     calibration: Calibration | None = None,
     max_tokens: int | None = None,
@@ -149,7 +150,6 @@ def sweep(
         tokenizer: Its tokenizer.
         text: What to evaluate on, by name.
         steps: Different configurations, see `plan`.
-        names: What their methods are called; None takes the methods' own names.
         calibration_text: Files to calibrate on; None takes the standard library.
         calibration: Windows for all steps, instead of `calibration_text`.
         max_tokens: Of the evaluation; None takes the whole text.
@@ -172,11 +172,10 @@ def sweep(
             calibrations[key] = calibration or calibration_for(step, calibration_text, tokenizer)
     models: dict[str, nn.Module] = {ORIGINAL: model}
     seconds: dict[str, float] = {}
-    methods = [step.method for step in steps] if names is None else list(names)
-    for i, (step, method) in enumerate(zip(steps, methods, strict=True)):
-        name = f"{method} at {step.config.bits} bits"
+    for i, step in enumerate(steps):
+        name = f"{step.name} at {step.config.bits} bits"
         if step.config.bits_by_layer:
-            name = f"{method}, mixture {i + 1}"
+            name = f"{step.name}, mixture {i + 1}"
         stages.enter("compress", name, i, len(steps))
         key = (step.config.calibration_samples, step.config.calibration_length)
         candidate = copy.deepcopy(model)
@@ -198,10 +197,10 @@ def sweep(
     if speed:
         stages.enter("speed", "measuring speed")
         speeds = measure_speed(models, seed=seed, progress=stages)
-    named = zip([None, *steps], [ORIGINAL, *methods], models.items(), strict=True)
+    named: list[Step | None] = [None, *steps]
     return [
         Measured(
-            method=method,
+            method=ORIGINAL if step is None else step.name,
             step=step,
             bytes=stored_bytes(one),
             bits_per_weight=8.0 * model.dtype.itemsize if step is None else bits_per_weight(one),
@@ -209,7 +208,7 @@ def sweep(
             evaluation=evaluations[name],
             speed=speeds.get(name),
         )
-        for step, method, (name, one) in named
+        for step, (name, one) in zip(named, models.items(), strict=True)
     ]
 
 

@@ -54,6 +54,7 @@ def _inputs(shape: Shape, device: torch.device, generator: torch.Generator) -> t
     transition = 0.9 * torch.linalg.qr(normal(batch, steps, s, s))[0]
     process_noise = 0.3 * covariances(batch, steps)
     emission = normal(r, s) / s**0.5
+    emission = emission + 0.5 * emission.sign()  # near zero nothing is seen: an evidence of rounding alone
     root = normal(batch, steps, r, max(1, r - 1))  # singular for r > 1
     precision = root @ root.mT
     if values == "missing":

@@ -73,6 +73,8 @@ EDGES = {
 LLAMA4_DENSE = [edge.replace("mlp.", "feed_forward.") for edge in GATED]
 LLAMA4_MIXED = [
     *GATED[:2],
+    "post_attention_layernorm -> feed_forward.experts.*.gate_proj + feed_forward.experts.*.up_proj + "
+    "feed_forward.shared_expert.gate_proj + feed_forward.shared_expert.up_proj + feed_forward.router",
     *(
         f"feed_forward.experts.{index}.up_proj -> feed_forward.experts.{index}.down_proj"
         for index in range(4)

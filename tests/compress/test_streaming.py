@@ -159,12 +159,16 @@ SMALL = {"group_size": 16, "n_grid": 4, "clip_grid": 8}
         ("deepseek_v3", "gptq", "gptq", torch.float32, {}),
         ("granite_moe", "awq", "compressed-tensors", torch.bfloat16, {}),
         ("granite_moe", "rtn", "compressed-tensors", torch.float32, {"only": ["*.self_attn.*", "*.1.*"]}),
+        ("llama4", "awq", "compressed-tensors", torch.bfloat16, {}),
+        ("llama4", "gptq", "gptq", torch.float32, {"skip": ["lm_head", "*.1.feed_forward.experts.*"]}),
     ],
 )
 def test_mixtures_are_the_same_as_in_memory_bit_for_bit(
     architecture, method, format, dtype, settings, run, checkpoint_of, tmp_path
 ):
-    """Also where files have other names than the model, and hold the experts of a layer in one tensor (Granite)."""
+    """Also where files have other names than the model, and hold the experts of a layer in one tensor (Granite), or
+    their transposes (Llama 4).
+    """
     source = checkpoint_of(architecture_model(architecture, dtype=dtype, vocab_size=300))
     settings = {**(SMALL if method == "awq" else {"group_size": 16}), "format": format, **settings}
     expected = run("memory", source, method, stream=False, **settings)

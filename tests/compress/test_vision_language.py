@@ -143,9 +143,7 @@ def test_others_are_found_and_folded(name):
     structure = discover(model)
     for block in structure.blocks:
         assert "language_model" in block.name or "text_model" in block.name
-        assert sum(".experts." not in edge.producer for edge in block.mappings) == (
-            3 if name == "llama4" else 4
-        )
+        assert sum(".experts." not in edge.producer for edge in block.mappings) == 4
     towers = {
         name.removeprefix("model.").split(".")[0] for name in structure.left_out if "router" not in name
     }

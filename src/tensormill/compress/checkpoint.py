@@ -94,6 +94,11 @@ _SCAN_ELEMENTS = 1 << 24
 class StoredTensor:
     """A tensor in a safetensors file: its dtype as the file names it, its shape, its first byte's place, and what
     the file calls it.
+
+    Attributes:
+        nbytes: to be read from `start` on.
+        turned: None, or the tensor is the transpose of some columns of the matrix that lies there: the first of them,
+            and how many columns the matrix has.
     """
 
     file: Path
@@ -102,6 +107,7 @@ class StoredTensor:
     nbytes: int
     start: int = 0
     name: str = ""
+    turned: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from tensormill.compress.methods import METHODS, LayerReport, MethodReport, Weig
 from tensormill.compress.ranks import ALONE, Ranks
 from tensormill.compress.recipe import Step
 from tensormill.compress.stages import Progress
-from tensormill.compress.structure import find_blocks, left_out
+from tensormill.compress.structure import embedding_name, find_blocks, left_out
 from tensormill.compress.unloaded import (
     PartReader,
     open_unloaded,
@@ -115,6 +115,7 @@ class OnDisk:
         from safetensors import safe_open
 
         inside = tuple(f"{block}." for block in self.blocks)
+        table = embedding_name(self.model)
         tied = tied_names(self.model)
         originals: dict[tuple[nn.Module, str], Tensor] = {}
 
@@ -123,6 +124,9 @@ class OnDisk:
 
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 place = args[0].device if args and isinstance(args[0], Tensor) else self.home
+                if name == table.rpartition(".")[0] and module is not self.model.get_submodule(table):
+                    # Before it is called: Llama 4 moves its tokens to where the table lies.
+                    take(self.model.get_submodule(table), f"{table}.", place)
                 parts = module.named_modules() if isinstance(module, _USED_WHOLE) else [("", module)]
                 for inner, part in parts:
                     take(part, f"{prefix}{inner}." if inner else prefix, place)

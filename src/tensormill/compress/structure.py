@@ -232,7 +232,7 @@ def find_blocks(model: nn.Module) -> list[str]:
         for name, module in lists
         if not any(name.startswith(f"{other}.") for other in names if other != name)
     ]
-    embedding = _embedding_name(model)
+    embedding = embedding_name(model)
     name, blocks = max(
         outermost, key=lambda item: (len(_common_path(item[0], embedding)), linear_weights(item[1]))
     )
@@ -252,7 +252,7 @@ def left_out(model: nn.Module) -> tuple[str, ...]:
     """
     kept = set(routers(model))
     blocks = find_blocks(model)
-    root = _common_path(_embedding_name(model), blocks[0])
+    root = _common_path(embedding_name(model), blocks[0])
     head = getattr(model, "get_output_embeddings", lambda: None)()
     towers = [
         name
@@ -272,7 +272,7 @@ def left_out(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules() if name in kept)
 
 
-def _embedding_name(model: nn.Module) -> str:
+def embedding_name(model: nn.Module) -> str:
     """The name of the token embedding; "" if there is none."""
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -624,6 +624,15 @@ class _Probe:
             if path in done:
                 continue
             done.add(path)
+            # What was multiplied on its way to the experts may come from where their router reads.
+            beside = [
+                called.get(router)
+                for router in self.routers
+                if _common_parent((router, path)) == path.rpartition(".")[0]
+            ]
+            source = next(
+                (each for each in (called[path], *beside) if each in self.producer_of), called[path]
+            )
             # The experts are alike, but a few tokens don't reach all of them.
             seen = name.removeprefix(f"{path}.").partition(".")[0]
             inner = {
@@ -636,7 +645,7 @@ class _Probe:
                     full = f"{path}.{index}.{linear}"
                     groups.setdefault((path, index, value), []).append(full)
                     entry = value == called[f"{path}.{seen}"]
-                    together.setdefault(called[path] if entry else (path, index, value), []).append(full)
+                    together.setdefault(source if entry else (path, index, value), []).append(full)
         self.linears = [name for group in groups.values() for name in group]
         self.input_groups = tuple(map(tuple, groups.values()))
         # Linears by the tensor they read, routers that read it, and the module it comes from.

@@ -141,24 +141,30 @@ def _check_unexpected(model: Any, info: CheckpointInfo, names: Iterable[str]) ->
 
 
 def _experts_in(tensors: Mapping[str, StoredTensor], model: nn.Module) -> dict[str, StoredTensor]:
-    """The single experts' weights that lie one after the other in stacked ones, by the model's names for both."""
+    """The single experts' weights that lie in stacked ones, by the model's names for both.
+
+    One lies after the other, or beside the other in matrices that are transposed.
+    """
     found = {}
     for path, experts in expert_lists(model):
         for stacked, weights in stacking_order(experts).items():
             stored = tensors.get(f"{path}.{stacked}")
             rows, columns = experts.get_parameter(weights[0]).shape
             count = len(weights) // len(experts)
-            if stored is None or stored.shape != (len(experts), count * rows, columns):
+            shape = (columns, count * rows) if experts.transposed else (count * rows, columns)
+            if stored is None or stored.shape != (len(experts), *shape):
                 continue
-            size = stored.nbytes // len(weights)
+            apart = 1 if experts.transposed else count
+            size = stored.nbytes // (len(experts) * apart)
             owner, _, last = stored.name.rpartition(".")
             for place, weight in enumerate(weights):
                 found[f"{path}.{weight}"] = replace(
                     stored,
                     shape=(rows, columns),
                     nbytes=size,
-                    start=stored.start + place * size,
+                    start=stored.start + (place * apart // count) * size,
                     name=f"{owner if last == stacked else path}.{weight}",
+                    turned=(place % count * rows, count * rows) if experts.transposed else None,
                 )
     return found
 
@@ -195,7 +201,7 @@ def read_tensor(stored: StoredTensor, *, pinned: bool = False) -> Tensor:
     Raises:
         CheckpointError: the file is shorter than its header said, or can't be read.
     """
-    flat = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned)
+    flat = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=pinned and stored.turned is None)
     view = memoryview(flat.numpy())  # type: ignore[arg-type]
     try:
         with stored.file.open("rb", buffering=0) as stream:
@@ -208,7 +214,13 @@ def read_tensor(stored: StoredTensor, *, pinned: bool = False) -> Tensor:
                 done += count
     except OSError as error:
         raise CheckpointError(f"{stored.file} can't be read: {error.strerror}") from error
-    return flat.view(_DTYPES[stored.dtype]).view(stored.shape)
+    values = flat.view(_DTYPES[stored.dtype])
+    if stored.turned is None:
+        return values.view(stored.shape)
+    first, width = stored.turned
+    rows, columns = stored.shape
+    turned = torch.empty(stored.shape, dtype=values.dtype, pin_memory=pinned)
+    return turned.copy_(values.view(columns, width)[:, first : first + rows].T)
 
 
 class PartReader:

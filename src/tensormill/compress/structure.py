@@ -159,8 +159,8 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states, as the next block reads them."""
-        output: Tensor | tuple[Tensor, ...] = block(hidden, *self.args, **self.kwargs)
-        output = output[0] if isinstance(output, tuple) else output
+        output: Tensor | Sequence[Tensor] = block(hidden, *self.args, **self.kwargs)
+        output = output[0] if isinstance(output, (tuple, list)) else output
         return output if self.added is None else output + self.added
 
     def to(self, *args: Any) -> BlockCall:
@@ -440,7 +440,7 @@ class _Walk:
             with self.residence.part(self.blocks[index]):
                 there = call.to(self.residence.device)
                 output = forward(hidden.to(self.residence.device), *there.args, **there.kwargs)
-            self._kinds[kind] = isinstance(output, tuple)
+            self._kinds[kind] = isinstance(output, (tuple, list))
         return self._kinds[kind]
 
 
@@ -859,7 +859,7 @@ class _Probe:
         sample = self.hidden if self.hidden.shape[-1] == weight.numel() else factors.log().expand(1, 2, -1)
         try:
             before: Tensor = norm(sample)
-        except TypeError:  # it takes more than one input (a gated norm)
+        except _FAILURES:  # it takes more than one input (a gated norm)
             return None
         old_weight, old_bias = weight.data, torch.zeros(0) if bias is None else bias.data
         for offset in (0.0, 1.0):
@@ -983,12 +983,17 @@ def _channel_layouts(rows: int, columns: int, head_dims: list[int]) -> Iterator[
 
 def _head_dims(model: nn.Module, block: nn.Module) -> list[int]:
     """Sizes that a head could have, by attributes and the configuration."""
-    config = text_config(model)
-    sizes = [getattr(config, "head_dim", None)]
+    whole = text_config(model)
+    sizes: list[Any] = []
+    # Some architectures have a configuration for each layer, and refuse to answer for all.
+    for config in {
+        id(each): each for each in [*(getattr(whole, "per_layer_config", None) or [whole])]
+    }.values():
+        sizes.append(getattr(config, "head_dim", None))
+        if getattr(config, "num_attention_heads", None):
+            sizes.append(config.hidden_size // config.num_attention_heads)
     for part in block.modules():
         sizes += [value for name, value in vars(part).items() if name.endswith("head_dim")]
-    if getattr(config, "num_attention_heads", None):
-        sizes.append(config.hidden_size // config.num_attention_heads)
     return sorted({size for size in sizes if isinstance(size, int) and size > 0})
 
 

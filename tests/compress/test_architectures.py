@@ -128,13 +128,25 @@ MOE = {
         ],
     },
 }
+MOE["deepseek_v32"] = {
+    index: [
+        "input_layernorm -> self_attn.q_a_proj + self_attn.kv_a_proj_with_mqa + self_attn.indexer.wk + "
+        "self_attn.indexer.weights_proj",
+        "self_attn.q_a_layernorm -> self_attn.q_b_proj + self_attn.indexer.wq_b",
+        *edges[2:],
+    ]
+    for index, edges in MOE["deepseek_v3"].items()
+}
 EDGES |= MOE
+# An older transformers may lack some.
+EDGES = {name: edges for name, edges in EDGES.items() if hasattr(transformers, CONFIGS[name][0])}
 # Gemma's norms and all routers compute in float32, whatever the model's dtype.
 ROUNDING = dict.fromkeys(["gemma2", "gemma3", *MOE], 1e-6)
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(3))
 WITH_ZERO_POINTS = ("gemma3", "gpt_neox", "phi3", "qwen2_moe", "llama4")
 WAYS = [(name, True) for name in EDGES] + [(name, False) for name in WITH_ZERO_POINTS]
+WAYS = [way for way in WAYS if way[0] in EDGES]
 CASES = [f"{name}-{'sym' if symmetric else 'asym'}" for name, symmetric in WAYS]
 # Plain transformers has no packed form of Conv1D.
 UNREADABLE_LAYERS = ["gpt2-sym"]
@@ -275,6 +287,20 @@ def test_eight_bits_hardly_change_the_model(name):
     change = (logits(compressed(name, bits=8, symmetric=True)) - expected).norm(dim=-1)
     # The median over tokens: a router that is nearly undecided may choose another expert for a few.
     assert (change / expected.norm(dim=-1)).median() < 0.03
+
+
+@pytest.mark.skipif("deepseek_v32" not in EDGES, reason="this transformers has no DeepSeek-V3.2")
+def test_a_layer_whose_weight_the_model_reads_keeps_its_precision():
+    """DeepSeek-V3.2 asks for its dtype, which a low-bit layer doesn't have; it takes up its norm's scales."""
+    structure = discover(opened("deepseek_v32"))
+    name = "self_attn.indexer.weights_proj"
+    for block in structure.blocks:
+        assert block.kept == (name,) and name not in block.linears
+        assert f"{block.name}.{name}" in structure.left_out and block.mappings[0].readers == (name,)
+    assert not any("weights_proj" in outside for outside in structure.outside)
+    before = architecture_model("deepseek_v32").get_submodule(f"model.layers.0.{name}")
+    after = compressed("deepseek_v32").get_submodule(f"model.layers.0.{name}")
+    assert type(after) is torch.nn.Linear and not torch.equal(after.weight, before.weight)
 
 
 def test_every_architecture_is_covered():

@@ -156,7 +156,7 @@ SMALL = {"group_size": 16, "n_grid": 4, "clip_grid": 8}
         ("qwen3_moe", "gptq", "compressed-tensors", torch.float32, {"true_sequential": True}),
         ("qwen3_moe", "awq", "compressed-tensors", torch.float32, {"skip": ["lm_head", "*.experts.[01].*"]}),
         ("deepseek_v3", "awq", "compressed-tensors", torch.bfloat16, {"symmetric": True}),
-        ("deepseek_v3", "gptq", "gptq", torch.float32, {}),
+        ("deepseek_v32", "gptq", "gptq", torch.float32, {}),
         ("granite_moe", "awq", "compressed-tensors", torch.bfloat16, {}),
         ("granite_moe", "rtn", "compressed-tensors", torch.float32, {"only": ["*.self_attn.*", "*.1.*"]}),
         ("llama4", "awq", "compressed-tensors", torch.bfloat16, {}),

@@ -399,8 +399,8 @@ def _compress_from_disk(
             stages.enter("evaluate", "evaluating")
             evaluations = evaluate_on_disk(
                 info, checkpoint.inspect_shards(shards, info, quantization), layout, tokenizer, heldout[0],
-                dtype=dtype, rounded=step.config if step.method != "rtn" else None, device=device,
-                max_tokens=max_tokens, progress=stages,
+                dtype=dtype, rounded=step.config if step.method != "rtn" else None, kept=made.left_out,
+                device=device, max_tokens=max_tokens, progress=stages,
             )  # fmt: skip
         stages.enter("write", f"writing {target}")
         report: CompressionReport | None = None

@@ -439,8 +439,9 @@ class CompressionReport:
     def _coverage_findings(self) -> list[Finding]:
         found = []
         if self.left_out:
-            text = f"{_counted(self.left_out, 'layer')} at full precision by design (vision, routers)"
-            found.append(Finding("note", f"{text}: {_first_of(self.left_out)}."))
+            text = f"{_counted(self.left_out, 'layer')} at full precision by design"
+            kinds = "vision, routers, weights that the model's own code reads"
+            found.append(Finding("note", f"{text} ({kinds}): {_first_of(self.left_out)}."))
         if self.few_tokens:
             text = f"{_counted(self.few_tokens, 'layer')} of experts saw few calibration tokens"
             found.append(

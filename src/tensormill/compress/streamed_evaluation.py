@@ -22,7 +22,7 @@ from tensormill.compress.methods import WeightConfig, replace_linear
 from tensormill.compress.precision import computing_dtype, widened
 from tensormill.compress.stages import Progress
 from tensormill.compress.streaming import OnDisk
-from tensormill.compress.structure import BlockCall, left_out, record_calls
+from tensormill.compress.structure import BlockCall, record_calls
 from tensormill.compress.unloaded import open_unloaded
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def evaluate_on_disk(
     *,
     dtype: torch.dtype | None = None,
     rounded: WeightConfig | None = None,
+    kept: Collection[str] = (),
     device: torch.device | str = "cpu",
     max_tokens: int | None = None,
     progress: Progress | None = None,
@@ -136,6 +137,7 @@ def evaluate_on_disk(
         text: by name.
         dtype: of the original's weights; None takes the checkpoint's.
         rounded: bits and groups of the round-to-nearest baseline; None measures none.
+        kept: names of the linear layers which that leaves as they are.
         device: where blocks are computed.
         max_tokens: use only the first so many tokens.
         progress: called with a message and the share done.
@@ -155,7 +157,6 @@ def evaluate_on_disk(
     try:
         windows = Windows.cut(tokenizer, text, [source.model], max_tokens=max_tokens)
         check_vocabulary(source.model, windows.ids)
-        kept = set(left_out(source.model))
         batches = windows.ids.split(max(1, _BATCH_TOKENS // windows.ids.shape[1]))
         streams = {name: _Stream(residence, batches) for name, residence in runs.items()}
         for index, block in enumerate(source.blocks):

@@ -55,8 +55,8 @@ class ScaleMapping:
         repeats: consumer channels per producer channel: 1, or query heads per key-value head.
         head_dim: size of the runs of channels (heads) that may even be mixed with one another; 0 if they may
             only be scaled.
-        readers: routers, which read the producer's output too and keep their precision: their columns take up
-            the scales as the consumers' do.
+        readers: routers and others that read the producer's output too and keep their precision: their columns take
+            up the scales as the consumers' do.
         stride: rows of a linear producer from the end of one scaled head to the end of the next, where other
             rows lie between (a query and a key per head); 0 where the scaled rows are its last ones.
     """
@@ -106,6 +106,8 @@ class BlockStructure:
         mappings: edges along which scales can be moved.
         scores: linears whose output enters the model through products of two of them only (query and key).
         returns_tuple: whether its forward returns a tuple that starts with the hidden states.
+        kept: linears that keep their precision, since the model's code reads their weights itself (for a dtype, say),
+            which a low-bit layer hasn't.
     """
 
     name: str
@@ -114,6 +116,7 @@ class BlockStructure:
     mappings: tuple[ScaleMapping, ...]
     scores: tuple[str, ...]
     returns_tuple: bool
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         edges = "; ".join(_abbreviated(map(str, self.mappings))) or "no edge"
@@ -128,7 +131,7 @@ class ModelStructure:
     Attributes:
         blocks: in order.
         outside: linear layers of the language model that are in no block.
-        left_out: linear layers and routers that keep their precision, see `left_out`.
+        left_out: linear layers and routers that keep their precision, see `left_out` and `BlockStructure.kept`.
     """
 
     blocks: tuple[BlockStructure, ...]
@@ -512,6 +515,7 @@ def discover(
                 ),
                 scores=probe.find_scores(),
                 returns_tuple=returns_tuple,
+                kept=probe.kept,
             )
             del probe  # holds the block eight bytes a weight
         found = known[kind]
@@ -520,7 +524,7 @@ def discover(
         raise ModelError(
             f"given mappings that name no layers of a block, expected names like {blocks[0].linears[0]!r}"
         )
-    kept = left_out(model)
+    kept = (*left_out(model), *(f"{block.name}.{linear}" for block in blocks for linear in block.kept))
     inside = {f"{block.name}.{linear}" for block in blocks for linear in block.linears}.union(kept)
     outside = tuple(
         name for name, module in model.named_modules() if type(module) is nn.Linear and name not in inside
@@ -540,6 +544,7 @@ class _Probe:
     head_dims: list[int]
     linears: list[str] = field(default_factory=list)
     input_groups: tuple[tuple[str, ...], ...] = ()
+    kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.tied = {
@@ -591,10 +596,12 @@ class _Probe:
             return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
 
         def note(name: str, part: nn.Module) -> Callable[..., None]:
+            is_linear = type(part) is nn.Linear
+
             def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if args and isinstance(args[0], Tensor):
                     called[name] = key(args[0])
-                if type(part) is nn.Linear:
+                if is_linear:
                     inputs[name] = key(args[0])
                 elif isinstance(output, Tensor) and not any(True for _ in part.children()):
                     self.producer_of[key(output)] = name
@@ -604,10 +611,12 @@ class _Probe:
         with ExitStack() as stack:
             for name, part in self.parts.items():
                 stack.callback(part.register_forward_hook(note(name, part)).remove)
+            read = stack.enter_context(_weights_read(self.parts))
             self.call.run(self.module, self.hidden)
 
+        self.kept = tuple(name for name in self.parts if name in read and name not in self.routers)
         readers: dict[Any, list[str]] = {}
-        for name in self.routers:
+        for name in (*self.routers, *self.kept):
             readers.setdefault(called.get(name), []).append(name)
             inputs.pop(name, None)
         # Consumers of an edge read one tensor, experts the rows of it that are theirs; linears of an input
@@ -648,7 +657,7 @@ class _Probe:
                     together.setdefault(source if entry else (path, index, value), []).append(full)
         self.linears = [name for group in groups.values() for name in group]
         self.input_groups = tuple(map(tuple, groups.values()))
-        # Linears by the tensor they read, routers that read it, and the module it comes from.
+        # Linears by the tensor they read, routers and others that read it, and the module it comes from.
         self.readings = [
             (tuple(names), tuple(readers.get(tensor, ())), self.producer_of.get(tensor))
             for tensor, names in together.items()
@@ -730,7 +739,7 @@ class _Probe:
                     f"given mapping {mapping!r}, expected a dict; {HOW_TO_PASS_MAPPINGS}"
                 ) from None
             for producer, names in self._expanded(*patterns):
-                consumers = tuple(name for name in names if name not in self.routers)
+                consumers = tuple(name for name in names if name not in (*self.routers, *self.kept))
                 if not {producer, *consumers} <= self.parts.keys():
                     continue
                 is_linear = type(self.parts[producer]) is nn.Linear
@@ -762,7 +771,7 @@ class _Probe:
             yield producer, tuple(names)
 
     def _readers_beside(self, consumers: tuple[str, ...]) -> tuple[str, ...]:
-        """The routers that read what the consumers read."""
+        """The routers, and others that keep their precision, that read what the consumers read."""
         found = [readers for names, readers, _ in self.readings if not set(names).isdisjoint(consumers)]
         return found[0] if len(found) == 1 else ()
 
@@ -1024,6 +1033,39 @@ def shared_parameters(model: nn.Module) -> set[int]:
 def _signature(block: nn.Module) -> Any:
     parts = tuple((name, type(part)) for name, part in block.named_modules())
     return parts, tuple((name, tuple(value.shape)) for name, value in block.named_parameters())
+
+
+class _Watched(nn.Linear):
+    """A linear layer that notes reads of its weight by others; made of a plain one by assigning the class."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not self.__dict__.get("_at_work"):
+            self.__dict__["_is_read"] = True
+        return super().__getattr__(name)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.__dict__["_at_work"] = True
+        try:
+            return super().forward(input)
+        finally:
+            self.__dict__["_at_work"] = False
+
+
+@contextmanager
+def _weights_read(parts: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """Collects, of modules by name, the linear layers whose weights are read by others than themselves."""
+    linears = {name: part for name, part in parts.items() if type(part) is nn.Linear}
+    read: set[str] = set()
+    for linear in linears.values():
+        linear.__class__ = _Watched
+    try:
+        yield read
+    finally:
+        for name, linear in linears.items():
+            linear.__class__ = nn.Linear
+            linear.__dict__.pop("_at_work", None)
+            if linear.__dict__.pop("_is_read", False):
+                read.add(name)
 
 
 def _common_parent(names: tuple[str, ...]) -> str:

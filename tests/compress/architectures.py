@@ -96,7 +96,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 # Attends to the tokens that another small attention chooses.
 CONFIGS["deepseek_v32"] = (
     "DeepseekV32Config",
-    CONFIGS["deepseek_v3"][1] | {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 6},
+    CONFIGS["deepseek_v3"][1] | {"index_n_heads": 8, "index_head_dim": 16, "index_topk": 24},
 )
 
 

@@ -98,6 +98,11 @@ CONFIGS["deepseek_v32"] = (
     "DeepseekV32Config",
     CONFIGS["deepseek_v3"][1] | {"index_n_heads": 8, "index_head_dim": 16, "index_topk": 24},
 )
+# The second and third block attend to the tokens that the first one chose.
+CONFIGS["glm_moe_dsa"] = (
+    "GlmMoeDsaConfig",
+    CONFIGS["deepseek_v32"][1] | {"indexer_types": ["full", "shared", "shared"], "n_group": 1, "head_dim": 8},
+)
 
 
 def architecture_model(

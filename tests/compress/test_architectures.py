@@ -137,6 +137,7 @@ MOE["deepseek_v32"] = {
     ]
     for index, edges in MOE["deepseek_v3"].items()
 }
+MOE["glm_moe_dsa"] = {0: MOE["deepseek_v32"][0], 1: MOE["deepseek_v3"][1]}
 EDGES |= MOE
 # An older transformers may lack some.
 EDGES = {name: edges for name, edges in EDGES.items() if hasattr(transformers, CONFIGS[name][0])}

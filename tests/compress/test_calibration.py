@@ -3,7 +3,17 @@ import re
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, Block, BlockModel, OnePlusNorm, tiny_model, tokens
+from architectures import architecture_model
+from tiny_models import (
+    ARCHITECTURES,
+    Block,
+    BlockModel,
+    HandingBlock,
+    HandingModel,
+    OnePlusNorm,
+    tiny_model,
+    tokens,
+)
 from torch import Tensor, nn
 
 from tensormill.compress import awq, rtn
@@ -13,7 +23,8 @@ from tensormill.compress.calibration import (
     inject_outliers,
     stream_blocks,
 )
-from tensormill.compress.structure import discover
+from tensormill.compress.experts import unfuse_experts
+from tensormill.compress.structure import Handed, discover
 from tensormill.errors import DataError, InvalidArgument, ModelError
 
 
@@ -87,6 +98,36 @@ def test_blocks_see_what_they_see_in_the_model(architecture, inputs, monkeypatch
     assert len(seen) == 2
     for got, wanted in zip(seen, expected, strict=False):
         assert torch.allclose(got, wanted, atol=1e-5 * wanted.abs().max())
+
+
+@pytest.mark.parametrize("architecture", ["glm_moe_dsa", "handing"])
+@pytest.mark.parametrize("inputs", ["original", "compressed"])
+def test_blocks_get_what_the_one_before_gives(architecture, inputs, monkeypatch):
+    """In GLM-5, which tokens to attend to; over several chunks, of which no more than two blocks' are kept."""
+    monkeypatch.setattr("tensormill.compress.calibration._CHUNK_TOKENS", {"cpu": 3 * 24})
+    torch.manual_seed(0)
+    handing = architecture == "handing"
+    model = HandingModel(*(HandingBlock() for _ in range(4))) if handing else architecture_model(architecture)
+    unfuse_experts(model)
+    batch, seen = tokens(7), []
+    structure = discover(model)
+    blocks = [model.get_submodule(block.name) for block in structure.blocks]
+    hooks = [block.register_forward_pre_hook(lambda _m, args: seen.append(args[0])) for block in blocks]
+    with torch.no_grad():
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    held = []
+    for wanted, block in zip(
+        seen, stream_blocks(model, structure, Calibration(batch), inputs=inputs), strict=True
+    ):
+        assert torch.allclose(torch.cat(block.hidden), wanted, atol=1e-5 * wanted.abs().max())
+        block.observe()
+        given = [value for call in block.calls for value in [*call.args, *call.kwargs.values()]]
+        held.append([value for value in given if isinstance(value, Handed)])
+        assert all(handed.value is not None for handed in held[-1])
+        assert all(handed.value is None for earlier in held[:-2] for handed in earlier)
+    assert [len(handed) for handed in held] == [0, *[3] * (len(blocks) - 1)]
 
 
 class InSinglePrecision(nn.Module):

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from architectures import architecture_model
 from tiny_models import ARCHITECTURES, tiny_model, tokens
 
 from tensormill.compress import precision, sensitivity
 from tensormill.compress.calibration import Calibration, stream_blocks
 from tensormill.compress.evaluate import compare
+from tensormill.compress.experts import unfuse_experts
 from tensormill.compress.formats import QuantSpec, fake_quantize
 from tensormill.compress.methods import METHODS
 from tensormill.compress.recipe import Step
@@ -54,6 +56,17 @@ def test_losses_are_those_of_a_rounded_copy(architecture):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("architecture", ["glm_moe_dsa", "gemma3n"])
+def test_blocks_that_leave_something_for_others_are_run(architecture):
+    """In GLM-5 which tokens to attend to, in Gemma 3n keys and values: passed by, they would leave nothing."""
+    model = architecture_model(architecture)
+    unfuse_experts(model)
+    found = measured(model, [3], skip=["lm_head", "*.mlp.*", "*per_layer*", "*laurel*", "*altup*"])
+    assert found.losses
+    for group, losses in found.losses.items():
+        assert losses[3] == pytest.approx(directly(model, group.layers, 3), rel=1e-3, abs=1e-9)
 
 
 def test_layers_that_read_one_tensor_stay_together():
@@ -180,7 +193,7 @@ def test_experts_of_a_block_stay_together():
         for i in range(3)
         for group in ((f"experts.{i}.gate", f"experts.{i}.up"), (f"experts.{i}.down",))
     )
-    structure = ModelStructure((BlockStructure("blocks.0", tuple(names), groups, (), (), False),), ())
+    structure = ModelStructure((BlockStructure("blocks.0", tuple(names), groups, (), (), 0),), ())
     found = layer_groups(model, structure, Step.of("rtn").config)
     assert [len(group.names) for group in found] == [6, 3]
     assert found[1].layers == tuple(f"blocks.0.experts.{i}.down" for i in range(3))

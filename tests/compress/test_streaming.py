@@ -157,6 +157,8 @@ SMALL = {"group_size": 16, "n_grid": 4, "clip_grid": 8}
         ("qwen3_moe", "awq", "compressed-tensors", torch.float32, {"skip": ["lm_head", "*.experts.[01].*"]}),
         ("deepseek_v3", "awq", "compressed-tensors", torch.bfloat16, {"symmetric": True}),
         ("deepseek_v32", "gptq", "gptq", torch.float32, {}),
+        ("glm_moe_dsa", "awq", "compressed-tensors", torch.bfloat16, {}),
+        ("glm_moe_dsa", "gptq", "compressed-tensors", torch.float32, {"true_sequential": True}),
         ("granite_moe", "awq", "compressed-tensors", torch.bfloat16, {}),
         ("granite_moe", "rtn", "compressed-tensors", torch.float32, {"only": ["*.self_attn.*", "*.1.*"]}),
         ("llama4", "awq", "compressed-tensors", torch.bfloat16, {}),
@@ -265,6 +267,24 @@ def test_blocks_that_share_keys_go_on(method, run, model, tmp_path, monkeypatch)
     names = {file.name for file in (tmp_path / "again.unfinished").iterdir()}
     assert "model.layers.1.safetensors" in names and not any("inputs" in name for name in names)
     run("again", source, method, **settings)
+    assert_same(tmp_path / "disk", tmp_path / "again")
+
+
+def test_blocks_that_give_each_other_more_than_hidden_states(run, checkpoint_of, text, tmp_path, monkeypatch):
+    """GLM-5: quality as measured in memory, and a run that goes on."""
+    monkeypatch.setattr("tensormill.compress.streamed_evaluation._BATCH_TOKENS", 100)
+    source = checkpoint_of(architecture_model("glm_moe_dsa", vocab_size=300))
+    settings = {**SMALL, "symmetric": True}
+    asked = {"evaluate": True, "text": [text], "max_tokens": 400}
+    expected = run("memory", source, "awq", stream=False, **settings, **asked)
+    found = run("disk", source, "awq", **settings, **asked)
+    for name in ("original", "rtn", "compressed"):
+        assert found.perplexity[name] == pytest.approx(expected.perplexity[name], rel=1e-5)
+    with killed_at(5, monkeypatch):
+        run("again", source, "awq", **settings)
+    names = {file.name for file in (tmp_path / "again.unfinished").iterdir()}
+    assert "model.layers.1.safetensors" in names and not any("inputs" in name for name in names)
+    run("again", source, "awq", **settings)
     assert_same(tmp_path / "disk", tmp_path / "again")
 
 

@@ -1,6 +1,15 @@
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, Block, BlockModel, OnePlusNorm, tiny_model, tokens
+from tiny_models import (
+    ARCHITECTURES,
+    Block,
+    BlockModel,
+    HandingBlock,
+    HandingModel,
+    OnePlusNorm,
+    tiny_model,
+    tokens,
+)
 from torch import nn
 
 from tensormill.compress.structure import discover, find_blocks, record_calls
@@ -122,6 +131,24 @@ def test_blocks_out_of_order_are_refused():
         discover(model)
 
 
+def test_what_a_block_gives_the_next_one_counts_as_its_output():
+    """Scaling what the next block reads would change that one, though not this block's hidden states."""
+    torch.manual_seed(0)
+    alone = discover(HandingModel(*(HandingBlock(hands_on=False) for _ in range(3)))).blocks
+    handing = discover(HandingModel(*(HandingBlock() for _ in range(3)))).blocks
+    for block in alone:
+        assert [str(edge) for edge in block.mappings] == ["norm -> first", "first -> second"]
+    for block in handing:
+        assert [str(edge) for edge in block.mappings] == ["norm -> first"]
+        assert block.outputs == 2
+
+
+def test_what_a_block_gives_a_later_one_than_the_next_is_refused():
+    model = HandingModel(*(HandingBlock() for _ in range(3)), distance=2)
+    with pytest.raises(ModelError, match=r"blocks\.2 reads what blocks\.0 gives"):
+        discover(model)
+
+
 def test_nan_names_the_parameter():
     model = tiny_model("llama")
     with torch.no_grad():
@@ -134,10 +161,10 @@ def test_nan_names_the_parameter():
 def test_recorded_calls_run_the_blocks_as_the_model_does(architecture):
     model = tiny_model(architecture)
     batch = tokens()
-    hidden, calls, tuples = record_calls(model, find_blocks(model), batch)
+    hidden, calls, counts = record_calls(model, find_blocks(model), batch)
     with torch.no_grad():
         expected = model(batch, output_hidden_states=True).hidden_states
         assert torch.equal(hidden, expected[0])
         first = calls[0].run(model.get_submodule(find_blocks(model)[0]), hidden)
-    assert tuples == [False, False]
+    assert counts == [0, 0]
     assert torch.allclose(first, expected[1], atol=1e-5)

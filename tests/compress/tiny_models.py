@@ -72,6 +72,37 @@ class Block(nn.Module):
         return (hidden_states + self.second(self.activation(self.first(normed))) + extra,)
 
 
+class HandingBlock(nn.Module):
+    """Norm, two linears, residual; the second layer reads half of what the block before gave its own, too."""
+
+    def __init__(self, width: int = 32, *, hands_on: bool = True) -> None:
+        super().__init__()
+        self.norm, self.hands_on = OnePlusNorm(width), hands_on
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        own = self.first(self.norm(hidden_states))
+        read = own if given is None else own + given / 2
+        return hidden_states + self.second(read), own if self.hands_on else None
+
+
+class HandingModel(nn.Module):
+    """Blocks that each get something from the one `distance` before; called as a causal language model is."""
+
+    def __init__(self, *blocks: nn.Module, width: int = 32, distance: int = 1) -> None:
+        super().__init__()
+        self.embedding, self.distance = nn.Embedding(VOCABULARY, width), distance
+        self.blocks = nn.ModuleList(blocks)
+        self.lm_head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, given = self.embedding(tokens), [None] * self.distance
+        for block in self.blocks:
+            x, other = block(x, given[-self.distance])
+            given.append(other)
+        return self.lm_head(x)
+
+
 class OnePlusNorm(nn.Module):
     """RMS norm that multiplies by 1 + weight, in the input's own precision."""
 

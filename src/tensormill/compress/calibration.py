@@ -589,7 +589,7 @@ def stream_blocks(
     beginning, kept = residence.kept_inputs()
     hidden: list[Tensor] = kept or []
     calls: list[list[BlockCall]] = []
-    returns_tuple = [block.returns_tuple for block in structure.blocks]
+    outputs = [block.outputs for block in structure.blocks]
     home, stored = residence.home, next(model.parameters()).dtype
     with residence.entrance():
         for tokens, besides in share.chunks(batch):
@@ -597,7 +597,7 @@ def stream_blocks(
                 name: value.to(home, stored) if value.is_floating_point() else value.to(home)
                 for name, value in besides.items()
             }
-            first, chunk_calls, _ = record_calls(model, names, tokens.to(home), returns_tuple, inputs=more)
+            first, chunk_calls, _ = record_calls(model, names, tokens.to(home), outputs, inputs=more)
             calls.append(chunk_calls)
             if kept is None:
                 hidden.append(first.to(device, dtype))
@@ -609,6 +609,8 @@ def stream_blocks(
         for index, block_structure in enumerate(structure.blocks):
             if index < beginning:
                 continue
+            for chunk in calls if index > 1 else ():
+                chunk[index - 2].forget()
             if progress is not None:
                 progress(f"block {index + 1} of {len(names)}", index / len(names))
             with residence.part(block_structure.name) as module:

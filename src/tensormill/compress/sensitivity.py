@@ -172,7 +172,7 @@ class _Runner:
     def __init__(self, model: nn.Module, structure: ModelStructure, tokens: Tensor) -> None:
         self.model = model
         self.modules = [model.get_submodule(block.name) for block in structure.blocks]
-        self.returns_tuple = [block.returns_tuple for block in structure.blocks]
+        self.outputs = [block.outputs for block in structure.blocks]
         self.tokens = tokens.to(next(model.parameters()).device)
         vocabulary = self._forward(self.tokens[:1, :1]).shape[-1]
         self.batch = max(1, _LOGITS_BYTES // (4 * vocabulary * tokens.shape[1]))
@@ -215,10 +215,10 @@ class _Runner:
     def _resumed(self, first: int, hidden: Tensor) -> Iterator[None]:
         """Inside, blocks before `first` are passed by, and that one reads `hidden`."""
 
-        def pass_by(returns_tuple: bool) -> Callable[..., Any]:
+        def pass_by(outputs: int) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 given = args[0] if args else kwargs["hidden_states"]
-                return (given,) if returns_tuple else given
+                return (given, *[None] * (outputs - 1)) if outputs else given
 
             return run
 
@@ -230,8 +230,8 @@ class _Runner:
             return run
 
         changed = self.modules[: first + 1]
-        for module, returns_tuple in zip(changed[:-1], self.returns_tuple, strict=False):
-            module.forward = pass_by(returns_tuple)
+        for module, outputs in zip(changed[:-1], self.outputs, strict=False):
+            module.forward = pass_by(outputs)
         changed[-1].forward = resume(changed[-1].forward)
         try:
             yield
@@ -265,8 +265,10 @@ class _Measurement:
             # Observing puts the outputs, which the next block reads, in the place of the inputs.
             hidden = torch.cat(block.hidden)[::_STRIDE]
             statistics = block.observe()
+            # What earlier blocks leave for this or later ones is missing where those are passed by.
+            start = None if any(call.may_hand_on() for call in block.calls) else index
             if groups:
-                found.update(self._block_losses(index, block, groups, hidden, statistics))
+                found.update(self._block_losses(start, block, groups, hidden, statistics))
         for group in self.groups:
             if not group.block:
                 found[group] = self._outside_losses(group)
@@ -274,7 +276,7 @@ class _Measurement:
 
     def _block_losses(
         self,
-        index: int,
+        index: int | None,
         block: CalibrationBlock,
         groups: list[LayerGroup],
         hidden: Tensor,

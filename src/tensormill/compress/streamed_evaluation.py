@@ -81,13 +81,11 @@ class PackedOnDisk(OnDisk):
 class _AtHead:
     """A model whose blocks ran already, as `evaluate.BodyAndHead`."""
 
-    def __init__(
-        self, residence: OnDisk, returns_tuple: Sequence[bool], hidden: Callable[[], Tensor]
-    ) -> None:
+    def __init__(self, residence: OnDisk, outputs: Sequence[int], hidden: Callable[[], Tensor]) -> None:
         self.model = residence.model
         self.device = residence.home
         self._blocks = [self.model.get_submodule(name) for name in residence.blocks]
-        self._returns_tuple, self._hidden, self._computes_on = returns_tuple, hidden, residence.device
+        self._outputs, self._hidden, self._computes_on = outputs, hidden, residence.device
 
     def hidden(self, ids: Tensor) -> Tensor:
         return self._hidden()
@@ -95,15 +93,15 @@ class _AtHead:
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         there = hidden.to(self._computes_on)
 
-        def passing_by(is_last: bool, in_tuple: bool) -> Callable[..., Any]:
+        def passing_by(is_last: bool, outputs: int) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 output = there if is_last else args[0] if args else kwargs["hidden_states"]
-                return (output,) if in_tuple else output
+                return (output, *[None] * (outputs - 1)) if outputs else output
 
             return run
 
         for index, block in enumerate(self._blocks):
-            block.forward = passing_by(index + 1 == len(self._blocks), self._returns_tuple[index])
+            block.forward = passing_by(index + 1 == len(self._blocks), self._outputs[index])
         try:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
@@ -194,12 +192,12 @@ class _Stream:
         self.residence = residence
         self.hidden: list[Tensor] = []
         self.calls: list[list[BlockCall]] = []
-        self.returns_tuple: list[bool] | None = None
+        self.outputs: list[int] | None = None
         self._dtype = computing_dtype(next(residence.model.parameters()).dtype, residence.device)
         with residence.entrance():
             for ids in batches:
-                hidden, calls, self.returns_tuple = record_calls(
-                    residence.model, residence.blocks, ids, self.returns_tuple, residence=residence
+                hidden, calls, self.outputs = record_calls(
+                    residence.model, residence.blocks, ids, self.outputs, residence=residence
                 )
                 self.hidden.append(hidden)
                 self.calls.append(calls)
@@ -208,14 +206,16 @@ class _Stream:
         """Run block `index`."""
         with widened(module):
             for number, hidden in enumerate(self.hidden):
+                if index > 1:
+                    self.calls[number][index - 2].forget()
                 call = self.calls[number][index].to(self.residence.device).to(self._dtype)
                 self.hidden[number] = call.run(module, hidden.to(self.residence.device, self._dtype)).cpu()
 
     def at_head(self, number: int) -> _AtHead:
         """What is left to compute for batch `number`."""
-        assert self.returns_tuple is not None
+        assert self.outputs is not None
         dtype = next(self.residence.model.parameters()).dtype
-        return _AtHead(self.residence, self.returns_tuple, lambda: self.hidden[number].to(dtype))
+        return _AtHead(self.residence, self.outputs, lambda: self.hidden[number].to(dtype))
 
 
 def _round(module: nn.Module, block: str, config: WeightConfig, kept: Collection[str]) -> None:

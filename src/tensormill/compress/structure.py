@@ -105,7 +105,7 @@ class BlockStructure:
         input_groups: the same, grouped: linears of a group read the same tensor.
         mappings: edges along which scales can be moved.
         scores: linears whose output enters the model through products of two of them only (query and key).
-        returns_tuple: whether its forward returns a tuple that starts with the hidden states.
+        outputs: how many values its forward returns in a tuple, hidden states first; 0 where it returns these alone.
         kept: linears that keep their precision, since the model's code reads their weights itself (for a dtype, say),
             which a low-bit layer hasn't.
     """
@@ -115,7 +115,7 @@ class BlockStructure:
     input_groups: tuple[tuple[str, ...], ...]
     mappings: tuple[ScaleMapping, ...]
     scores: tuple[str, ...]
-    returns_tuple: bool
+    outputs: int
     kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -146,29 +146,68 @@ class ModelStructure:
         return " | ".join(name + graph for graph, name in kinds.items())
 
 
+@dataclass(eq=False)
+class Handed:
+    """Stands, among what a block is called with, for something that the block before gives beside hidden states.
+
+    Attributes:
+        block: number of the block that gives it.
+        place: among what that block returns.
+        value: what it gave when it ran last.
+    """
+
+    block: int
+    place: int
+    value: Any = None
+
+
 @dataclass
 class BlockCall:
     """What the model passes to one of its blocks besides the hidden states.
 
     Attributes:
-        args, kwargs: as passed.
+        args, kwargs: as passed, with a `Handed` for each thing that the block before gives.
         added: what the model adds to the block's output before the next block reads it (features of an image, in
             models with "deepstack"); None if nothing.
+        gives: what the next block is called with that this one gives (the tokens to attend to, in GLM-5).
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     added: Tensor | None = None
+    gives: list[Handed] = field(default_factory=list)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states, as the next block reads them."""
-        output: Tensor | Sequence[Tensor] = block(hidden, *self.args, **self.kwargs)
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        return output if self.added is None else output + self.added
+        """The block's output hidden states, as the next block reads them; what else that one reads is left in
+        `gives`.
+        """
+        output, *others = self.outputs(block, hidden)
+        for handed, value in zip(self.gives, others, strict=True):
+            handed.value = value
+        return output
+
+    def outputs(self, block: nn.Module, hidden: Tensor) -> list[Any]:
+        """The block's output hidden states, as the next block reads them, and what `gives` stands for."""
+        output = self.returned(block, hidden)
+        values = output if isinstance(output, (tuple, list)) else (output,)
+        first = values[0] if self.added is None else values[0] + self.added
+        return [first, *(values[handed.place] for handed in self.gives)]
+
+    def returned(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """What the block returns."""
+        to = (hidden.device, hidden.dtype)
+        return block(hidden, *_received(self.args, to), **_received(self.kwargs, to))
+
+    def forget(self) -> None:
+        """Let go of what `gives` holds: the next block ran for the last time."""
+        for handed in self.gives:
+            handed.value = None
 
     def to(self, *args: Any) -> BlockCall:
         """With every tensor moved to a device, or every floating-point tensor cast to a dtype."""
-        return BlockCall(_cast(self.args, args), _cast(self.kwargs, args), _cast(self.added, args))
+        return BlockCall(
+            _cast(self.args, args), _cast(self.kwargs, args), _cast(self.added, args), self.gives
+        )
 
     def may_hand_on(self) -> bool:
         """Whether it holds an object in which blocks may leave more than hidden states for later blocks: keys and
@@ -181,6 +220,26 @@ def _holds_object(value: Any) -> bool:
     if type(value) in (list, tuple, dict):
         return any(map(_holds_object, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device, type(None)))
+
+
+def _handed(value: Any) -> Iterator[Handed]:
+    if isinstance(value, Handed):
+        yield value
+    elif type(value) in (list, tuple, dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _handed(item)
+
+
+def _received(value: Any, to: tuple[torch.device, torch.dtype]) -> Any:
+    """Arguments with what blocks gave in the place of each `Handed`."""
+    if isinstance(value, Handed):
+        device, dtype = to
+        return _cast(_cast(value.value, (device,)), (dtype,))
+    if type(value) in (list, tuple):
+        return type(value)(_received(item, to) for item in value)
+    if type(value) is dict:
+        return {key: _received(item, to) for key, item in value.items()}
+    return value
 
 
 def _cast(value: Any, to: tuple[Any, ...]) -> Any:
@@ -300,12 +359,12 @@ def record_calls(
     model: nn.Module,
     blocks: Sequence[str],
     tokens: Tensor,
-    returns_tuple: Sequence[bool] | None = None,
+    outputs: Sequence[int] | None = None,
     *,
     inputs: Mapping[str, Tensor] | None = None,
     residence: Residence | None = None,
     in_between: bool = True,
-) -> tuple[Tensor, list[BlockCall], list[bool]]:
+) -> tuple[Tensor, list[BlockCall], list[int]]:
     """Run what comes before the blocks, and note what each block is called with.
 
     The blocks themselves are passed by, so the cost is that of the embedding. Nothing after the last block
@@ -315,21 +374,21 @@ def record_calls(
         model: a causal language model, called as `model(tokens)`.
         blocks: names of its blocks, in order.
         tokens: (batch, length) int64.
-        returns_tuple: whether each block returns a tuple; None runs one block of each kind to find out.
+        outputs: how many values each block returns, see `BlockStructure`; None runs one block of each kind to find out.
         inputs: what else the model is called with, by keyword: pixel values, say.
         residence: of the model; None stands for one in memory.
         in_between: note what the model adds to hidden states between blocks; False runs it once, whatever it does
             there.
 
     Returns:
-        The first block's input (batch, length, hidden), each block's call, and whether it returns a tuple.
+        The first block's input (batch, length, hidden), each block's call, and how many values it returns.
 
     Raises:
         ModelError: the blocks don't run once each, in order, on hidden states to which at most something is added
-            between them.
+            between them, and on what the block before gives beside them.
     """
     residence = residence or InMemory(model)
-    walk = _Walk(model, blocks, tokens, inputs or {}, residence, returns_tuple)
+    walk = _Walk(model, blocks, tokens, inputs or {}, residence, outputs)
     # Where an image's features are computed on the way, a second walk would cost more than copies.
     first, calls, between = walk.run(torch.clone if inputs else lambda hidden: hidden)
     if between and in_between and not inputs:
@@ -346,14 +405,14 @@ def record_calls(
                     "method rtn, in memory"
                 )
             calls[index].added = added
-    return first, calls, walk.returns_tuple
+    return first, calls, walk.outputs
 
 
 class _Walk:
     """Runs of a model with its blocks passed by, see `record_calls`.
 
     Attributes:
-        returns_tuple: whether each block returns a tuple; known after the first run.
+        outputs: how many values each block returns, 0 for hidden states alone; known after the first run.
     """
 
     def __init__(
@@ -363,13 +422,13 @@ class _Walk:
         tokens: Tensor,
         inputs: Mapping[str, Tensor],
         residence: Residence,
-        returns_tuple: Sequence[bool] | None,
+        outputs: Sequence[int] | None,
     ) -> None:
         self.model, self.blocks, self.tokens, self.inputs = model, blocks, tokens, inputs
         self.residence = residence
         self.modules = [model.get_submodule(name) for name in blocks]
-        self._kinds: dict[Any, bool] = {}
-        self.returns_tuple = [] if returns_tuple is None else list(returns_tuple)
+        self._kinds: dict[Any, Sequence[Any]] = {}
+        self.outputs = [] if outputs is None else list(outputs)
 
     def run(
         self, give: Callable[[Tensor], Tensor]
@@ -395,6 +454,14 @@ class _Walk:
                         f"number {len(calls)}), expected a chain of blocks on hidden states"
                     )
                 call = BlockCall(args[1:], kwargs)
+                for handed in _handed([call.args, call.kwargs]):
+                    if handed.block != index - 1:
+                        raise ModelError(
+                            f"given blocks of which {blocks[index]} reads what {blocks[handed.block]} gives beside "
+                            "hidden states, expected blocks that give such to the next one alone"
+                        )
+                    if handed not in calls[-1].gives:
+                        calls[-1].gives.append(handed)
                 calls.append(call)
                 if not last:
                     first.append(hidden)
@@ -403,13 +470,19 @@ class _Walk:
                     same = hidden is given or torch.equal(hidden, given)
                     if not same or _version(given) != version:
                         between[index - 1] = left, hidden
-                if index == len(self.returns_tuple):
-                    self.returns_tuple.append(self._gives_tuple(index, forward, call, hidden))
+                if index == len(self.outputs):
+                    self.outputs.append(len(self._values(index, forward, call, hidden)))
                 if len(calls) == len(modules):
                     raise Stop
                 given = give(hidden)
                 last[:] = hidden, given, _version(given)
-                return (given,) if self.returns_tuple[index] else given
+                # What a block of this kind gave stands for what this one will give.
+                seen = self._kinds.get(_signature(modules[index]), ())
+                others = [
+                    Handed(index, place, seen[place] if seen else None)
+                    for place in range(1, self.outputs[index])
+                ]
+                return (given, *others) if self.outputs[index] else given
 
             return run
 
@@ -437,13 +510,16 @@ class _Walk:
             )
         return first[0], calls, between
 
-    def _gives_tuple(self, index: int, forward: Callable[..., Any], call: BlockCall, hidden: Tensor) -> bool:
+    def _values(
+        self, index: int, forward: Callable[..., Any], call: BlockCall, hidden: Tensor
+    ) -> Sequence[Any]:
+        """What a block returns in a tuple, where it returns one; run for one block of each kind."""
         kind = _signature(self.modules[index])
         if kind not in self._kinds:
             with self.residence.part(self.blocks[index]):
                 there = call.to(self.residence.device)
-                output = forward(hidden.to(self.residence.device), *there.args, **there.kwargs)
-            self._kinds[kind] = isinstance(output, (tuple, list))
+                output = there.returned(forward, hidden.to(self.residence.device))
+            self._kinds[kind] = output if isinstance(output, (tuple, list)) else ()
         return self._kinds[kind]
 
 
@@ -493,11 +569,11 @@ def discover(
     residence = residence or InMemory(model)
     tokens = (torch.arange(8, device=residence.home) * 7919 % vocabulary).unsqueeze(0)
     with residence.entrance():
-        hidden, calls, tuples = record_calls(model, names, tokens, residence=residence, in_between=False)
+        hidden, calls, outputs = record_calls(model, names, tokens, residence=residence, in_between=False)
     shared = shared_parameters(model)
     known: dict[Any, BlockStructure] = {}
     blocks = []
-    for name, call, returns_tuple in zip(names, calls, tuples, strict=True):
+    for name, call, count in zip(names, calls, outputs, strict=True):
         module = model.get_submodule(name)
         kind = (_signature(module), any(id(parameter) in shared for parameter in module.parameters()))
         if kind not in known:
@@ -514,12 +590,12 @@ def discover(
                     probe.find_mappings() if mappings == "auto" else probe.check_mappings(mappings)
                 ),
                 scores=probe.find_scores(),
-                returns_tuple=returns_tuple,
+                outputs=count,
                 kept=probe.kept,
             )
             del probe  # holds the block eight bytes a weight
         found = known[kind]
-        blocks.append(replace(found, name=name, returns_tuple=returns_tuple))
+        blocks.append(replace(found, name=name, outputs=count))
     if mappings != "auto" and not any(block.mappings for block in blocks):
         raise ModelError(
             f"given mappings that name no layers of a block, expected names like {blocks[0].linears[0]!r}"
@@ -574,8 +650,8 @@ class _Probe:
                 f"given {self.name}, which fails on hidden states in float64 ({_of_one_line(error)}), expected a block "
                 "that runs in every precision, on hidden states alone"
             ) from error
-        self.output = self.call.run(self.module, self.hidden)
-        if not torch.isfinite(self.output).all():
+        self.output = self._run()
+        if not torch.isfinite(self.output[0]).all():
             bad = [
                 name for name, weight in self.module.named_parameters() if not torch.isfinite(weight).all()
             ]
@@ -612,7 +688,7 @@ class _Probe:
             for name, part in self.parts.items():
                 stack.callback(part.register_forward_hook(note(name, part)).remove)
             read = stack.enter_context(_weights_read(self.parts))
-            self.call.run(self.module, self.hidden)
+            self._run()
 
         self.kept = tuple(name for name in self.parts if name in read and name not in self.routers)
         readers: dict[Any, list[str]] = {}
@@ -662,6 +738,17 @@ class _Probe:
             (tuple(names), tuple(readers.get(tensor, ())), self.producer_of.get(tensor))
             for tensor, names in together.items()
         ]
+
+    def _run(self) -> list[Tensor]:
+        """All that the block gives later ones in floating point: hidden states first."""
+        given = self.call.outputs(self.module, self.hidden)
+        return [value for value in given if isinstance(value, Tensor) and value.is_floating_point()]
+
+    def _is_as_before(self) -> bool:
+        return all(
+            _difference(found, wanted) < _UNCHANGED
+            for found, wanted in zip(self._run(), self.output, strict=True)
+        )
 
     def _list_of(self, name: str) -> str | None:
         """The list of experts that a module belongs to."""
@@ -856,7 +943,7 @@ class _Probe:
             for name in consumers:
                 undo = self.parts[name].register_forward_pre_hook(lambda _m, args: turn(args[0], rotation.T))
                 stack.callback(undo.remove)
-            return _difference(self.call.run(self.module, self.hidden), self.output) < _UNCHANGED
+            return self._is_as_before()
 
     def _is_tied(self, producer: str, consumers: tuple[str, ...]) -> bool:
         return not self.tied.isdisjoint({producer, *consumers})
@@ -929,7 +1016,7 @@ class _Probe:
                 weight = self.parts[name].weight
                 stack.callback(setattr, weight, "data", weight.data)
                 weight.data = weight.data / factor
-            return _difference(self.call.run(self.module, self.hidden), self.output) < _UNCHANGED
+            return self._is_as_before()
 
 
 class _FrozenLinear(nn.Linear):

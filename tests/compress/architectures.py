@@ -166,18 +166,18 @@ def vision_language_model(
     return randomize(model).to(dtype).eval()
 
 
-def stacked_on_disk() -> nn.Module:
+def stacked_on_disk(**options: Any) -> nn.Module:
     """An architecture whose checkpoints hold the experts of a layer in one tensor; it reads images too."""
-    return deepstack_model("Qwen3VLMoeConfig")
+    return deepstack_model("Qwen3VLMoeConfig", **options)
 
 
-def deepstack_model(config_class: str = "Qwen3VLConfig") -> nn.Module:
+def deepstack_model(config_class: str = "Qwen3VLConfig", **options: Any) -> nn.Module:
     """A model that adds features of its images to the hidden states between its blocks, too."""
     import transformers
 
     text = {"head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
     config = getattr(transformers, config_class)(
-        text_config={**_SIZES, **_EXPERTS, "num_experts": 4, **text} | {"num_hidden_layers": 3},
+        text_config={**_SIZES, **_EXPERTS, "num_experts": 4, **text, "num_hidden_layers": 3, **options},
         vision_config={
             "hidden_size": 32,
             "out_hidden_size": 64,

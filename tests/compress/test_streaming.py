@@ -183,6 +183,27 @@ def test_mixtures_are_the_same_as_in_memory_bit_for_bit(
     assert found.bits_per_weight == expected.bits_per_weight
 
 
+@pytest.mark.filterwarnings("ignore:.*from stacked tensors:UserWarning")
+@pytest.mark.parametrize(("skip", "width"), [("lm_head", 48), ("*.1.mlp.experts.*", 48), ("lm_head", 32)])
+def test_experts_that_only_the_files_have_transposed(skip, width, run, checkpoint_of, tmp_path):
+    """Qwen3-VL-MoE, as its authors publish it (transformers itself writes what it has in memory). Square matrices
+    don't tell, and are read as they lie there, by transformers too.
+    """
+    source = checkpoint_of(stacked_on_disk(vocab_size=300, moe_intermediate_size=width).to(torch.bfloat16))
+    file = source / "model.safetensors"
+    turned = {
+        name: tensor.mT.contiguous() if ".experts." in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(turned, file, metadata={"format": "pt"})
+    assert turned["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 64, 2 * width)
+    assert turned["model.language_model.layers.0.mlp.experts.down_proj"].shape == (4, width, 64)
+    expected = run("memory", source, "awq", stream=False, **SMALL, skip=[skip])
+    found = run("disk", source, "awq", **SMALL, skip=[skip])
+    assert_same(tmp_path / "memory", tmp_path / "disk")
+    assert losses(found) == losses(expected) and found.left_out == expected.left_out
+
+
 def test_corrections_of_routers_stay_in_float32(run, checkpoint_of, tmp_path):
     source = checkpoint_of(architecture_model("deepseek_v3", dtype=torch.bfloat16, vocab_size=300))
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -477,18 +498,18 @@ def test_what_cannot_be_read_part_by_part_says_why(run, model, checkpoint_of, tm
     save_file(named, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"another name in the files.*in memory, with stream=False"):
         run("out", source)
-    # Files may hold the experts of a layer in one tensor, and each of them transposed.
-    stacked_on_disk().save_pretrained(tmp_path / "transposed")
-    file = tmp_path / "transposed" / "model.safetensors"
-    turned = {
-        name: tensor.mT.contiguous() if "experts" in name else tensor
+    # Files may hold the experts of a layer in one tensor, and one below the other.
+    stacked_on_disk().save_pretrained(tmp_path / "flat")
+    file = tmp_path / "flat" / "model.safetensors"
+    flat = {
+        name: tensor.flatten(0, 1) if "experts" in name else tensor
         for name, tensor in load_file(file).items()
     }
-    save_file(turned, file, metadata={"format": "pt"})
+    save_file(flat, file, metadata={"format": "pt"})
     with pytest.raises(
         ModelError, match=r"layers\.0\.mlp\.experts are stacked in another order in the files"
     ):
-        run("out", tmp_path / "transposed")
+        run("out", tmp_path / "flat")
     with pytest.raises(InvalidArgument, match="a curve"):
         run("out", model, curve=[3])
     recipe = tmp_path / "recipe.yaml"

@@ -149,6 +149,19 @@ def test_what_a_block_gives_a_later_one_than_the_next_is_refused():
         discover(model)
 
 
+def test_a_model_that_changes_its_weights_is_refused():
+    """RWKV divides them by powers of two before it runs, and what is saved would be divided again."""
+
+    class Rescaling(BlockModel):
+        def forward(self, tokens):
+            self.blocks[0].first.weight.data.mul_(0.5)
+            self.blocks[0].second.weight.div_(2)
+            return super().forward(tokens)
+
+    with pytest.raises(ModelError, match=r"changes its own weights.*blocks\.0\.second\.weight"):
+        discover(Rescaling(Block(nn.ReLU(), nn.LayerNorm(32))))
+
+
 def test_nan_names_the_parameter():
     model = tiny_model("llama")
     with torch.no_grad():

@@ -562,14 +562,21 @@ def discover(
     self_attn.v_proj -> self_attn.o_proj
 
     Raises:
-        ModelError: no blocks, or an edge given by hand that doesn't exist or would change the model.
+        ModelError: no blocks, a model that changes its weights when it runs, or an edge given by hand that doesn't exist or would change the model.
     """
     names = find_blocks(model)
     vocabulary = _vocabulary(model)
     residence = residence or InMemory(model)
     tokens = (torch.arange(8, device=residence.home) * 7919 % vocabulary).unsqueeze(0)
+    versions = {name: _version(parameter) for name, parameter in model.named_parameters()}
     with residence.entrance():
         hidden, calls, outputs = record_calls(model, names, tokens, residence=residence, in_between=False)
+    for name, parameter in model.named_parameters():
+        if versions.get(name, _version(parameter)) != _version(parameter):
+            raise ModelError(
+                f"given a {type(model).__name__} that changes its own weights when it runs ({name}), expected one that "
+                "leaves them as they are"
+            )
     shared = shared_parameters(model)
     known: dict[Any, BlockStructure] = {}
     blocks = []

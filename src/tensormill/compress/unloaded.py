@@ -143,7 +143,8 @@ def _check_unexpected(model: Any, info: CheckpointInfo, names: Iterable[str]) ->
 def _experts_in(tensors: Mapping[str, StoredTensor], model: nn.Module) -> dict[str, StoredTensor]:
     """The single experts' weights that lie in stacked ones, by the model's names for both.
 
-    One lies after the other, or beside the other in matrices that are transposed.
+    One lies after the other, or beside the other in matrices that are transposed, as the model has them (Llama 4) or
+    the files alone (Qwen3-VL-MoE), which transformers tells by the shapes, too.
     """
     found = {}
     for path, experts in expert_lists(model):
@@ -151,10 +152,11 @@ def _experts_in(tensors: Mapping[str, StoredTensor], model: nn.Module) -> dict[s
             stored = tensors.get(f"{path}.{stacked}")
             rows, columns = experts.get_parameter(weights[0]).shape
             count = len(weights) // len(experts)
-            shape = (columns, count * rows) if experts.transposed else (count * rows, columns)
-            if stored is None or stored.shape != (len(experts), *shape):
+            shapes = (len(experts), count * rows, columns), (len(experts), columns, count * rows)
+            if stored is None or stored.shape not in shapes:
                 continue
-            apart = 1 if experts.transposed else count
+            transposed = experts.transposed if shapes[0] == shapes[1] else stored.shape == shapes[1]
+            apart = 1 if transposed else count
             size = stored.nbytes // (len(experts) * apart)
             owner, _, last = stored.name.rpartition(".")
             for place, weight in enumerate(weights):
@@ -164,7 +166,7 @@ def _experts_in(tensors: Mapping[str, StoredTensor], model: nn.Module) -> dict[s
                     nbytes=size,
                     start=stored.start + (place * apart // count) * size,
                     name=f"{owner if last == stacked else path}.{weight}",
-                    turned=(place % count * rows, count * rows) if experts.transposed else None,
+                    turned=(place % count * rows, count * rows) if transposed else None,
                 )
     return found
 

@@ -16,6 +16,7 @@ from tensormill.compress.awq import (
     search_scales,
     weight_magnitude,
 )
+from tensormill.compress.block_calls import BlockCall
 from tensormill.compress.calibration import Calibration, inject_outliers, stream_blocks
 from tensormill.compress.clipping import gram_blocks, keep_helpful_rows, search_clip
 from tensormill.compress.formats import QuantSpec, fake_quantize
@@ -26,7 +27,7 @@ from tensormill.compress.output_error import (
     sample_loss,
     squared_outputs,
 )
-from tensormill.compress.structure import BlockCall, discover
+from tensormill.compress.structure import discover
 from tensormill.errors import InvalidArgument, ModelError
 from tensormill.ops.linear_wna16.module import LinearWNA16
 

@@ -17,6 +17,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from tensormill.compress import awq, rtn
+from tensormill.compress.block_calls import Handed
 from tensormill.compress.calibration import (
     Calibration,
     GramAccumulator,
@@ -24,7 +25,7 @@ from tensormill.compress.calibration import (
     stream_blocks,
 )
 from tensormill.compress.experts import unfuse_experts
-from tensormill.compress.structure import Handed, discover
+from tensormill.compress.structure import discover
 from tensormill.errors import DataError, InvalidArgument, ModelError
 
 

@@ -5,8 +5,9 @@ import torch
 from tiny_models import ARCHITECTURES, Block, BlockModel, OnePlusNorm, tiny_model, tokens
 from torch import nn
 
+from tensormill.compress.block_calls import record_calls
 from tensormill.compress.fold import fold
-from tensormill.compress.structure import discover, record_calls
+from tensormill.compress.structure import discover
 from tensormill.errors import InvalidArgument
 
 

@@ -12,7 +12,8 @@ from tiny_models import (
 )
 from torch import nn
 
-from tensormill.compress.structure import discover, find_blocks, record_calls
+from tensormill.compress.block_calls import record_calls
+from tensormill.compress.structure import discover, find_blocks
 from tensormill.errors import ModelError
 
 GATED = [

@@ -28,6 +28,7 @@ from test_streaming import assert_same, losses
 from torch import nn
 
 from tensormill.compress import awq, compress, gptq, journal
+from tensormill.compress.block_calls import record_calls
 from tensormill.compress.calibration import Calibration, stream_blocks
 from tensormill.compress.checkpoint import (
     inspect_checkpoint,
@@ -41,7 +42,7 @@ from tensormill.compress.formats.checkpoint_format import compressed_linears
 from tensormill.compress.formats.registry import format_named
 from tensormill.compress.recipe import Step
 from tensormill.compress.streaming import OnDisk, fingerprint, open_source
-from tensormill.compress.structure import discover, find_blocks, record_calls
+from tensormill.compress.structure import discover, find_blocks
 from tensormill.errors import CheckpointError, DataError, InvalidArgument
 
 WORDS = 90

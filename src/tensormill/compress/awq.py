@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.block_calls import BlockCall
 from tensormill.compress.calibration import (
     Calibration,
     CalibrationBlock,
@@ -58,7 +59,6 @@ from tensormill.compress.output_error import ScaleLoss, gram_loss, module_loss, 
 from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import (
     HOW_TO_PASS_MAPPINGS,
-    BlockCall,
     ModelStructure,
     ScaleMapping,
     discover,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.block_calls import BlockCall, Stop, record_calls
 from tensormill.compress.experts import expert_lists
 from tensormill.compress.fold import fold
 from tensormill.compress.output_error import search_numbers
@@ -27,14 +28,11 @@ from tensormill.compress.precision import computing_dtype, gram_precision, widen
 from tensormill.compress.ranks import ALONE, Ranks
 from tensormill.compress.residence import InMemory, Residence
 from tensormill.compress.structure import (
-    BlockCall,
     BlockStructure,
     ModelStructure,
     ScaleMapping,
-    Stop,
     discover,
     linear_in,
-    record_calls,
     text_config,
 )
 from tensormill.compress.text import read_texts

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.block_calls import BlockCall
 from tensormill.compress.formats.quantization import QuantSpec
 from tensormill.compress.precision import search_precision
-from tensormill.compress.structure import BlockCall
 from tensormill.ops.quantization_error import quantization_error
 
 ScaleLoss = Callable[[Tensor], Tensor]

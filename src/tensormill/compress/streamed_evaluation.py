@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tensormill.compress.block_calls import BlockCall, record_calls
 from tensormill.compress.checkpoint import CheckpointInfo
 from tensormill.compress.evaluate import Evaluation, Score, Windows, check_vocabulary, score_batch
 from tensormill.compress.formats.checkpoint_format import CheckpointFormat
@@ -22,7 +23,6 @@ from tensormill.compress.methods import WeightConfig, replace_linear
 from tensormill.compress.precision import computing_dtype, widened
 from tensormill.compress.stages import Progress
 from tensormill.compress.streaming import OnDisk
-from tensormill.compress.structure import BlockCall, record_calls
 from tensormill.compress.unloaded import open_unloaded
 
 if TYPE_CHECKING:

@@ -240,16 +240,16 @@ class _Walk:
                 if not last:
                     first.append(hidden)
                 else:
-                    left, given, version = last
+                    left, given, changes = last
                     same = hidden is given or torch.equal(hidden, given)
-                    if not same or version(given) != version:
+                    if not same or times_changed(given) != changes:
                         between[index - 1] = left, hidden
                 if index == len(self.outputs):
                     self.outputs.append(len(self._values(index, forward, call, hidden)))
                 if len(calls) == len(modules):
                     raise Stop
                 given = give(hidden)
-                last[:] = hidden, given, version(given)
+                last[:] = hidden, given, times_changed(given)
                 # What a block of this kind gave stands for what this one will give.
                 seen = self._kinds.get(signature(modules[index]), ())
                 others = [
@@ -302,7 +302,7 @@ def of_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def version(tensor: Tensor) -> int:
+def times_changed(tensor: Tensor) -> int:
     """How often a tensor was changed in place, where torch counts that."""
     return 0 if tensor.is_inference() else tensor._version
 

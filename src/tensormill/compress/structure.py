@@ -28,7 +28,7 @@ from tensormill.compress.block_calls import (
     of_one_line,
     record_calls,
     signature,
-    version,
+    times_changed,
 )
 from tensormill.compress.experts import ExpertList, expert_lists, is_fused, routers
 from tensormill.compress.residence import InMemory, Residence
@@ -280,11 +280,11 @@ def discover(
     vocabulary = _vocabulary(model)
     residence = residence or InMemory(model)
     tokens = (torch.arange(8, device=residence.home) * 7919 % vocabulary).unsqueeze(0)
-    versions = {name: version(parameter) for name, parameter in model.named_parameters()}
+    changes = {name: times_changed(parameter) for name, parameter in model.named_parameters()}
     with residence.entrance():
         hidden, calls, outputs = record_calls(model, names, tokens, residence=residence, in_between=False)
     for name, parameter in model.named_parameters():
-        if versions.get(name, version(parameter)) != version(parameter):
+        if changes.get(name, times_changed(parameter)) != times_changed(parameter):
             raise ModelError(
                 f"given a {type(model).__name__} that changes its own weights when it runs ({name}), expected one that "
                 "leaves them as they are"

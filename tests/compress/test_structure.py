@@ -7,6 +7,7 @@ from tiny_models import (
     HandingBlock,
     HandingModel,
     OnePlusNorm,
+    SharingModel,
     tiny_model,
     tokens,
 )
@@ -142,6 +143,14 @@ def test_what_a_block_gives_the_next_one_counts_as_its_output():
     for block in handing:
         assert [str(edge) for edge in block.mappings] == ["norm -> first"]
         assert block.outputs == 2
+
+
+def test_what_a_block_leaves_for_later_ones_counts_as_its_output():
+    """Blocks that share keys and values are alike, and differ in which of them leave theirs."""
+    torch.manual_seed(0)
+    found = discover(SharingModel("neither", "leaves", "neither", "reads")).blocks
+    free, bound = ["norm -> first", "first -> second"], ["norm -> first"]
+    assert [[str(edge) for edge in block.mappings] for block in found] == [free, bound, free, bound]
 
 
 def test_what_a_block_gives_a_later_one_than_the_next_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 
 import torch
@@ -84,6 +85,37 @@ class HandingBlock(nn.Module):
         own = self.first(self.norm(hidden_states))
         read = own if given is None else own + given / 2
         return hidden_states + self.second(read), own if self.hands_on else None
+
+
+class SharingBlock(HandingBlock):
+    """The same, but what it gives lies in a mapping: `role` says whether it leaves its own there, or reads one."""
+
+    def __init__(self, role: str, width: int = 32) -> None:
+        super().__init__(width)
+        self.role = role
+
+    def forward(self, hidden_states: Tensor, shared: UserDict[str, Tensor]) -> Tensor:
+        given = shared["own"] if self.role == "reads" else None
+        output, own = super().forward(hidden_states, given)
+        if self.role == "leaves":
+            shared["own"] = own
+        return output
+
+
+class SharingModel(nn.Module):
+    """Blocks that share a mapping; called as a causal language model is."""
+
+    def __init__(self, *roles: str, width: int = 32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.blocks = nn.ModuleList(SharingBlock(role, width) for role in roles)
+        self.lm_head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, shared = self.embedding(tokens), UserDict()
+        for block in self.blocks:
+            x = block(x, shared)
+        return self.lm_head(x)
 
 
 class HandingModel(nn.Module):

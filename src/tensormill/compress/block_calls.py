@@ -81,25 +81,43 @@ class BlockCall:
         )
 
     def may_hand_on(self) -> bool:
-        """Whether it holds an object in which blocks may leave more than hidden states for later blocks: keys and
-        values that these share, say.
-        """
-        return _holds_object([self.args, self.kwargs])
+        """Whether blocks may leave more than hidden states for later ones, in `handed` or in `shared`."""
+        return any(True for _ in _objects([self.args, self.kwargs]))
+
+    def handed(self) -> list[Handed]:
+        """What the block before gives."""
+        return [one for one in _objects([self.args, self.kwargs]) if isinstance(one, Handed)]
+
+    def shared(self) -> list[Any]:
+        """Objects in which blocks may leave something for any later block: keys and values, say."""
+        return [one for one in _objects([self.args, self.kwargs]) if not isinstance(one, Handed)]
+
+    def left(self) -> list[Tensor]:
+        """What lies in `shared` now."""
+        return list(_tensors_in(self.shared(), set()))
 
 
-def _holds_object(value: Any) -> bool:
+def _objects(value: Any) -> Iterator[Any]:
+    """All arguments that are more than values."""
     if type(value) in (list, tuple, dict):
-        return any(map(_holds_object, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device, type(None)))
-
-
-def handed_in(value: Any) -> Iterator[Handed]:
-    """All that stands among arguments for what the block before gives."""
-    if isinstance(value, Handed):
-        yield value
-    elif type(value) in (list, tuple, dict):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from handed_in(item)
+            yield from _objects(item)
+    elif not isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device, type(None))):
+        yield value
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item, seen)
+    elif not isinstance(value, (type, nn.Module)):
+        for item in getattr(value, "__dict__", {}).values():
+            yield from _tensors_in(item, seen)
 
 
 def _received(value: Any, to: tuple[torch.device, torch.dtype]) -> Any:
@@ -228,7 +246,7 @@ class _Walk:
                         f"number {len(calls)}), expected a chain of blocks on hidden states"
                     )
                 call = BlockCall(args[1:], kwargs)
-                for handed in handed_in([call.args, call.kwargs]):
+                for handed in call.handed():
                     if handed.block != index - 1:
                         raise ModelError(
                             f"given blocks of which {blocks[index]} reads what {blocks[handed.block]} gives beside "

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from tensormill.compress.block_calls import (
     FAILURES,
     BlockCall,
-    handed_in,
     of_one_line,
     record_calls,
     signature,
@@ -299,7 +298,9 @@ def discover(
             any(id(parameter) in shared for parameter in module.parameters()),
             # What passes between blocks decides about edges, too.
             len(call.gives),
-            len(list(handed_in([call.args, call.kwargs]))),
+            len(call.handed()),
+            # Of blocks alike one may leave keys and values for later ones, another not.
+            name if call.shared() else None,
         )
         if kind not in known:
             there = residence.device
@@ -465,8 +466,8 @@ class _Probe:
         ]
 
     def _run(self) -> list[Tensor]:
-        """All that the block gives later ones in floating point: hidden states first."""
-        given = self.call.outputs(self.module, self.hidden)
+        """All that the block gives or leaves later ones in floating point: hidden states first."""
+        given = [*self.call.outputs(self.module, self.hidden), *self.call.left()]
         return [value for value in given if isinstance(value, Tensor) and value.is_floating_point()]
 
     def _is_as_before(self) -> bool:

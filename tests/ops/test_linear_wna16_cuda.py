@@ -72,8 +72,9 @@ def assert_right(y, arguments, bits, group_size):
     expected = reference.linear_wna16(
         x.double(), weight, scale.double(), zero, wide, bits, group_size, "packed"
     )
-    # Sums are in float32 and the result is rounded once.
-    wrong = deviation(y, expected, {torch.float16: 4e-4, torch.bfloat16: 3e-3}[x.dtype])
+    # Sums are in float32 and the result is rounded once: by half a unit at most, by less in the mean of many numbers.
+    once = torch.finfo(x.dtype).eps / 2
+    wrong = deviation(y, expected, once * (0.8 if y.numel() > 50 else 1.01))
     assert wrong is None, wrong
 
 
